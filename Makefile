@@ -1,0 +1,29 @@
+# Needs python3 (3.11 or newer) and make; everything else is installed into .venv. Variables: PROFILE, EPSILONS, CORES.
+PROFILE ?= quick
+EPSILONS ?= 1,10
+CORES ?= $(shell python3 -c "import os; print(os.cpu_count())")
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: study test book clean
+
+study: .venv/installed
+	snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE) epsilons=$(EPSILONS)
+
+book: .venv/installed
+	python book/build.py
+
+test: .venv/installed
+	ruff check
+	ruff format --check
+	mypy
+	pytest
+
+clean:
+	rm -rf runs book/_build book/assets/vendor .snakemake
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python3 is %s; the study needs 3.11 or newer' % sys.version.split()[0])"
+	python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	touch $@

@@ -1,0 +1,135 @@
+# The study as a workflow: every chapter is a notebook, run by papermill into book/executed/, then the book is built.
+# snakemake --cores 2 --config profile=quick epsilons=1,10
+
+PROFILE = config.get("profile", "quick")
+PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"]
+BUDGETS = ["0", *PRIVATE]
+COHORTS = {name: config[name] for name in ("cohort_public", "cohort_private") if name in config}
+EXECUTED, DONE = "book/executed", f"runs/chapters/{PROFILE}"
+CHAPTERS = [
+    "00_cohorts",
+    "01_autoencoder",
+    "02_pretrain",
+    *(f"03_dp_finetune-eps{epsilon}" for epsilon in PRIVATE),
+    *(f"04_evaluate-eps{epsilon}" for epsilon in BUDGETS),
+    "06_tradeoff",
+    "07_gallery",
+]
+
+
+def chapter(notebook, budget=""):
+    """The paths of a chapter's rule and the shell command that runs its notebook, on as many threads as the rule has."""
+    name = notebook + (f"-eps{{{budget}}}" if budget else "")
+    given = " ".join(f"-p {key} {value}" for key, value in {"profile": PROFILE, **COHORTS}.items())
+    if budget:
+        given += f" -p epsilon {{wildcards.{budget}}}"
+    if notebook in ("06_tradeoff", "07_gallery"):
+        given += f" -p epsilons '{','.join(BUDGETS)}'"
+    return {
+        "notebook": f"{EXECUTED}/{name}.ipynb",
+        "done": f"{DONE}/{name}.done",
+        "log": f"{DONE}/{name}.ipynb",
+        "run": f"OMP_NUM_THREADS={{threads}} papermill notebooks/{notebook}.ipynb {{log}} {given} --log-output"
+        " --no-progress-bar --autosave-cell-every 60 < /dev/null && cp {log} {output[0]} && touch {output[1]}",
+    }
+
+
+wildcard_constraints:
+    epsilon=r"[^/]+",
+
+
+rule book:
+    input:
+        expand(f"{EXECUTED}/{{chapter}}.ipynb", chapter=CHAPTERS),
+        expand(f"{DONE}/{{chapter}}.done", chapter=CHAPTERS),
+    shell:
+        "python book/build.py"
+
+
+rule cohorts:
+    output:
+        chapter("00_cohorts")["notebook"],
+        chapter("00_cohorts")["done"],
+    log:
+        chapter("00_cohorts")["log"],
+    threads: workflow.cores
+    shell:
+        chapter("00_cohorts")["run"]
+
+
+rule autoencoder:
+    input:
+        f"{DONE}/00_cohorts.done",
+    output:
+        chapter("01_autoencoder")["notebook"],
+        chapter("01_autoencoder")["done"],
+    log:
+        chapter("01_autoencoder")["log"],
+    threads: workflow.cores
+    shell:
+        chapter("01_autoencoder")["run"]
+
+
+rule pretrain:
+    input:
+        f"{DONE}/01_autoencoder.done",
+    output:
+        chapter("02_pretrain")["notebook"],
+        chapter("02_pretrain")["done"],
+    log:
+        chapter("02_pretrain")["log"],
+    threads: workflow.cores
+    shell:
+        chapter("02_pretrain")["run"]
+
+
+rule finetune:
+    input:
+        f"{DONE}/02_pretrain.done",
+    output:
+        chapter("03_dp_finetune", "epsilon")["notebook"],
+        chapter("03_dp_finetune", "epsilon")["done"],
+    log:
+        chapter("03_dp_finetune", "epsilon")["log"],
+    threads: 1
+    shell:
+        chapter("03_dp_finetune", "epsilon")["run"]
+
+
+rule evaluate:
+    input:
+        lambda w: f"{DONE}/02_pretrain.done" if w.epsilon == "0" else f"{DONE}/03_dp_finetune-eps{w.epsilon}.done",
+    output:
+        chapter("04_evaluate", "epsilon")["notebook"],
+        chapter("04_evaluate", "epsilon")["done"],
+    log:
+        chapter("04_evaluate", "epsilon")["log"],
+    threads: 1
+    shell:
+        chapter("04_evaluate", "epsilon")["run"]
+
+
+rule tradeoff:
+    input:
+        expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
+    output:
+        chapter("06_tradeoff")["notebook"],
+        chapter("06_tradeoff")["done"],
+    log:
+        chapter("06_tradeoff")["log"],
+    threads: 1
+    shell:
+        chapter("06_tradeoff")["run"]
+
+
+rule gallery:
+    input:
+        expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
+    output:
+        chapter("07_gallery")["notebook"],
+        chapter("07_gallery")["done"],
+    log:
+        chapter("07_gallery")["log"],
+    threads: 1
+    shell:
+        chapter("07_gallery")["run"]

@@ -1,0 +1,1 @@
+"""Latent diffusion models of 3D cardiac MRI under patient-level differential privacy."""

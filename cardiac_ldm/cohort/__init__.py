@@ -1,0 +1,25 @@
+"""Cohorts: from a manifest to prepared patients, with their attributes and the guards on private ones."""
+
+from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES, Attribute, measure_attributes
+from cardiac_ldm.cohort.manifest import Manifest, load_manifest
+from cardiac_ldm.cohort.patients import Cohort, PatientRecord, Patients, require_public, require_releasable
+from cardiac_ldm.cohort.prepare import prepare
+from cardiac_ldm.cohort.volumes import GRID, Patient, Volume
+
+__all__ = [
+    "ATTRIBUTES",
+    "ATTRIBUTE_NAMES",
+    "GRID",
+    "Attribute",
+    "Cohort",
+    "Manifest",
+    "Patient",
+    "PatientRecord",
+    "Patients",
+    "Volume",
+    "load_manifest",
+    "measure_attributes",
+    "prepare",
+    "require_public",
+    "require_releasable",
+]

@@ -1,0 +1,68 @@
+"""Estimates with 95 % intervals over patients: the patient, never the slice or the volume, is what's resampled."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its 95 % interval, and the number of patients (on either side, where two cohorts meet) behind it."""
+
+    value: float
+    low: float
+    high: float
+    n_patients: int
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], n_patients: int, *, resamples: int, seed: int) -> Estimate:
+    """Estimate with the percentile bootstrap (Efron, 1979) over patients.
+
+    statistic: int64 (n_patients,) indices of patients, repeats allowed -> number; where it's NaN for some resample, the
+    interval is NaN.
+    """
+    everyone = np.arange(n_patients)
+    with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):
+        interval = stats.bootstrap(
+            (everyone,), statistic, n_resamples=resamples, vectorized=False, method="percentile", rng=seed
+        ).confidence_interval
+    return Estimate(statistic(everyone), float(interval.low), float(interval.high), n_patients)
+
+
+def half_samples(
+    distance: Callable[[np.ndarray, np.ndarray], float],
+    n_first: int,
+    n_second: int | None,
+    size: int,
+    *,
+    pairs: int,
+    seed: int,
+    progress: bool,
+) -> Estimate:
+    """Estimate a distance between two cohorts of patients from random parts of `size` patients of each.
+
+    A Frechet distance grows when patients are repeated, as a bootstrap does, and when they are fewer, so that numbers
+    of different sizes can't be compared. Half-samples (McCarthy, 1969; Shao and Wu, 1989) repeat nobody, and with
+    size = n / 2 their spread is that of the estimate from all n patients, with no scaling. The value is their mean, the
+    interval the mean +- 1.96 of their standard deviations.
+
+    distance: two int64 arrays of `size` different patients -> number. n_second: None compares the first cohort with
+    itself: two disjoint parts, which is the floor that real patients reach at these numbers.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in tqdm(range(pairs), desc="half-samples", unit="pair", disable=not progress, leave=False):
+        first = rng.permutation(n_first)
+        second = first[size:] if n_second is None else rng.permutation(n_second)
+        values.append(distance(first[:size], second[:size]))
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread, size)
+
+
+def rows_of(owners: np.ndarray) -> Sequence[np.ndarray]:
+    """For every owner 0..n-1, the rows (int64) that are theirs."""
+    return [np.flatnonzero(owners == owner) for owner in range(int(owners.max()) + 1)]

@@ -1,0 +1,1 @@
+"""Networks only: they know nothing of patients, files or training."""

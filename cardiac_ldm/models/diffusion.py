@@ -1,0 +1,98 @@
+"""Diffusion in latent space: the two schedules, the loss and the samplers (MONAI's schedulers do the arithmetic)."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+
+ScheduleName = Literal["paper", "modern"]
+
+_SCHEDULES: dict[str, dict[str, object]] = {
+    # Daum et al., arXiv 2407.16405: T = 150, linear betas 1e-4 .. 7e-2, noise prediction
+    "paper": {"schedule": "linear_beta", "beta_start": 1e-4, "beta_end": 7e-2, "prediction_type": "epsilon"},
+    # Salimans and Ho, arXiv 2202.00512 (velocity); Nichol and Dhariwal, arXiv 2102.09672 (cosine)
+    "modern": {"schedule": "cosine", "prediction_type": "v_prediction"},
+}
+TIMESTEPS = 150
+
+
+def schedule(name: ScheduleName) -> DDPMScheduler:
+    """The `paper` or the `modern` noise schedule with T = 150 steps."""
+    return DDPMScheduler(TIMESTEPS, clip_sample=False, **_SCHEDULES[name])
+
+
+def drop_attributes(attributes: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Hide all attributes (b, n) of a share `rate` of the rows, for classifier-free guidance (arXiv 2207.12598)."""
+    hidden = torch.rand(len(attributes), 1, generator=generator) < rate
+    return attributes.masked_fill(hidden, torch.nan)
+
+
+def diffusion_loss(
+    model: nn.Module, noising: DDPMScheduler, latents: Tensor, attributes: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """Squared error of the prediction, one value a row.
+
+    Args:
+        latents, noise: (b, c, d, h, w); attributes: (b, n); timesteps: (b,) integers below T.
+
+    Returns:
+        (b,) mean over a row of |target - model(x_t, t, a)|^2; the target is the noise or, with `v_prediction`,
+        v = sqrt(alpha_t) noise - sqrt(1 - alpha_t) x_0.
+    """
+    noisy = noising.add_noise(latents, noise, timesteps)
+    target = noise if noising.prediction_type == "epsilon" else noising.get_velocity(latents, noise, timesteps)
+    return (model(noisy, timesteps, attributes).float() - target).square().flatten(1).mean(1)
+
+
+def _guided(model: nn.Module, x: Tensor, t: Tensor, attributes: Tensor, guidance: float) -> Tensor:
+    """(1 + g) * conditional - g * unconditional; one forward pass when g is 0."""
+    if guidance == 0:
+        return model(x, t, attributes)
+    both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([attributes, torch.full_like(attributes, torch.nan)]))
+    conditional, unconditional = both.chunk(2)
+    return (1 + guidance) * conditional - guidance * unconditional
+
+
+@torch.no_grad()
+def sample_ddpm(
+    model: nn.Module,
+    name: ScheduleName,
+    noise: Tensor,
+    attributes: Tensor,
+    guidance: float,
+    generator: torch.Generator,
+    callback: Callable[[], object] | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al., arXiv 2006.11239) over all T steps: latents (b, c, d, h, w) from `noise`."""
+    x, sampler = noise, schedule(name)
+    for t in range(TIMESTEPS - 1, -1, -1):
+        prediction = _guided(model, x, torch.full((len(x),), t), attributes, guidance)
+        x, _ = sampler.step(prediction, t, x, generator=generator)
+        if callback:
+            callback()
+    return x
+
+
+@torch.no_grad()
+def sample_ddim(
+    model: nn.Module,
+    name: ScheduleName,
+    noise: Tensor,
+    attributes: Tensor,
+    guidance: float,
+    steps: int,
+    callback: Callable[[], object] | None = None,
+) -> Tensor:
+    """Deterministic DDIM (Song et al., arXiv 2010.02502) in `steps` steps that end at T - 1: latents from `noise`."""
+    offset = TIMESTEPS // steps - 1
+    sampler = DDIMScheduler(TIMESTEPS, clip_sample=False, steps_offset=offset, **_SCHEDULES[name])
+    sampler.set_timesteps(steps)
+    x = noise
+    for t in sampler.timesteps.tolist():
+        prediction = _guided(model, x, torch.full((len(x),), t), attributes, guidance)
+        x, _ = sampler.step(prediction, t, x)
+        if callback:
+            callback()
+    return x

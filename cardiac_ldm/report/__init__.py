@@ -1,0 +1,1 @@
+"""What people look at: figures, volumes that turn, tables, and the privacy statement."""

@@ -1,0 +1,79 @@
+"""What leaves the house: the synthetic cohort as files, with its attributes and its privacy statement."""
+
+import csv
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES
+from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.privacy import Ledger
+from cardiac_ldm.report.viewer import nifti
+
+
+def privacy_statement(ledger: Ledger) -> str:
+    """The guarantee in plain words and its terms, as Markdown."""
+    if ledger.guarantee == "public data only":
+        return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
+    if ledger.guarantee == "none":
+        return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
+    odds = math.exp(ledger.epsilon)
+    simulated = (
+        ""
+        if "system" in ledger.randomness
+        else (
+            " These patients are simulated and the noise is seeded, so that the run can be repeated; "
+            "for real patients the noise comes from the operating system."
+        )
+    )
+    return (
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Whatever is computed from this "
+        f"model, its chance changes by a factor of at most e^ε = {odds:.3g} (but for a probability of "
+        f"δ = {ledger.delta:g}) when one patient, with all volumes, is added to or removed from the "
+        f"{ledger.n_patients} of {ledger.private_data}.{simulated}\n\n"
+        "| term | value |\n| --- | --- |\n"
+        f"| unit | {ledger.unit} |\n| adjacency | {ledger.adjacency} |\n"
+        f"| mechanism | DP-SGD, {ledger.sampler}, rate {ledger.sampling_rate:.4g}, {ledger.steps} steps, "
+        f"clip {ledger.clip:g}, noise multiplier {ledger.noise_multiplier:.4g}, {ledger.draws} noise draw(s) a volume |\n"
+        f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g} |\n"
+        f"| tuned | {ledger.tuned} |\n| public data | {ledger.public_data} |\n"
+        f"| tuning runs | {ledger.tuning_runs} |\n| released | {ledger.released} |\n"
+        f"| randomness | {ledger.randomness} |\n"
+    )
+
+
+def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path:
+    """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
+
+    Raises:
+        PrivacyError: the model has no guarantee.
+    """
+    if ledger.guarantee == "none":
+        raise PrivacyError(
+            f"{folder.name}: the model was trained on {ledger.private_data} with no guarantee; not released"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        names = []
+        for image, attributes, owner in zip(cohort.images, cohort.attributes, cohort.owners, strict=True):
+            phase = "ED" if attributes[ATTRIBUTE_NAMES.index("ESED")] == 1 else "ES"
+            names.append(f"synthetic{owner:05d}_{phase}.nii.gz")
+            (unfinished / names[-1]).write_bytes(nifti(image))
+        with (unfinished / "attributes.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["patient", "file", *ATTRIBUTE_NAMES])
+            for name, owner, attributes in zip(names, cohort.owners, cohort.attributes, strict=True):
+                known = ["" if np.isnan(value) else f"{value:.6g}" for value in attributes]
+                table.writerow([f"synthetic{owner:05d}", name, *known])
+        ledger.save(unfinished / "privacy.json")
+        (unfinished / "STATEMENT.md").write_text(privacy_statement(ledger) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

@@ -1,0 +1,307 @@
+"""The study's figures, in plotly; importing this module makes every plotly figure show in the book and live."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from einops import rearrange
+from numpy.typing import ArrayLike, NDArray
+from plotly.io.base_renderers import MimetypeRenderer
+from plotly.subplots import make_subplots
+from plotly.utils import image_array_to_data_uri
+
+from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
+from cardiac_ldm.errors import ParameterError, StudyError
+
+# Okabe & Ito, "Color Universal Design" (2008): told apart by all common kinds of colour vision
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
+INK, GRID_LINES = "#24292f", "#e3e6ea"
+
+_AXIS = {"gridcolor": GRID_LINES, "linecolor": "#8c959f", "zeroline": False, "showline": True, "ticks": "outside"}
+pio.templates["cardiac"] = go.layout.Template(
+    layout={
+        "colorway": COLOURS,
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": {**_AXIS, "title": {"font": {"size": 13}}},
+        "yaxis": {**_AXIS, "title": {"font": {"size": 13}}},
+        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+        "legend": {"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top"},
+        "hoverlabel": {"bgcolor": "white", "bordercolor": GRID_LINES, "font": {"color": INK}},
+    }
+)
+pio.templates.default = "cardiac"
+
+
+def embed(kind: str, payload: str, height: int, poster: str = "") -> str:
+    """Return the HTML in which the book's script finds a figure.
+
+    kind: its class. payload: JSON. height: pixels to keep free. poster: HTML shown until it's drawn.
+    """
+    data = payload.replace("<", "\\u003c")  # nothing in the data may end the script element
+    script = f'<script type="application/json">{data}</script>'
+    return f'<div class="{kind}" style="min-height: {height}px">{script}{poster}</div>'
+
+
+class BookRenderer(MimetypeRenderer):
+    """Shows a figure the way the book draws it, with plotly's own mimetype beside it for live notebooks."""
+
+    def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the figure as `text/html` and as plotly's JSON."""
+        figure = pio.to_json(fig_dict, validate=False)
+        height = fig_dict["layout"].get("height", 450)
+        return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": embed("bk-plot", figure, height)}
+
+
+pio.renderers["book"] = BookRenderer()
+pio.renderers.default = "book"
+
+
+def mosaic(volumes: ArrayLike, columns: int) -> NDArray[np.uint8]:
+    """Lay the middle slices of volumes out as tiles.
+
+    volumes: (n, slices, height, width), intensities in [0, 1]; slices that are all zero are padding and don't count.
+    columns: tiles in a row. Returns one grey image (rows * (height + 2), columns * (width + 2)).
+    """
+    slices = []
+    for volume in np.asarray(volumes):
+        filled = np.flatnonzero(volume.any(axis=(1, 2)))
+        slices.append(volume[filled[len(filled) // 2] if len(filled) else len(volume) // 2])
+    tiles = np.pad(np.stack(slices), [(0, -len(slices) % columns), (0, 2), (0, 2)], constant_values=1.0)
+    grey = rearrange(tiles, "(r c) h w -> (r h) (c w)", c=columns)
+    return np.round(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+
+
+def png(grey: NDArray[np.uint8]) -> str:
+    """Return a grey image (height, width) as a PNG data URI."""
+    return image_array_to_data_uri(np.asarray(grey), backend="pypng", compression=9)
+
+
+def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int) -> go.Figure:
+    """Return the tiles of `mosaic` as a figure, each with its caption."""
+    if len(captions) != len(volumes) or len(volumes) == 0:
+        raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {len(volumes)} volumes")
+    columns = min(columns, len(volumes))
+    height, width = volumes.shape[2] + 2, volumes.shape[3] + 2
+    row, column = np.divmod(np.arange(len(volumes)), columns)
+    figure = go.Figure(go.Image(source=png(mosaic(volumes, columns)), hoverinfo="skip", zsmooth="fast"))
+    figure.add_scatter(
+        x=column * width + 3,
+        y=row * height + 3,
+        text=list(captions),
+        mode="text",
+        textposition="bottom right",
+        textfont={"color": "white", "size": 11, "shadow": "1px 1px 2px black"},
+        hoverinfo="skip",
+    )
+    rows = int(row[-1]) + 1
+    scale = 682 / (columns * width)  # the book's text column leaves about that many pixels
+    figure.update_xaxes(visible=False, range=[0, columns * width], constrain="domain")
+    figure.update_yaxes(visible=False, range=[rows * height, 0], scaleanchor="x", constrain="domain")
+    return figure.update_layout(height=round(rows * height * scale) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10})
+
+
+def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str], columns: int = 6) -> go.Figure:
+    """Return a wall of the middle slices of patients' volumes.
+
+    volumes: indices, as `patients.images` takes them. captions: one per volume. columns: slices in a row.
+    Raises PrivacyError when the patients are private and not simulated.
+    """
+    require_releasable(patients, "what a patient's heart looks like")
+    return _wall(patients.images(volumes), captions, columns)
+
+
+def synthetic_wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int = 6) -> go.Figure:
+    """Return a wall of the middle slices of synthetic volumes.
+
+    volumes: (n, slices, height, width) in [0, 1]. captions: one per volume. columns: slices in a row.
+    """
+    return _wall(np.asarray(volumes), captions, columns)
+
+
+def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]], columns: int = 4) -> go.Figure:
+    """Return one small histogram per attribute, with every cohort in it.
+
+    cohorts: name -> patients, or the attributes (n_volumes, 14) of synthetic volumes, NaN where unknown.
+    columns: histograms in a row. Raises PrivacyError for patients who are private and not simulated.
+    """
+    values = {}
+    for name, cohort in cohorts.items():
+        if isinstance(cohort, np.ndarray):
+            values[name] = cohort
+        else:
+            require_releasable(cohort, "how patients' attributes are distributed")
+            values[name] = cohort.attributes
+    rows = math.ceil(len(ATTRIBUTES) / columns)
+    titles = [f"{a.name} ({a.unit})" if a.unit else a.name for a in ATTRIBUTES]
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.09, horizontal_spacing=0.05)
+    for i in range(len(ATTRIBUTES)):
+        known = {name: v[np.isfinite(v[:, i]), i].astype(float) for name, v in values.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(known.values())), bins=20)
+        for (name, sample), colour in zip(known.items(), COLOURS, strict=False):
+            if len(sample) == 0:
+                continue
+            share = 100 * np.histogram(sample, edges)[0] / len(sample)
+            figure.add_scatter(
+                x=np.round(edges, 4),
+                y=np.round(np.append(share, share[-1]), 2),
+                name=name,
+                legendgroup=name,
+                showlegend=i == 0,
+                line={"shape": "hv", "color": colour, "width": 1.5},
+                fill="tozeroy",
+                hovertemplate="%{x}: %{y} % of volumes",
+                row=i // columns + 1,
+                col=i % columns + 1,
+            )
+    figure.update_yaxes(rangemode="tozero", showticklabels=False, ticks="")
+    return _small_titles(figure).update_layout(height=60 + 190 * rows, margin={"l": 20, "r": 10, "t": 70, "b": 30})
+
+
+def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2) -> go.Figure:
+    """Return one panel per metric: its value against epsilon, with the references it has to be read against.
+
+    metrics: one row per run and metric: columns `metric`, `epsilon` (0: public data only, inf: no privacy, NaN: real
+    against real), `value`, `low` and `high` (95 % interval), `n_patients` and `run`. Rows that share metric and epsilon
+    (seeds) are drawn as their mean, from the lowest `low` to the highest `high`.
+    labels: metric -> title of its panel; says which metrics are shown, and in which order. columns: panels in a row.
+    """
+    missing = set(labels) - set(metrics["metric"])
+    if missing:
+        raise ParameterError(f"no rows for {sorted(missing)}; the table has {sorted(set(metrics['metric']))}")
+    columns = min(columns, len(labels))
+    rows = math.ceil(len(labels) / columns)
+    titles = list(labels.values())
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.3 / rows, horizontal_spacing=0.09)
+    private = metrics["epsilon"].between(0, math.inf, inclusive="neither")
+    epsilons = sorted(metrics.loc[private, "epsilon"].unique())
+    if not epsilons:
+        raise ParameterError("a trade-off needs at least one private run: a row with a finite epsilon above 0")
+    span = [epsilons[0] / 2.5, epsilons[-1] * 2.5]
+    for i, metric in enumerate(labels):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        summary = (
+            metrics[metrics["metric"] == metric]
+            .groupby("epsilon", dropna=False, as_index=False)
+            .agg({"value": "mean", "low": "min", "high": "max", "n_patients": "max", "run": "nunique"})
+        )
+        references = {
+            "public data only": (summary["epsilon"] == 0, VERMILLION, "dash"),
+            "no privacy": (np.isposinf(summary["epsilon"]), GREEN, "dash"),
+            "real against real": (summary["epsilon"].isna(), "#6e7781", "dot"),
+        }
+        for name, (chosen, colour, dash) in references.items():
+            for point in summary[chosen].itertuples():
+                text = f"{name}: {point.value:.3g} [{point.low:.3g}, {point.high:.3g}], {point.n_patients} patients"
+                line = {"color": colour, "dash": dash, "width": 1.5}
+                shared = {"legendgroup": name, "hoverinfo": "text", "text": text, "mode": "lines"}
+                band = {"fill": "toself", "fillcolor": colour, "opacity": 0.12, "line": {"width": 0}}
+                corners = [point.low, point.low, point.high, point.high]
+                figure.add_scatter(x=[*span, *span[::-1]], y=corners, showlegend=False, **shared, **band, **place)
+                ends = [point.value, point.value]
+                figure.add_scatter(x=span, y=ends, name=name, showlegend=i == 0, line=line, **shared, **place)
+        points = summary[summary["epsilon"].isin(epsilons)]
+        figure.add_scatter(
+            x=points["epsilon"],
+            y=points["value"],
+            error_y={"array": points["high"] - points["value"], "arrayminus": points["value"] - points["low"]},
+            customdata=points[["low", "high", "n_patients", "run"]],
+            hovertemplate="ε = %{x}: %{y:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>"
+            "%{customdata[2]} patients, %{customdata[3]} run(s)<extra></extra>",
+            name="private",
+            legendgroup="private",
+            showlegend=i == 0,
+            mode="lines+markers",
+            marker={"size": 9},
+            line={"color": BLUE},
+            **place,
+        )
+    ticks = [f"{epsilon:g}" for epsilon in epsilons]
+    figure.update_xaxes(type="log", range=np.log10(span).tolist(), tickvals=epsilons, ticktext=ticks)
+    figure.update_xaxes(title="ε per patient", row=rows)
+    return _small_titles(figure).update_layout(height=80 + 300 * rows, margin={"t": 80})
+
+
+def control_scatter(pairs: pd.DataFrame, columns: int = 3) -> go.Figure:
+    """Return one panel per attribute: what was measured on synthetic volumes against what was asked for.
+
+    pairs: one row per synthetic volume and attribute: columns `attribute`, `asked` and `measured` (in the attribute's
+    unit) and `run` (which model; it colours the points). columns: panels in a row.
+    """
+    units = {a.name: a.unit for a in ATTRIBUTES}
+    names = list(dict.fromkeys(pairs["attribute"]))
+    columns = min(columns, len(names))
+    rows = math.ceil(len(names) / columns)
+    titles = [f"{name} ({units[name]})" if units.get(name) else name for name in names]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.08)
+    for i, name in enumerate(names):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        panel = pairs[pairs["attribute"] == name]
+        both = panel[["asked", "measured"]].to_numpy(dtype=float)
+        ends = [np.nanmin(both), np.nanmax(both)]
+        identity = {"mode": "lines", "line": {"color": "#8c959f", "dash": "dot"}, "hoverinfo": "skip"}
+        figure.add_scatter(x=ends, y=ends, showlegend=False, **identity, **place)
+        for j, (run, points) in enumerate(panel.groupby("run", sort=False)):
+            figure.add_scatter(
+                x=points["asked"].round(2),
+                y=points["measured"].round(2),
+                mode="markers",
+                marker={"size": 6, "opacity": 0.7, "color": COLOURS[j % len(COLOURS)]},
+                name=str(run),
+                legendgroup=str(run),
+                showlegend=i == 0,
+                hovertemplate="asked %{x}, measured %{y}",
+                **place,
+            )
+    figure.update_xaxes(title="asked for")
+    figure.update_yaxes(title="measured", col=1)
+    return _small_titles(figure).update_layout(height=80 + 300 * rows, margin={"t": 80})
+
+
+def training_curve(curve: pd.DataFrame, title: str = "loss") -> go.Figure:
+    """Return training curves on a log axis. For public training alone: an exact loss on private patients leaks.
+
+    curve: one row per point: columns `step`, `series` (which curve) and `value` (> 0). title: of the vertical axis.
+    """
+    figure = go.Figure()
+    for name, points in curve.groupby("series", sort=False):
+        line = {"mode": "lines", "hovertemplate": "%{x}: %{y:.4g}"}
+        figure.add_scatter(x=points["step"], y=points["value"], name=str(name), **line)
+    figure.update_xaxes(title="step").update_yaxes(title=title, type="log")
+    return figure.update_layout(height=380, showlegend=True)
+
+
+def save_headline(figure: go.Figure, path: str | Path) -> None:
+    """Write a figure as a still picture, 900 pixels wide, in the format of the suffix (.svg, .png)."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}{path.suffix}")
+    try:
+        figure.write_image(scratch, width=900, height=figure.layout.height)
+    except (ValueError, RuntimeError) as error:
+        remedy = 'pip install "cardiac-ldm[book]"; apt-get install chromium'
+        raise StudyError(f"{path}: a still picture needs kaleido and Chromium ({remedy})") from error
+    scratch.replace(path)
+
+
+def _small_titles(figure: go.Figure) -> go.Figure:
+    """Set the panels' titles in the text's own size."""
+    return figure.update_annotations(font={"size": 13, "weight": 600})
+
+
+def captions(attributes: NDArray[np.float32]) -> list[str]:
+    """Return the phase and LV volume of each row of attributes (n, 14), as far as they're known: "ED 142 mL"."""
+    names = [a.name for a in ATTRIBUTES]
+    texts = []
+    for row in attributes:
+        phase = {1.0: "ED", 0.0: "ES"}.get(float(row[names.index("ESED")]), "")
+        volume = row[names.index(f"LV{phase}V")] if phase else math.nan
+        texts.append(f"{phase} {volume:.0f} mL" if math.isfinite(volume) else phase)
+    return texts

@@ -1,0 +1,166 @@
+"""Pre-train the latent diffusion model on public patients, whose latents are encoded once and cached."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_public
+from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
+from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
+
+
+class DenoiserSettings(BaseModel):
+    """Architecture of the denoiser and the noise schedule it is trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: ScheduleName
+    channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    residual_blocks: int
+    heads: int
+    context: int
+
+    def build(self, latent_channels: int) -> Denoiser:
+        """A fresh denoiser; attributes are scaled by the fixed public ranges of `cohort.ATTRIBUTES`."""
+        ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
+        return Denoiser(
+            latent_channels,
+            self.channels,
+            self.attention,
+            self.residual_blocks,
+            self.heads,
+            self.context,
+            GRID.n_slices,
+            ranges,
+        )
+
+
+class PretrainSettings(BaseModel):
+    """Training of the denoiser on public patients."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int
+    batch: int
+    learning_rate: float
+    attribute_dropout: float
+    average_decay: float
+
+
+def cached_latents(autoencoder: Autoencoder, patients: Patients, path: Path) -> np.ndarray:
+    """Latents float32 (n_volumes, c, 13, h, w) of all volumes, mapped from `path`; encoded if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = GRID.size // autoencoder.reduction
+        shape = (len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size)
+        temporary = path.with_suffix(".tmp")
+        latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        with torch.no_grad(), tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume") as bar:
+            for start in range(0, len(latents), 8):
+                volumes = np.arange(start, min(start + 8, len(latents)))
+                latents[volumes] = autoencoder.encode(torch.from_numpy(patients.images(volumes))).numpy()
+                bar.update(len(volumes))
+        latents.flush()
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def pretrain(
+    patients: Patients,
+    latents: np.ndarray,
+    network: DenoiserSettings,
+    settings: PretrainSettings,
+    seed: int,
+    state: Path,
+    save_every: float = 30.0,
+) -> tuple[Denoiser, list[dict[str, float]]]:
+    """Train a denoiser on public latents; resumes from `state`, which it writes every 30 s.
+
+    Returns:
+        The exponential moving average of the denoiser, and the losses by step.
+
+    Raises:
+        PrivacyError: the patients are private.
+    """
+    require_public(patients, "private patients through weights that were trained with no noise")
+    torch.manual_seed(seed)
+    model = network.build(latents.shape[1])
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, settings.steps, pct_start=0.1)
+    noising, attributes = schedule(network.schedule), torch.from_numpy(patients.attributes)
+    losses: list[dict[str, float]] = []
+    if saved := load_state(state):
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        rate.load_state_dict(saved["rate"])
+        average, losses = saved["average"], saved["losses"]
+
+    written = time.monotonic()
+    with tqdm(total=settings.steps, initial=len(losses), desc="pretrain", unit="step") as bar:
+        for step in range(len(losses), settings.steps):
+            rng = np.random.default_rng([seed, step])
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            chosen = rng.integers(len(latents), size=settings.batch)
+            given = drop_attributes(attributes[chosen], settings.attribute_dropout, generator)
+            loss = random_loss(model, noising, torch.from_numpy(latents[chosen]), given, generator).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            rate.step()
+            update_average(average, dict(model.named_parameters()), step, settings.average_decay)
+            losses.append({"step": step, "loss": loss.item()})
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in losses[-20:]]):.4f}")
+            if time.monotonic() - written > save_every:
+                save_state(
+                    state,
+                    model=model.state_dict(),
+                    optimiser=optimiser.state_dict(),
+                    rate=rate.state_dict(),
+                    average=average,
+                    losses=losses,
+                )
+                written = time.monotonic()
+    model.load_state_dict(average)
+    return model.eval(), losses
+
+
+def random_loss(
+    model: Denoiser, noising: torch.nn.Module, latents: Tensor, attributes: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row."""
+    timesteps = torch.randint(TIMESTEPS, (len(latents),), generator=generator)
+    return diffusion_loss(
+        model, noising, latents, attributes, timesteps, torch.randn(latents.shape, generator=generator)
+    )
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Denoiser, name: ScheduleName, latents: np.ndarray, patients: Patients, draws: int = 8
+) -> np.ndarray:
+    """Mean denoising loss of each patient (n_patients,) over their volumes and `draws` fixed timesteps and noises.
+
+    The timesteps are spread evenly and the noise is the same for every model, so that models compare in pairs.
+    """
+    noising, total = schedule(name), np.zeros(len(latents))
+    attributes = torch.from_numpy(patients.attributes)
+    for draw in tqdm(range(draws), desc="held-out loss"):
+        generator = torch.Generator().manual_seed(draw)
+        step = int((draw + 0.5) * TIMESTEPS / draws)
+        for rows in torch.arange(len(latents)).split(16):
+            batch = torch.from_numpy(latents[rows.numpy()])
+            noise = torch.randn(batch.shape, generator=generator)
+            loss = diffusion_loss(model, noising, batch, attributes[rows], torch.full((len(rows),), step), noise)
+            total[rows.numpy()] += loss.numpy() / draws
+    return np.bincount(patients.owners, total) / np.bincount(patients.owners)

@@ -1,0 +1,159 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+import pytest
+
+from cardiac_ldm.cohort import ATTRIBUTES, Patients
+from cardiac_ldm.errors import ParameterError, PrivacyError, StudyError
+from cardiac_ldm.report import figures
+
+
+class FewPatients(Patients):
+    """Two volumes and their attributes, which need no store."""
+
+    attributes = np.arange(28, dtype=np.float32).reshape(2, 14)
+
+    def __init__(self, role: str, simulated: bool) -> None:
+        self._manifest = SimpleNamespace(name="few", role=role, simulated=simulated)  # type: ignore[assignment]
+
+    def images(self, volumes):
+        return np.random.default_rng(0).random((2, 13, 96, 96), dtype=np.float32)[list(volumes)]
+
+
+def rows(metric, points):
+    columns = ["epsilon", "value", "low", "high"]
+    return pd.DataFrame(points, columns=columns).assign(metric=metric, n_patients=40, run="run")
+
+
+METRICS = pd.concat(
+    [
+        rows("kid", [(0, 6, 5, 7), (1, 5, 4, 6.5), (10, 4, 3, 5), (math.inf, 3, 2, 4), (math.nan, 1, 0.5, 1.5)]),
+        rows("phase_accuracy", [(0, 0.7, 0.6, 0.8), (1, 0.8, 0.7, 0.9), (10, 0.9, 0.8, 0.95)]),
+    ]
+)
+
+
+def test_a_figure_shows_both_in_the_book_and_in_a_live_notebook():
+    bundle = pio.renderers["book"].to_mimebundle(go.Figure(go.Scatter(y=[1, 2], name="</script>")).to_dict())
+    assert bundle["application/vnd.plotly.v1+json"]["data"][0]["name"] == "</script>"
+    html = bundle["text/html"]
+    assert html.startswith('<div class="bk-plot"')
+    payload = html.split('<script type="application/json">')[1].split("</script>")[0]
+    assert json.loads(payload)["data"][0]["name"] == "</script>"
+    assert pio.renderers.default == "book"
+
+
+def test_a_mosaic_shows_the_middle_of_the_slices_that_are_not_padding_tile_by_tile():
+    volumes = np.zeros((3, 13, 4, 4), np.float32)
+    for i, level in enumerate((0.2, 0.4, 0.6)):
+        volumes[i, 4:9] = 0.1
+        volumes[i, 6] = level
+    grey = figures.mosaic(volumes, columns=2)
+    assert grey.shape == (12, 12)
+    assert [grey[0, 0], grey[0, 6], grey[6, 0]] == [51, 102, 153]
+    assert grey[6, 6] == 255  # no fourth volume
+    assert (grey[4:6] == 255).all()
+
+
+def test_a_wall_carries_each_caption_at_its_tile():
+    figure = figures.synthetic_wall(np.ones((3, 13, 96, 96), np.float32), ["a", "b", "c"], columns=2)
+    captions = figure.data[1]
+    assert captions.text == ("a", "b", "c")
+    assert [x // 98 for x in captions.x] == [0, 1, 0]
+    assert [y // 98 for y in captions.y] == [0, 0, 1]
+
+
+def test_a_wall_needs_a_caption_for_each_volume():
+    with pytest.raises(ParameterError, match="0 captions, 1 volumes"):
+        figures.synthetic_wall(np.ones((1, 13, 96, 96), np.float32), [])
+
+
+@pytest.mark.parametrize(("role", "simulated"), [("public", False), ("private", True)])
+def test_public_and_simulated_patients_may_be_shown(role, simulated):
+    patients = FewPatients(role, simulated)
+    assert len(figures.patient_wall(patients, [0, 1], ["ED", "ES"]).data) == 2
+    assert figures.attribute_distributions({"cohort": patients}).data
+
+
+def test_neither_images_nor_attributes_of_real_private_patients_are_shown():
+    patients = FewPatients("private", False)
+    with pytest.raises(PrivacyError):
+        figures.patient_wall(patients, [0], ["ED"])
+    with pytest.raises(PrivacyError):
+        figures.attribute_distributions({"public": FewPatients("public", False), "private": patients})
+
+
+def test_attribute_histograms_hold_every_known_value_and_skip_missing_ones():
+    values = np.random.default_rng(0).normal(size=(50, 14)).astype(np.float32)
+    values[:10, 3] = np.nan
+    values[:, 5] = np.nan
+    figure = figures.attribute_distributions({"synthetic": values, "other": values[:20].copy() * 2})
+    shares = [sum(trace.y[:-1]) for trace in figure.data]
+    assert len(shares) == 2 * (len(ATTRIBUTES) - 1)
+    np.testing.assert_allclose(shares, 100, atol=0.2)
+
+
+def test_the_tradeoff_draws_private_runs_with_their_intervals_and_every_reference():
+    figure = figures.tradeoff(METRICS, {"kid": "KID"})
+    private = next(trace for trace in figure.data if trace.name == "private")
+    assert list(private.x) == [1, 10]
+    assert list(private.y) == [5, 4]
+    assert list(private.error_y.array) == [1.5, 1]
+    assert list(private.error_y.arrayminus) == [1, 1]
+    lines = {trace.name: trace.y[0] for trace in figure.data if trace.showlegend and trace.name != "private"}
+    assert lines == {"public data only": 6, "no privacy": 3, "real against real": 1}
+    bands = {(min(trace.y), max(trace.y)) for trace in figure.data if trace.fill == "toself"}
+    assert bands == {(5, 7), (2, 4), (0.5, 1.5)}
+    assert figure.layout.xaxis.type == "log"
+
+
+def test_seeds_of_one_budget_are_averaged_and_their_intervals_joined():
+    seeds = pd.concat([rows("kid", [(1, 4, 3, 5)]), rows("kid", [(1, 6, 5, 8)]).assign(run="another")])
+    private = figures.tradeoff(seeds, {"kid": "KID"}).data[-1]
+    assert (list(private.y), list(private.error_y.array), list(private.error_y.arrayminus)) == ([5], [3], [2])
+    assert list(private.customdata[0])[-1] == 2
+
+
+def test_the_tradeoff_names_what_the_table_lacks():
+    with pytest.raises(ParameterError, match="fid"):
+        figures.tradeoff(METRICS, {"fid": "FID"})
+    with pytest.raises(ParameterError, match="at least one private run"):
+        figures.tradeoff(rows("kid", [(0, 6, 5, 7)]), {"kid": "KID"})
+
+
+def test_control_is_drawn_per_attribute_and_run():
+    pairs = pd.DataFrame(
+        {"attribute": ["LVEDV"] * 4 + ["RVEDV"] * 2, "asked": range(6), "measured": range(6), "run": ["a", "b"] * 3}
+    )
+    figure = figures.control_scatter(pairs)
+    assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
+    assert [list(trace.x) for trace in figure.data if trace.mode == "markers"] == [[0, 2], [1, 3], [4], [5]]
+
+
+def test_training_curves_are_told_apart():
+    curve = pd.DataFrame({"step": [0, 1, 0], "series": ["train", "train", "validation"], "value": [2.0, 1.0, 3.0]})
+    assert {trace.name: list(trace.y) for trace in figures.training_curve(curve).data} == {
+        "train": [2, 1],
+        "validation": [3],
+    }
+
+
+def test_a_headline_that_can_not_be_drawn_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "headline.svg"
+    path.write_text("old")
+    monkeypatch.setattr(go.Figure, "write_image", lambda *_, **__: (_ for _ in ()).throw(ValueError("no kaleido")))
+    with pytest.raises(StudyError, match="Chromium"):
+        figures.save_headline(go.Figure(), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["headline.svg"]
+    assert path.read_text() == "old"
+
+
+def test_the_wall_is_compact():
+    volumes = np.random.default_rng(0).random((24, 13, 96, 96), dtype=np.float32)
+    size = len(figures.synthetic_wall(volumes, [""] * 24).to_json())
+    assert size < 24 * 96 * 96 * 1.5  # noise does not compress: about a byte a pixel, in base64
