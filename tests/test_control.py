@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,6 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
 from cardiac_ldm.evaluation.metrics import Metrics, compare, measure, measure_real
 
-torch.set_num_threads(2)
 VOXEL_ML = np.prod(GRID.spacing_mm) / 1000
 GREY = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
 
@@ -35,7 +36,11 @@ class ByCavity(nn.Module):
         return torch.stack([-full, full], dim=1)
 
 
-def hearts(n_patients, seed=0):
+BY_GREY: Any = ByGrey()
+BY_CAVITY: Any = ByCavity()
+
+
+def hearts(n_patients, seed=0) -> tuple[Any, Any, Any]:
     """Square hearts of known volumes, and attributes that tell them exactly."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((2 * n_patients, 13, 96, 96), np.uint8)
@@ -54,22 +59,17 @@ def hearts(n_patients, seed=0):
     return GREY[labels], attributes, np.repeat(np.arange(n_patients), 2)
 
 
-class Real:
+def patients(role="public", simulated=False) -> Any:
     """Just enough of a split of patients."""
-
-    name = "squares"
-
-    def __init__(self, role="public", simulated=False):
-        self.role, self.simulated = role, simulated
-        self._images, self.attributes, self.owners = hearts(8, seed=1)
-
-    def images(self, volumes):
-        return self._images[volumes]
+    images, attributes, owners = hearts(8, seed=1)
+    return SimpleNamespace(
+        name="squares", role=role, simulated=simulated, attributes=attributes, owners=owners, images=lambda v: images[v]
+    )
 
 
 @pytest.fixture(scope="module")
 def table():
-    return read_anatomy(*hearts(10), ByGrey(), ByCavity(), progress=False)
+    return read_anatomy(*hearts(10), BY_GREY, BY_CAVITY, progress=False)
 
 
 def test_a_perfect_segmenter_measures_what_was_asked(table):
@@ -114,16 +114,16 @@ def test_a_missing_phase_is_named():
     images, attributes, owners = hearts(2)
     attributes[3, ATTRIBUTE_NAMES.index("ESED")] = np.nan
     with pytest.raises(ParameterError, match=r"ESED is missing for volumes \[3\]"):
-        read_anatomy(images, attributes, owners, ByGrey(), ByCavity(), progress=False)
+        read_anatomy(images, attributes, owners, BY_GREY, BY_CAVITY, progress=False)
 
 
 @pytest.fixture(scope="module")
 def real():
-    return measure_real(Real(), ByGrey(), ByCavity(), seed=0, progress=False)
+    return measure_real(patients(), BY_GREY, BY_CAVITY, seed=0, progress=False)
 
 
 def compared(images, attributes, owners, real):
-    synthetic = measure(images, attributes, owners, ByGrey(), ByCavity(), name="synthetic", seed=0, progress=False)
+    synthetic = measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
     metrics = compare(synthetic, real, resamples=50, half_sample_pairs=10, seed=0, progress=False)
     return metrics, pd.DataFrame(metrics.model_dump()["rows"]).set_index(["metric", "attribute"])
 
@@ -132,7 +132,9 @@ def test_metrics_are_tidy_and_survive_json(real):
     metrics, rows = compared(*hearts(9), real)
     assert Metrics.model_validate_json(metrics.model_dump_json()) == metrics
     assert rows.index.is_unique
-    assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation", "bias"} <= set(rows.index.get_level_values(0))
+    assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation", "bias"} <= set(
+        rows.index.get_level_values(0)
+    )
     assert rows.loc[("correlation", "LVEDV"), "value"] == pytest.approx(1)
     assert rows.loc[("correlation", "LVEDV"), "reference"] == pytest.approx(1)
     assert rows.loc[("bias", "LVEDV"), "unit"] == "mL"
@@ -170,15 +172,15 @@ def test_metrics_follow_from_the_seed(real):
 def test_few_patients_and_diverged_images_are_refused():
     images, attributes, owners = hearts(7)
     with pytest.raises(ParameterError, match="7 patients"):
-        measure(images, attributes, owners, ByGrey(), ByCavity(), name="synthetic", seed=0, progress=False)
+        measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
     images, attributes, owners = hearts(8)
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(ParameterError, match="finite"):
-        measure(images, attributes, owners, ByGrey(), ByCavity(), name="synthetic", seed=0, progress=False)
+        measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
 
 
 def test_real_private_patients_are_refused_and_simulated_ones_are_not(real):
     with pytest.raises(PrivacyError, match="squares"):
-        measure_real(Real("private", simulated=False), ByGrey(), ByCavity(), seed=0, progress=False)
-    simulated = measure_real(Real("private", simulated=True), ByGrey(), ByCavity(), seed=0, progress=False)
+        measure_real(patients("private", simulated=False), BY_GREY, BY_CAVITY, seed=0, progress=False)
+    simulated = measure_real(patients("private", simulated=True), BY_GREY, BY_CAVITY, seed=0, progress=False)
     assert simulated.n_patients == real.n_patients

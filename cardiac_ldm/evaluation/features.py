@@ -13,7 +13,7 @@ SLICES = slice(3, 10)
 
 @torch.no_grad()
 def slice_features(
-    images: np.ndarray, owners: np.ndarray, *, batch: int = 16, progress: bool = True
+    images: np.ndarray, owners: np.ndarray, *, batch: int = 4, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode slices 3..9 of volumes (n, 13, 96, 96) in [0, 1], `batch` volumes at a time.
 

@@ -1,8 +1,7 @@
 """The conditional denoiser: a 3D U-Net over latents whose strides are in-plane only, so that any depth passes.
 
-Convolutions see 3 x 3 x 3 neighbourhoods; those that change the resolution stay in the slice. Where attention is on,
-it is factorised: within a slice (with cross-attention to the attributes) and across depth at every position, after
-Daum et al. (arXiv 2407.16405).
+Convolutions and attention are factorised: within a slice (where attention also looks at the attributes) and across depth
+at every position, the latter after Daum et al. (arXiv 2407.16405).
 """
 
 import torch
@@ -14,7 +13,7 @@ from monai.networks.nets.diffusion_model_unet import (
     get_timestep_embedding,
 )
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, silu
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -78,16 +77,25 @@ class FactorisedAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block conditioned on the time embedding and, where wanted, factorised attention."""
+    """A residual block within slices, conditioned on the time embedding; a convolution across them; attention if given.
+
+    The 3 x 3 x 3 kernel is factorised into 3 x 3 within the slice and 3 across depth (Tran et al., arXiv 1711.11248):
+    a ninth of the work, and no stride ever meets the depth axis.
+    """
 
     def __init__(self, channels_in: int, channels: int, embedding: int, attention: nn.Module | None) -> None:
         super().__init__()
-        self.block = DiffusionUNetResnetBlock(3, channels_in, embedding, channels, norm_num_groups=8)
+        self.block = DiffusionUNetResnetBlock(2, channels_in, embedding, channels, norm_num_groups=8)
+        self.norm = nn.GroupNorm(8, channels)
+        self.depth = zeroed(nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
         """(b, channels, d, h, w) from (b, channels_in, d, h, w)."""
-        x = self.block(x, embedding)
+        b, _, d, _, _ = x.shape
+        slices = self.block(rearrange(x, "b c d h w -> (b d) c h w"), repeat(embedding, "b e -> (b d) e", d=d))
+        x = rearrange(slices, "(b d) c h w -> b c d h w", b=b)
+        x = x + self.depth(silu(self.norm(x)))
         return x if self.attention is None else self.attention(x, tokens)
 
 
@@ -124,8 +132,9 @@ class Denoiser(nn.Module):
         self.condition = nn.Linear(attribute_range.shape[1] * context, embedding)
         self.stem = nn.Conv3d(latent_channels, channels[0], 3, padding=1)
 
-        def stage(channels_in: int, level: int) -> Stage:
-            attend = FactorisedAttention(channels[level], heads, context, depth) if attention[level] else None
+        def stage(channels_in: int, level: int, attended: bool = True) -> Stage:
+            wanted = attended and attention[level]
+            attend = FactorisedAttention(channels[level], heads, context, depth) if wanted else None
             return Stage(channels_in, channels[level], embedding, attend)
 
         self.blocks, self.down, self.shrink = residual_blocks, nn.ModuleList(), nn.ModuleList()
@@ -138,7 +147,8 @@ class Denoiser(nn.Module):
             if level < len(channels) - 1:
                 self.shrink.append(nn.Conv3d(width, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)))
                 skips.append(width)
-        self.middle = nn.ModuleList([stage(current, len(channels) - 1), stage(current, len(channels) - 1)])
+        deepest = len(channels) - 1
+        self.middle = nn.ModuleList([stage(current, deepest), stage(current, deepest, attended=False)])
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(channels))):
             for _ in range(residual_blocks + 1):

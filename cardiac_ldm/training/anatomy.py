@@ -18,12 +18,12 @@ from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
     """Turn, scale, shift, recontrast and roughen each volume, in one draw per volume.
 
     Args:
         images: (b, 13, 96, 96) in [0, 1].
-        labels: (b, 13, 96, 96), integers.
+        labels: (b, 13, 96, 96), integers, or None.
         generator: the source of all randomness.
 
     Returns:
@@ -40,7 +40,8 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple
         rearrange(affine, "b (i j) 1 1 -> b i j", i=2), list(images.shape), align_corners=False
     )
     images = functional.grid_sample(images, grid, align_corners=False)
-    labels = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).long()
+    if labels is not None:
+        labels = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).long()
     images = images.clamp(0, 1) ** torch.exp(draw(-0.4, 0.4)) * draw(0.7, 1.2)
     blurred = functional.avg_pool2d(images, 3, stride=1, padding=1)
     images = torch.lerp(images, blurred, draw(0, 1))
@@ -57,17 +58,14 @@ def train_segmenter(
         PrivacyError: the patients are private.
     """
     require_public(patients, "the labels of private patients through the segmenter's weights")
-    loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    volumes, dice = np.arange(len(patients.owners)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
-    def step(segmenter: nn.Module, volumes: np.ndarray, generator: torch.Generator) -> Tensor:
-        images, labels = torch.from_numpy(patients.images(volumes)), torch.from_numpy(patients.labels(volumes))
-        images, labels = augment(images, labels, generator)
-        return loss(segmenter(images), rearrange(labels, "b d h w -> b 1 d h w"))
+    def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
+        images, truth = augment(all_images[rows].float(), labels[rows], generator)
+        return dice(segmenter(images), rearrange(truth, "b d h w -> b 1 d h w"))
 
-    every = np.arange(len(patients.owners))
-    return _train(
-        Segmenter, step, every, steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, progress=progress
-    )
+    all_images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
+    return _train(_seeded(Segmenter, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress)
 
 
 def train_phase_classifier(
@@ -75,56 +73,56 @@ def train_phase_classifier(
 ) -> tuple[PhaseClassifier, list[dict[str, float]]]:
     """Train a phase classifier on `batch` volumes a step with cross-entropy; give it with its losses by step.
 
+    Volumes of unknown phase are left out.
+
     Raises:
         PrivacyError: the patients are private.
     """
     require_public(patients, "the phases of private patients through the classifier's weights")
-    phases = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
+    esed = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
+    volumes = np.flatnonzero(np.isfinite(esed))
 
-    def step(classifier: nn.Module, volumes: np.ndarray, generator: torch.Generator) -> Tensor:
-        images = torch.from_numpy(patients.images(volumes))
-        images, _ = augment(images, torch.zeros_like(images), generator)
-        return functional.cross_entropy(classifier(images), torch.from_numpy(phases[volumes]).long())
+    def loss(classifier: PhaseClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
+        images, _ = augment(all_images[rows].float(), None, generator)
+        return functional.cross_entropy(classifier(images), phases[rows])
 
-    known = np.flatnonzero(np.isfinite(phases))
-    return _train(
-        PhaseClassifier,
-        step,
-        known,
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        seed=seed,
-        progress=progress,
-    )
+    all_images, phases = _read_images(patients, volumes), torch.from_numpy(esed[volumes]).long()
+    return _train(_seeded(PhaseClassifier, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress)
+
+
+def _read_images(patients: Patients, volumes: np.ndarray) -> Tensor:
+    """All images at once, in half precision: a few at random from the store take longer to read than to learn from."""
+    return torch.from_numpy(patients.images(volumes).astype(np.float16))
+
+
+def _seeded(build: type[Network], seed: int) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def _train(
-    build: type[Network],
-    loss_of: Callable[[Network, np.ndarray, torch.Generator], Tensor],
-    volumes: np.ndarray,
-    *,
+    network: Network,
+    loss_of: Callable[[Network, Tensor, torch.Generator], Tensor],
+    n_volumes: int,
     steps: int,
     batch: int,
     learning_rate: float,
     seed: int,
     progress: bool,
 ) -> tuple[Network, list[dict[str, float]]]:
-    """Adam under a one-cycle learning rate, on random volumes without replacement within a step; all from the seed."""
-    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build()
+    """AdamW under a one-cycle learning rate; a step's volumes are all different, drawn from the seed."""
+    generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=max(steps, 2))
     losses = []
-    bar = tqdm(range(steps), desc=build.__name__, unit="step", disable=not progress)
-    for number in bar:
-        loss = loss_of(network, np.sort(rng.choice(volumes, min(batch, len(volumes)), replace=False)), generator)
+    bar = tqdm(range(steps), desc=type(network).__name__, unit="step", disable=not progress)
+    for step in bar:
+        loss = loss_of(network, torch.randperm(n_volumes, generator=generator)[:batch], generator)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        losses.append({"step": number, "loss": loss.item()})
+        losses.append({"step": step, "loss": loss.item()})
         bar.set_postfix(loss=f"{loss.item():.3f}")
     return network.eval(), losses

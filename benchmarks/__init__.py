@@ -1,0 +1,1 @@
+"""Scripts that measure: each prints one JSON object on its last line and keeps it in benchmarks/results/."""

@@ -1,0 +1,141 @@
+"""The notebooks, run as a user runs them: papermill in a fresh process, every missing stage first."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from cardiac_ldm.privacy import Ledger, epsilon_pld
+from cardiac_ldm.study import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+def papermill(notebook: str, *arguments: str, runs: Path, profile: str = str(TINY)) -> subprocess.CompletedProcess[str]:
+    """`papermill notebooks/NOTEBOOK.ipynb -p ... < /dev/null`; the executed notebook is on stdout."""
+    given = [part for name, value in zip(arguments[::2], arguments[1::2], strict=True) for part in ("-p", name, value)]
+    return subprocess.run(
+        [Path(sys.executable).with_name("papermill"), f"notebooks/{notebook}.ipynb", "-p", "profile", profile, *given],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CARDIAC_LDM_RUNS": str(runs)},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_finetuning_runs_what_it_lacks_and_leaves_weights_metrics_and_ledger(runs: Path) -> None:
+    finished = papermill("03_dp_finetune", "epsilon", "1", runs=runs)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    notebook = nbformat.reads(finished.stdout, 4)
+    text = str(notebook.cells)
+    for stage in ("autoencoder", "pretrain", "finetune"):
+        assert f"{stage}: not done yet" in text
+    (folder,) = runs.glob("finetune-*")
+    assert {"weights.safetensors", "metrics.json", "privacy.json"} <= {path.name for path in folder.iterdir()}
+    ledger = Ledger.load(folder / "privacy.json")
+    spent = epsilon_pld(ledger.noise_multiplier, ledger.sampling_rate, ledger.steps, ledger.delta)
+    assert ledger.epsilon * 0.985 <= spent <= ledger.epsilon * 1.015
+    assert ledger.epsilon == pytest.approx(1, rel=0.005)
+
+
+@pytest.mark.parametrize("notebook", ["00_cohorts", "01_autoencoder", "02_pretrain", "06_tradeoff", "07_gallery"])
+def test_every_chapter_runs(notebook: str, runs: Path) -> None:
+    budgets = ("epsilons", "0, 1, inf") if notebook[:2] in ("06", "07") else ()
+    finished = papermill(notebook, *budgets, runs=runs)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    if notebook == "07_gallery":
+        (folder,) = (runs / "release").iterdir()  # of the private model: neither of the one without a guarantee
+        statement = (folder / "STATEMENT.md").read_text()
+        assert "differential privacy per patient" in statement
+        assert len(list(folder.glob("*.nii.gz"))) == 16
+        assert Ledger.load(folder / "privacy.json").guarantee == "patient-level DP"
+
+
+def test_evaluating_a_model_leaves_a_row_with_interval_and_patients_for_every_metric(runs: Path) -> None:
+    finished = papermill("04_evaluate", "epsilon", "1", runs=runs)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    metrics = [json.loads(path.read_text()) for path in runs.glob("evaluate-*/metrics.json")]
+    (rows,) = [m["rows"] for m in metrics if m["epsilon"] == 1]
+    assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation"} <= {row["metric"] for row in rows}
+    for row in rows:
+        assert row["n_patients"] > 0 or row["value"] is None
+        if row["value"] is not None and row["low"] is not None:
+            assert row["low"] <= row["high"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("epsilon", "0"), "epsilon: 0: must be a number above 0"),
+        (("epsilon", "-2"), "epsilon: -2: must be a number above 0"),
+        (("epsilon", "nan"), "epsilon: nan: must be a number above 0"),
+        (("epsilon", "ten"), "epsilon: 'ten': must be a number above 0"),
+        (("epsilom", "1"), "epsilom: no such parameter; did you mean epsilon?"),
+        (("cohort_public", "acdk"), "acdk"),
+    ],
+)
+def test_a_wrong_parameter_stops_with_one_sentence(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:
+    finished = papermill("03_dp_finetune", *arguments, runs=tmp_path)
+    assert finished.returncode != 0
+    assert message in finished.stderr
+    assert "pydantic" not in finished.stderr
+
+
+def test_an_unknown_profile_stops_with_one_sentence(tmp_path: Path) -> None:
+    finished = papermill("03_dp_finetune", runs=tmp_path, profile="quik")
+    assert finished.returncode != 0
+    assert "profile: there is no 'quik'; choose" in finished.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_paired_text_without_outputs(path: Path) -> None:
+    notebook, text = nbformat.read(path, 4), jupytext.read(path.with_suffix(".md"))
+    assert [cell.source for cell in notebook.cells] == [cell.source for cell in text.cells]
+    assert [cell.metadata.get("tags", []) for cell in notebook.cells] == [
+        cell.metadata.get("tags", []) for cell in text.cells
+    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert code[0].metadata.tags == ["parameters"]
+    assert math.isclose(max(len(cell.source.splitlines()) for cell in code), 20, abs_tol=10)
+
+
+def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path) -> None:
+    """The same flow on a private cohort that is not simulated: nothing is measured on it and no seed is used."""
+    manifest = (ROOT / "data_manifests" / "acdc.yaml").read_text()
+    assert "role: public" in manifest
+    root = os.environ.get("CARDIAC_LDM_ROOT_ACDC")
+    if not root or not Path(root).is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail("CARDIAC_LDM_ROOT_ACDC: names no folder")
+        pytest.skip("CARDIAC_LDM_ROOT_ACDC: names no folder with ACDC's patients")
+    path = tmp_path / "hospital.yaml"
+    path.write_text(manifest.replace("role: public", "role: private").replace("name: acdc", "name: hospital"))
+    finished = papermill(
+        "03_dp_finetune", "cohort_private", str(path), "data_root_private", root, runs=tmp_path / "runs"
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").glob("finetune-*")
+    ledger = Ledger.load(folder / "privacy.json")
+    assert ledger.randomness == "operating system's entropy"
+    held_out = json.loads((folder / "metrics.json").read_text())["held_out_loss"]
+    assert held_out["n_patients"] == 8  # the public test split stands in
+    refused = papermill(
+        "03_dp_finetune",
+        *("epsilon", "inf", "cohort_private", str(path), "data_root_private", root),
+        runs=tmp_path / "runs",
+    )
+    assert "epsilon: inf on hospital would reveal real private patients" in refused.stderr

@@ -1,0 +1,245 @@
+"""The loops: what they refuse, what they leave, and that a killed one ends where an unkilled one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.privacy import Ledger, Randomness
+from cardiac_ldm.study import Profile
+from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
+from cardiac_ldm.training.autoencoder import train_autoencoder
+from cardiac_ldm.training.checkpoint import load_weights, save_state, save_weights, update_average
+from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.pretrain import cached_latents, held_out_loss, pretrain
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cohorts")
+
+
+@pytest.fixture(scope="module")
+def public(store: Path) -> Cohort:
+    return prepare(load_manifest("phantom_public"), store=store, limits={"train": 4, "validation": 1, "test": 2})
+
+
+@pytest.fixture(scope="module")
+def private(store: Path) -> Cohort:
+    return prepare(load_manifest("phantom_private"), store=store, limits={"train": 12, "validation": 1, "test": 2})
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return Profile.load(str(TINY))
+
+
+def random_latents(patients: Patients) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((len(patients.owners), 2, 13, 12, 12)).astype(np.float32)
+
+
+def test_nothing_that_is_trained_without_noise_takes_private_patients(
+    private: Cohort, profile: Profile, tmp_path: Path
+) -> None:
+    patients, state = private.split("train"), tmp_path / "state.pt"
+    assert patients.simulated  # a simulated cohort is refused too: it stands in for a real one
+    with pytest.raises(PrivacyError, match="scale of its latents"):
+        train_autoencoder(patients, profile.autoencoder, 0, state)
+    with pytest.raises(PrivacyError):
+        pretrain(patients, random_latents(patients), profile.denoiser, profile.pretrain, 0, state)
+    for train in (train_segmenter, train_phase_classifier):
+        with pytest.raises(PrivacyError):
+            train(patients, steps=1, batch=1, learning_rate=1e-3, seed=0)
+
+
+def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "a.pt")
+
+    def save_then_stop(path: Path, **state: list[object]) -> None:
+        save_state(path, **state)
+        if len(state["losses"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("cardiac_ldm.training.autoencoder.save_state", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "b.pt", save_every=0)
+    resumed, losses = train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "b.pt")
+    assert [row["step"] for row in losses] == [0, 1, 2, 3]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients = public.split("train")
+    latents = random_latents(patients)
+    whole, _ = pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "a.pt")
+
+    def save_then_stop(path: Path, **state: list[object]) -> None:
+        save_state(path, **state)
+        if len(state["losses"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("cardiac_ldm.training.pretrain.save_state", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "b.pt", save_every=0)
+    resumed, _ = pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "b.pt")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_the_latent_scale_standardises_public_latents(public: Cohort, profile: Profile, tmp_path: Path) -> None:
+    patients = public.split("train")
+    model, _ = train_autoencoder(patients, profile.autoencoder, 0, tmp_path / "state.pt")
+    latents = cached_latents(model, patients, tmp_path / "latents.npy")
+    assert latents.shape == (len(patients.owners), 2, 13, 12, 12)
+    assert latents.mean(axis=(0, 2, 3, 4)) == pytest.approx([0, 0], abs=1e-3)
+    assert latents.std(axis=(0, 2, 3, 4)) == pytest.approx([1, 1], abs=1e-3)
+    with torch.no_grad():
+        again = model.encode(torch.from_numpy(patients.images([3])))[0].numpy()
+    assert np.abs(latents[3] - again).max() < 1e-4
+
+
+def run_finetune(private: Cohort, profile: Profile, folder: Path, epsilon: float = 10.0) -> Ledger:
+    patients = private.split("train")
+    torch.manual_seed(1)
+    model = profile.denoiser.build(2)
+    settings = profile.finetune
+    return finetune(
+        model,
+        patients,
+        random_latents(patients),
+        settings.plan(epsilon, len(patients)),
+        settings,
+        profile.denoiser.schedule,
+        Randomness(5, simulated=True),
+        folder,
+        "phantom_public",
+    )
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import cardiac_ldm.training.finetune as room
+from cardiac_ldm.cohort import load_manifest, prepare
+from cardiac_ldm.study import Profile
+from tests.test_training import TINY, run_finetune
+
+def dying(path, **state):
+    if state["step"] == int(sys.argv[3]) and sys.argv[4] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved(path, **state)
+    if state["step"] == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+saved, room.save_state = room.save_state, dying
+limits = {"train": 12, "validation": 1, "test": 2}
+private = prepare(load_manifest("phantom_private"), store=Path(sys.argv[1]), limits=limits)
+run_finetune(private, Profile.load(str(TINY)), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("step", "when"), [(1, "before"), (2, "after"), (4, "after")])
+def test_a_finetuning_killed_between_two_steps_ends_identical(
+    private: Cohort, profile: Profile, store: Path, tmp_path: Path, step: int, when: str
+) -> None:
+    whole = run_finetune(private, profile, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(store), str(folder), str(step), when],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=TINY.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = Ledger.load(folder / "privacy.json")  # on disk before the first update: never below what was spent
+    assert left == whole
+    assert not (folder / "weights.safetensors").exists()
+    run_finetune(private, profile, folder)
+    for name in ("weights.safetensors", "privacy.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (folder / "state.pt").exists()
+
+
+def test_resuming_with_another_budget_is_refused(
+    private: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_then_stop(path: Path, **state: object) -> None:
+        save_state(path, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cardiac_ldm.training.finetune.save_state", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(private, profile, tmp_path)
+    with pytest.raises(ParameterError, match="other settings"):
+        run_finetune(private, profile, tmp_path, epsilon=1.0)
+
+
+def test_a_plan_for_another_number_of_patients_is_refused(private: Cohort, profile: Profile, tmp_path: Path) -> None:
+    patients = private.split("train")
+    with pytest.raises(ParameterError, match="has 12 patients, the plan is for 11"):
+        finetune(
+            profile.denoiser.build(2),
+            patients,
+            random_latents(patients),
+            profile.finetune.plan(10, 11),
+            profile.finetune,
+            profile.denoiser.schedule,
+            Randomness(0, simulated=True),
+            tmp_path,
+            "",
+        )
+
+
+def test_finetuning_moves_only_what_is_tuned_and_leaves_no_trace_of_patients(
+    private: Cohort, profile: Profile, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    before = profile.denoiser.build(2)
+    run_finetune(private, profile, tmp_path)
+    after = profile.denoiser.build(2)
+    load_weights(after, tmp_path / "weights.safetensors")
+    tuned = before.tunable("attention")
+    for name, tensor in after.named_parameters():
+        assert torch.equal(tensor, dict(before.named_parameters())[name]) == (name not in tuned), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["privacy.json", "weights.safetensors"]
+    assert not {"loss", "norm", "lot"} & set(json.loads((tmp_path / "privacy.json").read_text()))
+
+
+def test_the_held_out_loss_is_one_number_a_patient_and_the_same_each_time(public: Cohort, profile: Profile) -> None:
+    patients = public.split("train")
+    latents, model = random_latents(patients), profile.denoiser.build(2).eval()
+    first = held_out_loss(model, "modern", latents, patients)
+    assert first.shape == (len(patients),)
+    assert np.array_equal(first, held_out_loss(model, "modern", latents, patients))
+
+
+def test_the_average_follows_the_weights() -> None:
+    average, now = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    update_average(average, now, step=0, decay=0.9)
+    assert average["w"].item() == pytest.approx(0.9)  # young: keeps (1 + 0) / (10 + 0)
+    for step in range(1000, 1003):
+        update_average(average, {"w": torch.zeros(1)}, step, decay=0.9)
+    assert average["w"].item() == pytest.approx(0.9 * 0.9**3)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_weights(nn.Linear(2, 3), tmp_path / "w.safetensors")
+    with pytest.raises(ParameterError, match=r"w\.safetensors"):
+        load_weights(nn.Linear(2, 4), tmp_path / "w.safetensors")
