@@ -114,10 +114,13 @@ class Profile(Settings):
 
 
 def _sentence(error: ValidationError | yaml.YAMLError) -> str:
+    """All that is wrong, each with its field and value, on one line."""
     if isinstance(error, yaml.YAMLError):
         return " ".join(str(error).split())
+    said = {"missing": "is missing", "extra_forbidden": "is no setting of this study; look for a typo"}
     return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, e['loc']))}: "
+        + said.get(e["type"], f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}")
         for e in error.errors()
     )
 
