@@ -1,4 +1,4 @@
-"""The headline result of the quick study, as a table and as the picture in the README: `python -m benchmarks.headline`."""
+"""The headline of the quick study, as a table and as the README's picture: `python -m benchmarks.headline`."""
 
 import json
 from pathlib import Path

@@ -114,7 +114,7 @@ def test_notebooks_are_paired_text_without_outputs(path: Path) -> None:
 
 
 def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path) -> None:
-    """The same flow on a private cohort that is not simulated: nothing is measured on it and no seed is used."""
+    """The same flow on real hearts, public and private: nothing is measured on private ones and no seed is used."""
     manifest = (ROOT / "data_manifests" / "acdc.yaml").read_text()
     assert "role: public" in manifest
     root = os.environ.get("CARDIAC_LDM_ROOT_ACDC")
@@ -125,7 +125,9 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path) ->
     path = tmp_path / "hospital.yaml"
     path.write_text(manifest.replace("role: public", "role: private").replace("name: acdc", "name: hospital"))
     finished = papermill(
-        "03_dp_finetune", "cohort_private", str(path), "data_root_private", root, runs=tmp_path / "runs"
+        "03_dp_finetune",
+        *("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", root),
+        runs=tmp_path / "runs",
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     (folder,) = (tmp_path / "runs").glob("finetune-*")
@@ -135,7 +137,7 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path) ->
     assert held_out["n_patients"] == 8  # the public test split stands in
     refused = papermill(
         "03_dp_finetune",
-        *("epsilon", "inf", "cohort_private", str(path), "data_root_private", root),
+        *("epsilon", "inf", "cohort_public", "acdc", "cohort_private", str(path), "data_root_private", root),
         runs=tmp_path / "runs",
     )
     assert "epsilon: inf on hospital would reveal real private patients" in refused.stderr

@@ -54,8 +54,8 @@ def synthesise(
 ) -> SyntheticCohort:
     """Sample one volume for each row of `attributes` (n, 14) by DDIM.
 
-    The volumes of one request start from the same noise, which depends on the seed and the request alone, so that models
-    are compared on the same requests and noise. Slices beyond the DEPTH that was asked for are empty, as in the data.
+    The volumes of one request start from the same noise, which depends on the seed and the request alone: models are
+    compared on the same requests and noise. Slices beyond the DEPTH that was asked for are empty, as in the data.
     """
     size = GRID.size // autoencoder.reduction
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)

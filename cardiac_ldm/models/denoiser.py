@@ -1,7 +1,7 @@
 """The conditional denoiser: a 3D U-Net over latents whose strides are in-plane only, so that any depth passes.
 
-Convolutions and attention are factorised: within a slice (where attention also looks at the attributes) and across depth
-at every position, the latter after Daum et al. (arXiv 2407.16405).
+Convolutions and attention are factorised: within a slice (where attention also looks at the attributes) and across
+depth at every position, the latter after Daum et al. (arXiv 2407.16405).
 """
 
 import torch
