@@ -1,0 +1,101 @@
+"""Tables, the privacy statement, and what a release holds."""
+
+import base64
+import csv
+import json
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES
+from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
+from cardiac_ldm.report.card import privacy_statement, write_release
+from cardiac_ldm.report.tables import metrics_table, source, tradeoff_table
+
+PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
+
+
+def ledger(epsilon: float, *, simulated: bool = True) -> Ledger:
+    randomness = Randomness(0 if simulated else None, simulated=simulated)
+    plan = PrivatePlan.for_budget(epsilon, **PLAN)  # type: ignore[arg-type]
+    return plan.ledger(randomness, tuned="all", private_data="hospital", public_data="acdc")
+
+
+def metrics(epsilon: float | str, value: float | None) -> dict[str, object]:
+    row = {"metric": "correlation", "attribute": "LVEDV", "value": value, "low": value, "high": value}
+    row |= {"n_patients": 9, "unit": "", "reference": 0.9, "reference_low": 0.8, "reference_high": 1.0}
+    return {
+        "epsilon": epsilon,
+        "model": f"m{epsilon}",
+        "rows": [row | {"reference_kind": "ceiling", "better": "higher"}],
+    }
+
+
+def test_the_statement_says_what_is_guaranteed_and_to_whom() -> None:
+    real = privacy_statement(ledger(2, simulated=False))
+    assert "(2, 1e-05)-differential privacy per patient" in real
+    assert f"e^ε = {math.exp(2):.3g}" in real
+    assert "simulated" not in real
+    assert "These patients are simulated" in privacy_statement(ledger(2))
+    assert privacy_statement(ledger(math.inf)).startswith("**No guarantee.**")
+    assert privacy_statement(public_ledger("acdc")).startswith("**No private patient was used.**")
+
+
+def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path) -> None:
+    attributes = np.full((2, 14), np.nan, np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
+    attributes[:, 0] = 150.5
+    cohort = SyntheticCohort(np.random.default_rng(0).random((2, 13, 96, 96), np.float32), attributes, np.zeros(2, int))
+    folder = write_release(cohort, ledger(1), tmp_path / "release")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "STATEMENT.md",
+        "attributes.csv",
+        "privacy.json",
+        "synthetic00000_ED.nii.gz",
+        "synthetic00000_ES.nii.gz",
+    ]
+    rows = list(csv.DictReader((folder / "attributes.csv").open()))
+    assert [row["file"] for row in rows] == ["synthetic00000_ED.nii.gz", "synthetic00000_ES.nii.gz"]
+    assert (rows[0]["LVEDV"], rows[0]["AGE"], rows[1]["ESED"]) == ("150.5", "", "0")
+    image = nib.load(folder / "synthetic00000_ED.nii.gz")
+    assert image.shape == (96, 96, 13)
+    assert image.header.get_zooms() == pytest.approx((1.8269, 1.8269, 10), rel=1e-5)
+    assert np.abs(image.get_fdata().transpose(2, 1, 0) / 255 - cohort.images[0]).max() < 0.003
+
+
+def test_a_model_without_a_guarantee_is_not_released(tmp_path: Path) -> None:
+    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+    with pytest.raises(PrivacyError, match="no guarantee"):
+        write_release(empty, ledger(math.inf), tmp_path / "release")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_synthetic_cohort_survives_its_file(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((2, 13, 96, 96), np.float32)
+    cohort = SyntheticCohort(images, np.full((2, 14), np.nan, np.float32), np.array([0, 0]))
+    cohort.save(tmp_path / "synthetic.npz")
+    again = SyntheticCohort.load(tmp_path / "synthetic.npz")
+    assert np.abs(again.images - images).max() <= 0.5 / 255 + 1e-6
+    assert np.array_equal(again.owners, cohort.owners)
+    assert np.isnan(again.attributes).all()
+
+
+def test_tables_hold_every_model_and_the_real_patients_once() -> None:
+    table = tradeoff_table([metrics(0, 0.2), metrics(1, None), metrics("inf", 0.6)])
+    assert table.epsilon.isna().sum() == 1
+    assert sorted(table.epsilon.dropna()) == [0, math.inf]  # what is not defined is left out
+    assert table.set_index("run").loc["minf", "value"] == 0.6
+    shown = metrics_table(metrics(1, None))
+    assert shown.loc["correlation LVEDV", "value [95 %]"] == "not defined"
+    assert shown.loc["correlation LVEDV", "real patients"] == "0.9 [0.8, 1]"
+
+
+def test_a_source_line_carries_the_metrics_themselves() -> None:
+    html = source("evaluate-1", metrics(1, 0.5)).data
+    payload = html.split("base64,")[1].split('"')[0]
+    assert json.loads(base64.b64decode(payload)) == metrics(1, 0.5)
