@@ -5,6 +5,7 @@ PROFILE = config.get("profile", "quick")
 PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"]
 BUDGETS = ["0", *PRIVATE]
 COHORTS = {name: config[name] for name in ("cohort_public", "cohort_private") if name in config}
+HALF = max(1, workflow.cores // 2)  # two small networks side by side keep cores busier than one on all of them
 EXECUTED, DONE = "book/executed", f"runs/chapters/{PROFILE}"
 CHAPTERS = [
     "00_cohorts",
@@ -52,7 +53,7 @@ rule cohorts:
         chapter("00_cohorts")["done"],
     log:
         chapter("00_cohorts")["log"],
-    threads: workflow.cores
+    threads: HALF
     shell:
         chapter("00_cohorts")["run"]
 
@@ -65,20 +66,20 @@ rule autoencoder:
         chapter("01_autoencoder")["done"],
     log:
         chapter("01_autoencoder")["log"],
-    threads: workflow.cores
+    threads: HALF
     shell:
         chapter("01_autoencoder")["run"]
 
 
 rule pretrain:
     input:
-        f"{DONE}/01_autoencoder.done",
+        f"{DONE}/00_cohorts.done",
     output:
         chapter("02_pretrain")["notebook"],
         chapter("02_pretrain")["done"],
     log:
         chapter("02_pretrain")["log"],
-    threads: workflow.cores
+    threads: HALF
     shell:
         chapter("02_pretrain")["run"]
 
@@ -91,20 +92,21 @@ rule finetune:
         chapter("03_dp_finetune", "epsilon")["done"],
     log:
         chapter("03_dp_finetune", "epsilon")["log"],
-    threads: 1
+    threads: HALF
     shell:
         chapter("03_dp_finetune", "epsilon")["run"]
 
 
 rule evaluate:
     input:
+        f"{DONE}/01_autoencoder.done",
         lambda w: f"{DONE}/02_pretrain.done" if w.epsilon == "0" else f"{DONE}/03_dp_finetune-eps{w.epsilon}.done",
     output:
         chapter("04_evaluate", "epsilon")["notebook"],
         chapter("04_evaluate", "epsilon")["done"],
     log:
         chapter("04_evaluate", "epsilon")["log"],
-    threads: 1
+    threads: HALF
     shell:
         chapter("04_evaluate", "epsilon")["run"]
 
@@ -117,7 +119,7 @@ rule tradeoff:
         chapter("06_tradeoff")["done"],
     log:
         chapter("06_tradeoff")["log"],
-    threads: 1
+    threads: HALF
     shell:
         chapter("06_tradeoff")["run"]
 
@@ -130,6 +132,6 @@ rule gallery:
         chapter("07_gallery")["done"],
     log:
         chapter("07_gallery")["log"],
-    threads: 1
+    threads: HALF
     shell:
         chapter("07_gallery")["run"]
