@@ -48,6 +48,8 @@ rule book:
 
 
 rule cohorts:
+    input:
+        "notebooks/00_cohorts.ipynb",
     output:
         chapter("00_cohorts")["notebook"],
         chapter("00_cohorts")["done"],
@@ -60,6 +62,7 @@ rule cohorts:
 
 rule autoencoder:
     input:
+        "notebooks/01_autoencoder.ipynb",
         f"{DONE}/00_cohorts.done",
     output:
         chapter("01_autoencoder")["notebook"],
@@ -73,6 +76,7 @@ rule autoencoder:
 
 rule pretrain:
     input:
+        "notebooks/02_pretrain.ipynb",
         f"{DONE}/00_cohorts.done",
     output:
         chapter("02_pretrain")["notebook"],
@@ -86,6 +90,7 @@ rule pretrain:
 
 rule finetune:
     input:
+        "notebooks/03_dp_finetune.ipynb",
         f"{DONE}/02_pretrain.done",
     output:
         chapter("03_dp_finetune", "epsilon")["notebook"],
@@ -99,6 +104,7 @@ rule finetune:
 
 rule evaluate:
     input:
+        "notebooks/04_evaluate.ipynb",
         f"{DONE}/01_autoencoder.done",
         lambda w: f"{DONE}/02_pretrain.done" if w.epsilon == "0" else f"{DONE}/03_dp_finetune-eps{w.epsilon}.done",
     output:
@@ -113,6 +119,7 @@ rule evaluate:
 
 rule tradeoff:
     input:
+        "notebooks/06_tradeoff.ipynb",
         expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
     output:
         chapter("06_tradeoff")["notebook"],
@@ -126,6 +133,7 @@ rule tradeoff:
 
 rule gallery:
     input:
+        "notebooks/07_gallery.ipynb",
         expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
     output:
         chapter("07_gallery")["notebook"],

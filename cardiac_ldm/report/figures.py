@@ -227,7 +227,7 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
     ticks = [f"{epsilon:g}" for epsilon in epsilons]
     figure.update_xaxes(type="log", range=np.log10(span).tolist(), tickvals=epsilons, ticktext=ticks)
     figure.update_xaxes(title="ε per patient", row=rows)
-    return _small_titles(figure).update_layout(height=80 + 300 * rows, margin={"t": 80})
+    return _small_titles(figure).update_layout(height=100 + 300 * rows, margin={"t": 80, "b": 70})
 
 
 def control_scatter(pairs: pd.DataFrame, columns: int = 3) -> go.Figure:

@@ -21,13 +21,26 @@ METRICS = {
 """What the trade-off shows, and the titles of its panels."""
 
 
+def model_name(epsilon: float) -> str:
+    """What a model of this budget is called; NaN stands for the real patients."""
+    special = {0.0: "public data only", math.inf: "no privacy"}
+    return "real patients" if math.isnan(epsilon) else special.get(epsilon, f"ε = {epsilon:g}")
+
+
+def losses_table(losses: Mapping[float, Mapping[str, float]]) -> pd.DataFrame:
+    """Held-out denoising losses by epsilon, one row a model."""
+    rows = {model_name(epsilon): loss for epsilon, loss in losses.items()}
+    table = pd.DataFrame(rows).T.astype({"n_patients": int}).round(4)
+    return table.rename(columns={"mean": "loss", "standard_error": "standard error", "n_patients": "patients"})
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of one `metrics.json` as a table with one string a cell: value [low, high], and the reference."""
 
     def cell(value: float | None, low: float | None, high: float | None) -> str:
         if value is None:
             return "not defined"
-        return f"{value:.3g}" if low is None or high is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+        return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
     rows = [
         {
