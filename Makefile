@@ -13,7 +13,7 @@ study: .venv/installed
 book: .venv/installed
 	python book/build.py
 
-test: .venv/installed
+test: .venv/installed-dev
 	ruff check
 	ruff format --check
 	mypy
@@ -22,8 +22,14 @@ test: .venv/installed
 clean:
 	rm -rf runs book/_build book/assets/vendor .snakemake
 
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+
 .venv/installed: pyproject.toml constraints.txt
 	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python3 is %s; the study needs 3.11 or newer' % sys.version.split()[0])"
 	python3 -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	$(INSTALL) ".[book]"
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) ".[dev]"
 	touch $@
