@@ -1,7 +1,6 @@
 """The notebooks, run as a user runs them: papermill in a fresh process, every missing stage first."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -110,34 +109,25 @@ def test_notebooks_are_paired_text_without_outputs(path: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert code[0].metadata.tags == ["parameters"]
-    assert math.isclose(max(len(cell.source.splitlines()) for cell in code), 20, abs_tol=10)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 30  # what is longer belongs in the library
 
 
-def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path) -> None:
-    """The same flow on real hearts, public and private: nothing is measured on private ones and no seed is used."""
+def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, acdc_root: Path) -> None:
+    """The whole flow on real hearts, public and private: nothing is measured on private ones and no seed is used."""
     manifest = (ROOT / "data_manifests" / "acdc.yaml").read_text()
     assert "role: public" in manifest
-    root = os.environ.get("CARDIAC_LDM_ROOT_ACDC")
-    if not root or not Path(root).is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail("CARDIAC_LDM_ROOT_ACDC: names no folder")
-        pytest.skip("CARDIAC_LDM_ROOT_ACDC: names no folder with ACDC's patients")
-    path = tmp_path / "hospital.yaml"
+    path, runs = tmp_path / "hospital.yaml", tmp_path / "runs"
     path.write_text(manifest.replace("role: public", "role: private").replace("name: acdc", "name: hospital"))
-    finished = papermill(
-        "03_dp_finetune",
-        *("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", root),
-        runs=tmp_path / "runs",
-    )
+    cohorts = ("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", str(acdc_root))
+    finished = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    (folder,) = (tmp_path / "runs").glob("finetune-*")
-    ledger = Ledger.load(folder / "privacy.json")
-    assert ledger.randomness == "operating system's entropy"
+    (folder,) = runs.glob("finetune-*")
+    assert Ledger.load(folder / "privacy.json").randomness == "operating system's entropy"
     held_out = json.loads((folder / "metrics.json").read_text())["held_out_loss"]
     assert held_out["n_patients"] == 8  # the public test split stands in
-    refused = papermill(
-        "03_dp_finetune",
-        *("epsilon", "inf", "cohort_public", "acdc", "cohort_private", str(path), "data_root_private", root),
-        runs=tmp_path / "runs",
-    )
+    (release,) = (runs / "release").iterdir()
+    statement = (release / "STATEMENT.md").read_text()
+    assert "(10, 1e-05)-differential privacy per patient" in statement
+    assert "simulated" not in statement
+    refused = papermill("03_dp_finetune", *cohorts, "epsilon", "inf", runs=runs)
     assert "epsilon: inf on hospital would reveal real private patients" in refused.stderr
