@@ -1,1 +1,1 @@
-"""The loops; each can be killed and goes on from its last state."""
+"""The loops; the long ones can be killed and go on from their last state."""
