@@ -79,11 +79,8 @@ def test_evaluating_a_model_leaves_a_row_with_interval_and_patients_for_every_me
     ("arguments", "message"),
     [
         (("epsilon", "0"), "epsilon: 0: must be a number above 0"),
-        (("epsilon", "-2"), "epsilon: -2: must be a number above 0"),
-        (("epsilon", "nan"), "epsilon: nan: must be a number above 0"),
         (("epsilon", "ten"), "epsilon: 'ten': must be a number above 0"),
         (("epsilom", "1"), "epsilom: no such parameter; did you mean epsilon?"),
-        (("cohort_public", "acdk"), "acdk"),
     ],
 )
 def test_a_wrong_parameter_stops_with_one_sentence(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cardiac_ldm.study import (
 )
 
 
-@pytest.mark.parametrize("epsilon", [0, -1, math.nan, "ten", None, True])
+@pytest.mark.parametrize("epsilon", [0, -2, math.nan, "ten", None, True])
 def test_finetuning_refuses_a_budget_that_is_none(epsilon: object) -> None:
     with pytest.raises(ParameterError, match=r"epsilon: .*must be a number above 0"):
         FinetuneParameters.start({"epsilon": epsilon})

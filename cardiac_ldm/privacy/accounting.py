@@ -6,6 +6,7 @@ Claims come from Opacus' PRV accountant (Gopi et al., arXiv 2106.02848); dp-acco
 
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ RELATIVE_TOLERANCE = 0.004
 AGREEMENT = 0.015
 
 
+@cache
 def epsilon_prv(noise_multiplier: float, sampling_rate: float, steps: int, delta: float, error: float) -> float:
     """Upper bound on epsilon, at most `2 error` above the truth, of `steps` Poisson-subsampled Gaussian mechanisms."""
     accountant = PRVAccountant()
@@ -27,6 +29,7 @@ def epsilon_prv(noise_multiplier: float, sampling_rate: float, steps: int, delta
     return float(accountant.get_epsilon(delta, eps_error=error))
 
 
+@cache
 def epsilon_pld(noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
     """The same epsilon, pessimistic too, from dp-accounting's PLD for adding or removing one unit."""
     accountant = PLDAccountant(value_discretization_interval=1e-3 if steps <= 1000 else 1e-4)
