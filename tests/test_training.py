@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_the_latent_scale_standardises_public_latents(public: Cohort, profile: P
     with torch.no_grad():
         again = model.encode(torch.from_numpy(patients.images([3])))[0].numpy()
     assert np.abs(latents[3] - again).max() < 1e-4
+
+
+def test_latents_asked_for_twice_at_once_are_encoded_once(public: Cohort, profile: Profile, tmp_path: Path) -> None:
+    patients, calls = public.split("train"), []
+    model = profile.autoencoder.build().eval()
+    encode = model.encode
+
+    def counted(volumes: torch.Tensor) -> torch.Tensor:
+        calls.append(len(volumes))
+        return encode(volumes)
+
+    model.encode = counted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as pool:
+        arrays = list(pool.map(lambda _: cached_latents(model, patients, tmp_path / "latents.npy"), range(3)))
+    assert sum(calls) == len(patients.owners)
+    assert all(np.array_equal(arrays[0], array) for array in arrays)
 
 
 def run_finetune(private: Cohort, profile: Profile, folder: Path, epsilon: float = 10.0) -> Ledger:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -56,20 +57,24 @@ class PretrainSettings(BaseModel):
 
 
 def cached_latents(autoencoder: Autoencoder, patients: Patients, path: Path) -> np.ndarray:
-    """Latents float32 (n_volumes, c, 13, h, w) of all volumes, mapped from `path`; encoded if it is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = GRID.size // autoencoder.reduction
-        shape = (len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size)
-        temporary = path.with_suffix(".tmp")
-        latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        with torch.no_grad(), tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume") as bar:
-            for start in range(0, len(latents), 8):
-                volumes = np.arange(start, min(start + 8, len(latents)))
-                latents[volumes] = autoencoder.encode(torch.from_numpy(patients.images(volumes))).numpy()
-                bar.update(len(volumes))
-        latents.flush()
-        temporary.replace(path)
+    """Latents float32 (n_volumes, c, 13, h, w) of all volumes, mapped from `path`; encoded if it is not there.
+
+    Two processes that ask at once encode once: the second waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            size = GRID.size // autoencoder.reduction
+            shape = (len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size)
+            temporary = path.with_suffix(".tmp")
+            latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            with torch.no_grad(), tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume") as bar:
+                for start in range(0, len(latents), 8):
+                    volumes = np.arange(start, min(start + 8, len(latents)))
+                    latents[volumes] = autoencoder.encode(torch.from_numpy(patients.images(volumes))).numpy()
+                    bar.update(len(volumes))
+            latents.flush()
+            temporary.replace(path)
     return np.load(path, mmap_mode="r")
 
 
