@@ -30,7 +30,7 @@ def main() -> None:
     evaluated = tradeoff_table([study.evaluated(epsilon).metrics for epsilon in parameters.budgets])
     table = pd.concat([evaluated[evaluated.metric.isin(SHOWN)], pd.DataFrame(losses)], ignore_index=True)
     save_headline(tradeoff(table, SHOWN), PICTURE)
-    rows = table.astype({"epsilon": str}).to_dict("records")
+    rows = table.assign(epsilon=[str(epsilon) for epsilon in table.epsilon]).to_dict("records")
     result = {"benchmark": "headline", "profile": parameters.profile, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
