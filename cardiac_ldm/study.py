@@ -30,12 +30,13 @@ from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.privacy import Ledger, Randomness, public_ledger
+from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import FinetuneSettings, finetune
+from cardiac_ldm.training.finetune import FinetuneSettings, finetune, finetune_decoder
 from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings, cached_latents, held_out_loss, pretrain
+from cardiac_ldm.training.private import is_first_process
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = Path(__file__).parent / "profiles"
@@ -317,29 +318,27 @@ class Study:
         if epsilon == 0:
             return self.pretrained
         patients, settings = self.private.split("train"), self.profile.finetune
-        if patients.role == "private" and not patients.simulated and math.isinf(epsilon):
+        if patients.secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {patients.name} would reveal real private patients; give a finite one")
+        if patients.secret and settings.unit != "patient":
+            raise PrivacyError(f"unit: {patients.name} holds real patients, who are protected whole; set it to patient")
 
         def work(folder: Path) -> dict[str, Any]:
-            plan = settings.plan(epsilon, len(patients))
-            randomness = Randomness(self.seed if patients.simulated else None, simulated=patients.simulated)
-            model = self.denoiser(self.pretrained)
-            latents = self.latents(patients, self.private)
-            finetune(
-                model,
-                patients,
-                latents,
-                plan,
-                settings,
-                self.profile.denoiser.schedule,
-                randomness,
-                folder,
-                public_data=self.public.manifest.name,
-            )
-            return {"epsilon": _plain(epsilon), "held_out_loss": self._held_out(model)}
+            randomness = Randomness(None if patients.secret else self.seed, simulated=patients.simulated)
+            before: tuple[Mechanism, ...] = ()
+            budget = (settings.delta, settings.unit, len(patients))
+            model, public_data = self.denoiser(self.pretrained), self.public.manifest.name
+            if first := settings.decoder:
+                plan, autoencoder = first.plan(first.share * epsilon, *budget), self.load_autoencoder()
+                where = folder / "decoder"
+                before = finetune_decoder(autoencoder, patients, plan, first, randomness, where, public_data).mechanisms
+            latents, plan = self.latents(patients, self.private), settings.plan(epsilon, *budget, before)
+            schedule = self.profile.denoiser.schedule
+            finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
+            return {"epsilon": _plain(epsilon), "held_out_loss": self._held_out(model)} if is_first_process() else {}
 
         upstream = [self.pretrained.key, self.private.key]
-        return self._run("finetune", [settings, epsilon], upstream, work)
+        return self._run("finetune", [settings, epsilon], upstream, work, together=True)
 
     def synthesised(self, epsilon: float) -> Run:
         """Stage: one synthetic volume for each volume of the reference patients, by the model of a budget."""
@@ -348,7 +347,7 @@ class Study:
         def work(folder: Path) -> dict[str, Any]:
             model.ledger.save(folder / "privacy.json")
             cohort = synthesise(
-                self.load_autoencoder(),
+                self.load_autoencoder(model),
                 self.denoiser(model),
                 self.profile.denoiser.schedule,
                 self.reference.attributes,
@@ -406,10 +405,11 @@ class Study:
             mode="json"
         )
 
-    def load_autoencoder(self) -> Autoencoder:
-        """The trained autoencoder."""
+    def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
+        """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
+        tuned = run and run.folder / "decoder" / "weights.safetensors"
         model = self.profile.autoencoder.build()
-        load_weights(model, self.autoencoder.folder / "weights.safetensors")
+        load_weights(model, tuned if tuned and tuned.exists() else self.autoencoder.folder / "weights.safetensors")
         return model.eval()
 
     def denoiser(self, run: Run) -> Denoiser:
@@ -444,8 +444,18 @@ class Study:
         error = losses.std(ddof=1) / math.sqrt(len(losses))
         return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
 
-    def _run(self, stage: str, settings: object, upstream: list[str], work: Callable[[Path], dict[str, Any]]) -> Run:
-        """The finished run of a stage; does the work where there is none. Two processes never do the same work."""
+    def _run(
+        self,
+        stage: str,
+        settings: object,
+        upstream: list[str],
+        work: Callable[[Path], dict[str, Any]],
+        together: bool = False,
+    ) -> Run:
+        """The finished run of a stage; does the work where there is none. Two processes never do the same work.
+
+        together: torchrun's processes do the work side by side; the first one alone writes.
+        """
         described = {
             "stage": stage,
             "settings": _plain(settings),
@@ -456,6 +466,9 @@ class Study:
         run = Run(stage, key, self.runs / f"{stage}-{key}")
         done = run.folder / "metrics.json"
         if done.exists():
+            return run
+        if together and not is_first_process():
+            work(run.folder)
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(run.folder / "lock"):

@@ -1,10 +1,14 @@
 """Networks at depth 13 and any other, the attribute path, and the diffusion arithmetic."""
 
+from copy import deepcopy
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
-from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import (
     TIMESTEPS,
@@ -78,9 +82,31 @@ def test_tuning_attention_leaves_convolutions_alone() -> None:
     assert not any("stem" in name or ".block." in name for name in attention)
 
 
+Kind = Literal["kl", "vq"]
+BOTH = pytest.mark.parametrize("kind", ["kl", "vq"])
+
+
+def small_autoencoder(kind: Kind) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(2, (16, 16), 1, 2) if kind == "kl" else small_vq()
+
+
+def small_vq(codes: int = 20) -> VQAutoencoder:
+    torch.manual_seed(0)
+    return VQAutoencoder(2, (16, 16), 1, 2, codes)
+
+
+def nearest_codes(model: VQAutoencoder, latents: Tensor) -> Tensor:
+    """The code nearest to each vector of latents (b, c, h, w), found without MONAI."""
+    codes, vectors = model.quantiser.embedding.weight.detach(), latents.detach().movedim(1, -1)
+    distances = (vectors[..., None, :] - codes).square().sum(-1)
+    return codes[distances.argmin(-1)].movedim(-1, 1)
+
+
+@BOTH
 @pytest.mark.parametrize(("channels", "stem", "reduction"), [((16, 16), 1, 2), ((16, 16, 16), 2, 8)])
-def test_the_autoencoder_keeps_all_slices(channels: tuple[int, ...], stem: int, reduction: int) -> None:
-    model = Autoencoder(3, channels, 1, stem)
+def test_the_autoencoder_keeps_all_slices(kind: Kind, channels: tuple[int, ...], stem: int, reduction: int) -> None:
+    model = Autoencoder(3, channels, 1, stem) if kind == "kl" else VQAutoencoder(3, channels, 1, stem, 8)
     volumes = torch.rand(2, 13, 96, 96)
     latents = model.encode(volumes)
     assert model.reduction == reduction
@@ -90,13 +116,116 @@ def test_the_autoencoder_keeps_all_slices(channels: tuple[int, ...], stem: int, 
     assert 0 <= decoded.min() <= decoded.max() <= 1
 
 
-def test_latents_are_standardised_and_back() -> None:
-    model = Autoencoder(2, (16, 16), 1, 1).eval()
+@BOTH
+def test_latents_are_standardised_and_back(kind: Kind) -> None:
+    model = small_autoencoder(kind).eval()
     volumes = torch.rand(1, 13, 32, 32)
     before = model.decode(model.encode(volumes))
     model.latent_mean.copy_(torch.tensor([3.0, -1.0]))
     model.latent_std.copy_(torch.tensor([0.5, 7.0]))
     assert torch.allclose(model.decode(model.encode(volumes)), before, atol=1e-5)
+
+
+@BOTH
+def test_slices_never_mix(kind: Kind) -> None:
+    model, volumes = small_autoencoder(kind).eval(), torch.rand(1, 13, 32, 32)
+    whole = model.decode(model.encode(volumes))
+    alone = torch.cat([model.decode(model.encode(volumes[:, i : i + 1])) for i in range(13)], dim=1)
+    assert torch.allclose(whole, alone, atol=1e-5)
+
+
+@BOTH
+def test_exactly_what_decodes_is_what_a_decoder_can_tune(kind: Kind) -> None:
+    model = small_autoencoder(kind).requires_grad_(True)
+    model.decode(torch.randn(1, 2, 13, 8, 8)).sum().backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(model.decoder_parameters()) == reached
+    for name, parameter in model.decoder_parameters().items():
+        assert parameter is model.get_parameter(name)
+
+
+@BOTH
+def test_a_training_pass_reaches_encoder_and_decoder(kind: Kind) -> None:
+    model = small_autoencoder(kind)
+    drawn, _ = model.training_pass(torch.rand(4, 1, 32, 32), torch.Generator().manual_seed(0))
+    drawn.square().mean().backward()
+    for part in (model.net.encoder, model.net.decoder):
+        assert sum(parameter.grad.abs().sum() for parameter in part.parameters()) > 0
+
+
+def test_the_kl_penalty_is_the_divergence_from_the_standard_normal() -> None:
+    model, slices = small_autoencoder("kl"), torch.rand(3, 1, 32, 32)
+    _, penalty = model.training_pass(slices, torch.Generator().manual_seed(0))
+    expected = kl_divergence(Normal(*model.moments(slices)), Normal(0, 1)).mean()
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_decoder_sees_the_nearest_codes() -> None:
+    model, latents = small_vq().eval(), torch.randn(20, 2, 8, 8)
+    seen: list[Tensor] = []
+    model.net.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.draw(latents)
+    assert torch.allclose(seen[0], nearest_codes(model, latents), atol=1e-6)
+
+
+def test_a_training_pass_draws_from_the_nearest_codes_and_tells_their_distance() -> None:
+    model, slices = small_vq().eval(), torch.rand(3, 1, 32, 32)
+    latents, _ = model.moments(slices)
+    drawn, commitment = model.training_pass(slices, torch.Generator().manual_seed(0))
+    distance = (latents - nearest_codes(model, latents)).square().mean()
+    assert commitment.item() == pytest.approx(distance.item(), rel=1e-5)
+    assert torch.allclose(drawn, model.draw(latents), atol=1e-6)
+
+
+def test_latents_are_the_vectors_before_they_are_quantised() -> None:
+    model, volumes = small_vq().eval(), torch.rand(1, 13, 32, 32)
+    latents = model.encode(volumes)
+    other = deepcopy(model)
+    other.quantiser.embedding.weight.data += 1
+    assert torch.equal(other.encode(volumes), latents)
+    assert not torch.allclose(other.decode(latents), model.decode(latents), atol=1e-4)
+
+
+def test_gradients_pass_straight_through_the_codes() -> None:
+    model, latents = small_vq().eval(), torch.randn(2, 2, 8, 8, requires_grad=True)
+    codes = nearest_codes(model, latents).requires_grad_(True)
+    (to_latents,) = torch.autograd.grad(model.draw(latents).square().sum(), latents)
+    (to_codes,) = torch.autograd.grad(Autoencoder.draw(model, codes).square().sum(), codes)
+    assert to_codes.abs().max() > 0
+    assert torch.allclose(to_latents, to_codes, rtol=1e-3, atol=1e-6)
+
+
+def test_only_a_training_pass_in_train_mode_moves_the_codebook() -> None:
+    model = small_vq().requires_grad_(True)  # even if somebody asks for the gradients of everything
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    volumes, generator = torch.rand(1, 13, 32, 32), torch.Generator().manual_seed(0)
+    before = deepcopy(model.quantiser.state_dict())
+
+    def moved() -> list[str]:
+        return [name for name, tensor in model.quantiser.state_dict().items() if not torch.equal(tensor, before[name])]
+
+    for training in (False, True):
+        model.train(training)
+        optimiser.zero_grad()
+        (model.decode(model.encode(volumes)) - volumes).square().sum().backward()
+        optimiser.step()
+        with torch.no_grad():
+            model.decode(model.encode(volumes))
+        assert moved() == []
+    model.eval().training_pass(volumes[0][:, None], generator)
+    assert moved() == []
+    model.train().training_pass(volumes[0][:, None], generator)
+    assert sorted(moved()) == ["ema_cluster_size", "ema_w", "embedding.weight"]
+
+
+def test_codes_that_no_latent_is_near_stay_where_they_were() -> None:
+    model = small_vq()
+    model.quantiser.embedding.weight.data[:5] += 100
+    model.quantiser.ema_w[:5] += 100
+    far = model.quantiser.embedding.weight[:5].clone()
+    for step in range(3):
+        model.training_pass(torch.rand(4, 1, 32, 32), torch.Generator().manual_seed(step))
+    assert torch.allclose(model.quantiser.embedding.weight[:5], far, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["paper", "modern"])

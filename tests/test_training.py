@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.models.autoencoder import VQAutoencoder
 from cardiac_ldm.privacy import Ledger, Randomness
 from cardiac_ldm.study import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
-from cardiac_ldm.training.autoencoder import train_autoencoder
+from cardiac_ldm.training.autoencoder import AutoencoderSettings, VQRegularisation, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_state, save_weights, update_average
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import cached_latents, held_out_loss, pretrain
@@ -46,6 +48,16 @@ def profile() -> Profile:
     return Profile.load(str(TINY))
 
 
+@pytest.fixture(params=["kl", "vq"])
+def autoencoder(profile: Profile, request: pytest.FixtureRequest) -> AutoencoderSettings:
+    return profile.autoencoder if request.param == "kl" else as_vq(profile)
+
+
+def as_vq(profile: Profile) -> AutoencoderSettings:
+    quantised = VQRegularisation(kind="vq", codes=50, weight=0.25)
+    return profile.autoencoder.model_copy(update={"regularisation": quantised})
+
+
 def random_latents(patients: Patients) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((len(patients.owners), 2, 13, 12, 12)).astype(np.float32)
 
@@ -55,8 +67,9 @@ def test_nothing_that_is_trained_without_noise_takes_private_patients(
 ) -> None:
     patients, state = private.split("train"), tmp_path / "state.pt"
     assert patients.simulated  # a simulated cohort is refused too: it stands in for a real one
-    with pytest.raises(PrivacyError, match="scale of its latents"):
-        train_autoencoder(patients, profile.autoencoder, 0, state)
+    for settings in (profile.autoencoder, as_vq(profile)):
+        with pytest.raises(PrivacyError, match="scale of its latents"):
+            train_autoencoder(patients, settings, 0, state)
     with pytest.raises(PrivacyError):
         pretrain(patients, random_latents(patients), profile.denoiser, profile.pretrain, 0, state)
     for train in (train_segmenter, train_phase_classifier):
@@ -65,9 +78,9 @@ def test_nothing_that_is_trained_without_noise_takes_private_patients(
 
 
 def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
-    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    public: Cohort, autoencoder: AutoencoderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "a.pt")
+    whole, _ = train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "a.pt")
 
     def save_then_stop(path: Path, **state: list[object]) -> None:
         save_state(path, **state)
@@ -76,11 +89,63 @@ def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
 
     monkeypatch.setattr("cardiac_ldm.training.autoencoder.save_state", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "b.pt", save_every=0)
-    resumed, losses = train_autoencoder(public.split("train"), profile.autoencoder, 0, tmp_path / "b.pt")
+        train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "b.pt", save_every=0)
+    resumed, losses = train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "b.pt")
     assert [row["step"] for row in losses] == [0, 1, 2, 3]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_training_teaches_the_codebook_and_using_it_does_not(public: Cohort, profile: Profile, tmp_path: Path) -> None:
+    patients, settings = public.split("train"), as_vq(profile)
+    torch.manual_seed(0)
+    fresh = settings.build()
+    model, losses = train_autoencoder(patients, settings, 0, tmp_path / "state.pt")
+    assert isinstance(fresh, VQAutoencoder)
+    assert isinstance(model, VQAutoencoder)
+    assert {"l1", "vq"} < set(losses[0])
+    counts = model.quantiser.ema_cluster_size
+    assert counts.max() > 1 > counts.min()  # some codes were taken, others weren't
+    taught = {name: tensor.clone() for name, tensor in model.quantiser.state_dict().items()}
+    for name, tensor in fresh.quantiser.state_dict().items():
+        assert not torch.equal(tensor, taught[name]), name
+    reconstruct(model.train(), patients.images([0, 1]))
+    for name, tensor in model.quantiser.state_dict().items():
+        assert torch.equal(tensor, taught[name]), name
+
+
+@pytest.mark.parametrize(
+    ("regularisation", "sentence"),
+    [
+        ({"kind": "gan", "weight": 1.0}, r"autoencoder\.regularisation: .*'gan'.*'kl', 'vq'"),
+        ({"kind": "vq", "weight": 1.0}, r"autoencoder\.regularisation\.vq\.codes: is missing"),
+        ({"kind": "vq", "codes": 1, "weight": 1.0}, r"regularisation\.vq\.codes: 1: .*greater than or equal to 2"),
+        (
+            {"kind": "vq", "codes": 9, "weight": -1.0},
+            r"regularisation\.vq\.weight: -1\.0: .*than or equal to 0",
+        ),
+        ({"kind": "kl", "codes": 9, "weight": 1.0}, r"regularisation\.kl\.codes: is no setting of this study"),
+    ],
+)
+def test_a_wrong_regularisation_is_one_clear_sentence(
+    regularisation: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load(TINY.read_text())
+    settings["autoencoder"]["regularisation"] = regularisation
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ParameterError, match=sentence) as raised:
+        Profile.load(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_another_kind_of_autoencoder_are_refused(profile: Profile, tmp_path: Path) -> None:
+    kl, vq = profile.autoencoder, as_vq(profile)
+    fewer = vq.model_copy(update={"regularisation": VQRegularisation(kind="vq", codes=49, weight=0.25)})
+    for ours, theirs in ((kl, vq), (vq, kl), (vq, fewer)):
+        save_weights(theirs.build(), tmp_path / "w.safetensors")
+        with pytest.raises(ParameterError, match="these weights are of another network"):
+            load_weights(ours.build(), tmp_path / "w.safetensors")
 
 
 def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(
@@ -103,9 +168,11 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_the_latent_scale_standardises_public_latents(public: Cohort, profile: Profile, tmp_path: Path) -> None:
+def test_the_latent_scale_standardises_public_latents(
+    public: Cohort, autoencoder: AutoencoderSettings, tmp_path: Path
+) -> None:
     patients = public.split("train")
-    model, _ = train_autoencoder(patients, profile.autoencoder, 0, tmp_path / "state.pt")
+    model, _ = train_autoencoder(patients, autoencoder, 0, tmp_path / "state.pt")
     latents = cached_latents(model, patients, tmp_path / "latents.npy")
     assert latents.shape == (len(patients.owners), 2, 13, 12, 12)
     assert latents.mean(axis=(0, 2, 3, 4)) == pytest.approx([0, 0], abs=1e-3)

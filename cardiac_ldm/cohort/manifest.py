@@ -76,6 +76,11 @@ class Manifest(_Strict):
             raise ValueError("splits of a phantom are numbers of patients, splits of files are lists of their names")
         return self
 
+    @property
+    def secret(self) -> bool:
+        """Whether it holds real private patients."""
+        return self.role == "private" and not self.simulated
+
     def patient_ids(self, split: str) -> tuple[str, ...]:
         """Names of a split's patients, in order. Simulated ones are p000000, p000001, ..., each in one split."""
         if split not in SPLITS:

@@ -65,6 +65,11 @@ class Patients(Sequence[PatientRecord]):
         """Whether these patients are simulated: nobody is exposed by showing one."""
         return self._manifest.simulated
 
+    @property
+    def secret(self) -> bool:
+        """Whether these are real private patients, of whom only a private mechanism may tell anything."""
+        return self._manifest.secret
+
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """The patients' names."""
@@ -83,9 +88,14 @@ class Patients(Sequence[PatientRecord]):
         return np.asarray(self._stored["attributes"])[self._volumes]
 
     @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 (n_patients + 1,): patient p's volumes have indices offsets[p] to offsets[p + 1]."""
+        return np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._members])])
+
+    @cached_property
     def owners(self) -> np.ndarray:
         """int64 (n_volumes,): index of the patient to whom each volume belongs."""
-        return np.repeat(np.arange(len(self)), np.diff(self._offsets)[self._members])
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def images(self, volumes: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 (k, 13, 96, 96) in [0, 1]: the images of the volumes with these indices."""
@@ -117,7 +127,7 @@ class Patients(Sequence[PatientRecord]):
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
         index = range(len(self))[index]
-        own = np.flatnonzero(self.owners == index)
+        own = range(self.offsets[index], self.offsets[index + 1])
         return PatientRecord(
             self.ids[index], self.groups[index], self.images(own), self.labels(own), self.attributes[own]
         )
@@ -163,7 +173,7 @@ def require_releasable(patients: Patients, leak: str) -> None:
 
     leak completes "this would reveal ...". Raises PrivacyError.
     """
-    if patients.role != "public" and not patients.simulated:
+    if patients.secret:
         raise PrivacyError(
             f"{patients.name} holds real private patients, and this would reveal {leak}; "
             "give a public or a simulated cohort"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import zarr
 from einops import einsum
+from filelock import FileLock
 from tqdm import tqdm
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, measure_attributes
@@ -38,15 +40,17 @@ def prepare(
 
     data_root: where the cohort's files are; else the environment or the manifest says so. limits: at most this many
     patients of each split, the manifest's first ones. The key hashes the manifest, the limits, the grid, the sizes of
-    the files and the code of this room. Raises CohortError with the problems of all patients; then nothing is left
-    behind. Processes are spawned: a script calls this under `if __name__ == "__main__"`, a notebook anywhere.
+    the files and the code of this room; of real private patients with a salt that never leaves `store`, because keys of
+    runs are published and a bare hash would let anybody test who is in the cohort. Raises CohortError with the problems
+    of all patients; then nothing is left behind. Processes are spawned: a script calls this under
+    `if __name__ == "__main__"`, a notebook anywhere.
     """
     limits = dict(limits or {})
     if wrong := {k: n for k, n in limits.items() if k not in SPLITS or n < 1}:
         raise CohortError(f"{manifest.name}: limits {wrong}: expected at least 1 patient for {', '.join(SPLITS)}")
     root = manifest.data_root(data_root)
     members = {split: manifest.patient_ids(split)[: limits.get(split)] for split in SPLITS}
-    key = _key(manifest, root, members)
+    key = _key(manifest, root, members, _salt(store) if manifest.secret else "")
     path = store / f"{manifest.name}-{key}"
     if not path.is_dir():
         store.mkdir(parents=True, exist_ok=True)
@@ -134,9 +138,20 @@ def _scaled(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
-def _key(manifest: Manifest, root: Path | None, members: Mapping[str, tuple[str, ...]]) -> str:
+def _salt(store: Path) -> str:
+    """A random number that this store keeps to itself, made at first use."""
+    path = store / ".salt"
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            path.write_text(secrets.token_hex(32))
+    return path.read_text()
+
+
+def _key(manifest: Manifest, root: Path | None, members: Mapping[str, tuple[str, ...]], salt: str) -> str:
     files = [] if root is None else [f for ids in members.values() for i in ids for f in sorted((root / i).glob("*"))]
     shaped_by = {
+        "salt": salt,
         "manifest": manifest.model_dump(mode="json", exclude={"root"}),
         "members": {split: len(ids) for split, ids in members.items()},
         "grid": [GRID.shape, GRID.spacing_mm],

@@ -1,11 +1,13 @@
-"""The KL autoencoder: volumes to latents and back, slice by slice, so that depth is never down-sampled.
+"""The autoencoders, KL and VQ: volumes to latents and back, slice by slice, so that depth is never down-sampled.
 
-MONAI's 3D autoencoders silently lose a slice of 13; its 2D one applied to every slice can't. A pixel-unshuffle stem
-(Shi et al., arXiv 1609.05158) halves the plane before the first convolution, which is most of the cost on a CPU.
+The two ways to regularise a latent are those of Rombach et al. (arXiv 2112.10752, section 3.1). MONAI's 3D autoencoders
+silently lose a slice of 13; its 2D one applied to every slice can't. A pixel-unshuffle stem (Shi et al., arXiv
+1609.05158) halves the plane before the first convolution, which is most of the cost on a CPU.
 """
 
 import torch
 from einops import rearrange
+from monai.networks.layers.vector_quantizer import EMAQuantizer
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
@@ -52,6 +54,22 @@ class Autoencoder(nn.Module):
         """Slices (b, 1, h, w) in [0, 1] from latents (b, c, h/r, w/r) as `moments` gives them."""
         return self.expand(self.net.decode(latents)).sigmoid()
 
+    def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1].
+
+        Returns:
+            The slices as drawn from a sample of their posterior, and its KL divergence from the standard normal
+            (Kingma and Welling, arXiv 1312.6114), in nats, averaged over the numbers of the latent.
+        """
+        mean, std = self.moments(slices)
+        drawn = self.draw(mean + std * torch.randn(mean.shape, generator=generator))
+        return drawn, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
+
+    def decoder_parameters(self) -> dict[str, nn.Parameter]:
+        """What turns latents into slices, by the names of `named_parameters`: nothing of encoder or codebook."""
+        decoder = ("net.post_quant_conv.", "net.decoder.")
+        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(decoder)}
+
     def encode(self, volumes: Tensor) -> Tensor:
         """Standardised posterior means (b, c, d, h/r, w/r) of volumes (b, d, h, w) in [0, 1]."""
         mean, _ = self.moments(rearrange(volumes, "b d h w -> (b d) 1 h w"))
@@ -63,3 +81,42 @@ class Autoencoder(nn.Module):
         flat = rearrange(latents, "b c d h w -> (b d) c h w")
         flat = flat * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         return rearrange(self.draw(flat), "(b d) 1 h w -> b d h w", b=len(latents))
+
+
+class VQAutoencoder(Autoencoder):
+    """Autoencoder whose decoder sees each latent vector as the nearest of `codes` codes (arXiv 1711.00937).
+
+    `encode` gives the vectors before they are quantised, and the diffusion model works on those; `draw` and `decode`
+    quantise first. The posterior's deviation goes unused.
+
+    The codebook follows a moving average of the vectors it is given, past any gradient and any clipping: what teaches
+    it is NOT private. Only `training_pass` teaches it; nothing else moves it, in train mode as in eval mode.
+
+    Args:
+        codes: size of the codebook; a code has `latent_channels` numbers.
+    """
+
+    def __init__(
+        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, codes: int
+    ) -> None:
+        super().__init__(latent_channels, channels, residual_blocks, stem)
+        self.quantiser = EMAQuantizer(2, codes, latent_channels, commitment_cost=1.0)
+        # MONAI starts from counts of zero, which sends every code that the first batch misses 1e5 times as far away.
+        self.quantiser.ema_cluster_size.fill_(1)
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Slices (b, 1, h, w) in [0, 1] from latents (b, c, h/r, w/r), quantised first; gradients pass straight on."""
+        # `quantize` and `embed` leave the codebook alone in every mode; a few slices at a time, because MONAI spells
+        # out the distance of each vector to each code.
+        nearest = [self.quantiser.embed(self.quantiser.quantize(few)[2]) for few in latents.split(8)]
+        return super().draw(latents + (torch.cat(nearest) - latents).detach())
+
+    def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1]; in train mode it moves the codebook.
+
+        Returns:
+            The slices as drawn from their quantised latents, and the commitment: the mean squared distance, number by
+            number, of the latents from their codes. Nothing is drawn from `generator`.
+        """
+        quantised, commitment, _ = self.quantiser(self.moments(slices)[0])
+        return super().draw(quantised), commitment

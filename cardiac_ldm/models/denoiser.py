@@ -15,6 +15,8 @@ from monai.networks.nets.diffusion_model_unet import (
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
+from cardiac_ldm.models.lora import add_lora
+
 
 def zeroed(module: nn.Module) -> nn.Module:
     """The module with all its parameters at 0, so that what it adds starts as nothing."""
@@ -182,6 +184,28 @@ class Denoiser(nn.Module):
         return self.head(x)
 
     def tunable(self, tuned: str) -> dict[str, nn.Parameter]:
-        """The parameters that fine-tuning may move, by name: `all`, or `attention` (attention and attribute path)."""
-        parts = {"all": ("",), "attention": ("attributes.", "condition.", ".attention.")}[tuned]
-        return {name: p for name, p in self.named_parameters() if any(part in name for part in parts)}
+        """Freeze all but what fine-tuning may move, and return that by name.
+
+        tuned: "all"; "attributes", the path from the attributes to the features they steer: their encoder, its
+        projection, and cross-attention; "attention", all attention and the attributes' encoder (as DP-LDM, Lyu et al.,
+        arXiv 2305.15759); "lora-r", rank-r additions to convolutions and attention, merged by `merge_lora`.
+        """
+        self.requires_grad_(False)
+        if tuned.startswith("lora-"):
+            layers = [
+                module
+                for name, module in self.named_modules()
+                if isinstance(module, nn.Conv2d | nn.Conv3d) or (isinstance(module, nn.Linear) and "attention" in name)
+            ]
+            add_lora(layers, int(tuned.removeprefix("lora-")))
+            parts: tuple[str, ...] = (".parametrizations.weight.0.",)
+        else:
+            parts = {
+                "all": ("",),
+                "attention": ("attributes.", "condition.", ".attention."),
+                "attributes": ("attributes.", "condition.", ".attn2."),
+            }[tuned]
+        found = {name: p for name, p in self.named_parameters() if any(part in name for part in parts)}
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        return found

@@ -4,28 +4,33 @@ One step of a plan with N patients, expected batch B, clip C and noise multiplie
 
     g = 1/B * ( sum over sampled patients of clip_C(grad of the patient's loss) + N(0, sigma^2 C^2 I) )
 
-where every patient is sampled on their own with probability q = B/N (Poisson), a patient's loss is the mean over all
-their volumes and K noise draws of each, and clip_C(v) = v min(1, C / |v|). Adding or removing one patient moves the sum
-by at most C, whatever their volumes are: that is all that the accountant needs. A plan holds what is public; patients
-enter as arguments of its one method. Sampler, divisor, clip and noise can't differ from the accounted ones, because
-nothing else draws, divides, clips or adds noise.
+where every patient is sampled on their own with probability q = B/N (Poisson), and a patient's loss is the mean over
+all their volumes and K noise draws of each. Adding or removing one patient moves the sum by at most C, whatever their
+volumes are: that is all that the accountant needs. A plan holds what is public; patients enter as arguments of its
+methods. Sampler, divisor, clip and noise can't differ from the accounted ones, because nothing else draws, divides,
+clips or adds noise.
 """
 
+import hashlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from randomgen import ChaCha
+from torch import Tensor, distributed
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy.accounting import AGREEMENT, Ledger, calibrate, epsilon_pld, epsilon_prv
+from cardiac_ldm.privacy.accounting import Ledger, Mechanism, Unit, calibrate, terms_of
 
 
 class Randomness:
-    """Where sampling and noise come from: the operating system for real patients, a seed for simulated ones only.
+    """Where sampling and noise come from: the ChaCha20 cipher, keyed afresh for every step and purpose.
+
+    The key is the operating system's entropy for real patients, and a hash of a seed for simulated ones only.
 
     Args:
         seed: None for the operating system's entropy, fresh at every call and stored nowhere.
@@ -41,25 +46,50 @@ class Randomness:
         self.seed = seed
 
     def __str__(self) -> str:
-        return "operating system's entropy" if self.seed is None else f"seed {self.seed}: simulated patients only"
+        origin = "operating system's entropy" if self.seed is None else f"seed {self.seed}: simulated patients only"
+        return f"ChaCha20, keyed by the {origin}"
 
-    def generator(self, step: int, purpose: int) -> torch.Generator:
+    def generator(self, step: int, purpose: int) -> np.random.Generator:
         """A generator for one purpose at one step; a seeded one depends on nothing else: a resumed run repeats it."""
         if self.seed is None:
-            return torch.Generator().manual_seed(secrets.randbits(63))
-        mixed = np.random.SeedSequence([self.seed, step, purpose]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
+            return np.random.Generator(ChaCha(key=secrets.randbits(256)))
+        digest = hashlib.sha256(f"{self.seed}/{step}/{purpose}".encode()).digest()
+        return np.random.Generator(ChaCha(key=int.from_bytes(digest, "big")))
+
+    def draws(self, step: int, unit: int) -> torch.Generator:
+        """For one unit's timesteps and diffusion noise, whoever else is in the lot; these need not be secret."""
+        return torch.Generator().manual_seed(int(self.generator(step, _FIRST_UNIT + unit).integers(2**63)))
 
 
-LOT, NOISE, FIRST_PATIENT = 0, 1, 2
-"""Purposes of randomness: who joins, the noise on the sum, and from the last on each patient's own draws."""
+_LOT, _NOISE, _FIRST_UNIT = 0, 1, 2
+
+
+def gaussian(n: int, deviation: float, generator: np.random.Generator) -> np.ndarray:
+    """(n,) float64 normal noise that withstands attacks on floating-point numbers.
+
+    Four draws are averaged, so that the low bits of the output give none of them away, and a first one is thrown away
+    (Holohan and Braghin, arXiv 2107.10138, as in Opacus' secure mode).
+    """
+    generator.standard_normal()
+    total = generator.standard_normal(n)
+    for _ in range(3):
+        total += generator.standard_normal(n)
+    return total * (deviation / 2)
 
 
 @dataclass(frozen=True)
 class PrivatePlan:
-    """All that is public about a private training run; `for_budget` finds the noise multiplier.
+    """All that is public about a private training stage; `for_budget` finds the noise multiplier.
 
-    An infinite epsilon is the non-private run to compare with: same sampler and loop, no clipping and no noise.
+    n_patients: N, as the manifest states it. unit: what one clipped gradient belongs to; "volume" is there to compare
+    with the paper: then every patient has `volumes` units, filled in order (a missing one contributes nothing, one
+    too many is never used). expected_batch: B units. clip: C. clipping: "fixed" scales a gradient v by min(1, C / |v|),
+    "normalised" by C / (|v| + 0.01) (Bu et al., arXiv 2206.07136). draws: K noise draws a volume. before: earlier
+    stages on the same patients, which spend from the same budget. An infinite epsilon is the non-private run to
+    compare with: same sampler and loop, no clipping and no noise.
+
+    Raises:
+        ParameterError: a setting is out of its range; the message names it.
     """
 
     n_patients: int
@@ -70,102 +100,144 @@ class PrivatePlan:
     epsilon: float
     delta: float
     noise_multiplier: float
+    clipping: Literal["fixed", "normalised"] = "fixed"
+    unit: Unit = "patient"
+    volumes: int = 2
+    before: tuple[Mechanism, ...] = ()
 
-    @classmethod
-    def for_budget(
-        cls, epsilon: float, delta: float, *, n_patients: int, expected_batch: int, steps: int, clip: float, draws: int
-    ) -> "PrivatePlan":
-        """The plan that spends at most (epsilon, delta).
-
-        Raises:
-            ParameterError: a setting is out of its range; the message names it.
-        """
+    def __post_init__(self) -> None:
+        n = self.n_units
         checks = [
-            (epsilon > 0, "epsilon", epsilon, "must be above 0 (inf trains without privacy)"),
-            (0 < delta < 1 / max(n_patients, 1), "delta", delta, f"must lie between 0 and 1/N = 1/{n_patients}"),
-            (0 < expected_batch < n_patients, "expected_batch", expected_batch, f"must be below N = {n_patients}"),
-            (steps >= 1, "steps", steps, "must be at least 1"),
-            (0 < clip < math.inf, "clip", clip, "must be a positive number"),
-            (draws >= 1, "draws", draws, "must be at least 1"),
+            (self.epsilon > 0, "epsilon", self.epsilon, "must be above 0 (inf trains without privacy)"),
+            (0 < self.delta < 1 / max(n, 1), "delta", self.delta, f"must lie between 0 and 1/N = 1/{n}"),
+            (0 < self.expected_batch < n, "expected_batch", self.expected_batch, f"must be below N = {n} and above 0"),
+            (self.steps >= 1, "steps", self.steps, "must be at least 1"),
+            (0 < self.clip < math.inf or self.clip == self.epsilon, "clip", self.clip, "must be a positive number"),
+            (self.draws >= 1, "draws", self.draws, "must be at least 1"),
+            (self.volumes >= 1, "volumes", self.volumes, "must be at least 1"),
+            (self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must be at least 0"),
+            (self.unit in ("patient", "volume"), "unit", self.unit, "must be patient or volume"),
+            (self.clipping in ("fixed", "normalised"), "clipping", self.clipping, "must be fixed or normalised"),
         ]
         for fine, name, value, rule in checks:
             if not fine:
                 raise ParameterError(f"{name}: {value} {rule}")
-        private = math.isfinite(epsilon)
-        sigma = calibrate(epsilon, delta, expected_batch / n_patients, steps) if private else 0.0
-        return cls(n_patients, expected_batch, steps, clip if private else math.inf, draws, epsilon, delta, sigma)
+
+    @classmethod
+    def for_budget(
+        cls,
+        epsilon: float,
+        delta: float,
+        *,
+        n_patients: int,
+        expected_batch: int,
+        steps: int,
+        clip: float,
+        draws: int,
+        clipping: Literal["fixed", "normalised"] = "fixed",
+        unit: Unit = "patient",
+        before: tuple[Mechanism, ...] = (),
+    ) -> "PrivatePlan":
+        """The plan that, with what `before` spent, spends (epsilon, delta) and no more."""
+        settings = (expected_batch, steps, clip, draws, epsilon, delta)
+        plan = cls(n_patients, *settings, 0.0, clipping=clipping, unit=unit, before=before)
+        if math.isinf(epsilon):
+            return cls(n_patients, expected_batch, steps, math.inf, draws, epsilon, delta, 0.0, unit=unit)
+        sigma = calibrate(epsilon, delta, plan.sampling_rate, steps, terms_of(before))
+        return cls(n_patients, *settings, sigma, clipping=clipping, unit=unit, before=before)
+
+    @property
+    def n_units(self) -> int:
+        """N patients, or N times as many volumes as a patient may give: public either way."""
+        return self.n_patients if self.unit == "patient" else self.n_patients * self.volumes
 
     @property
     def sampling_rate(self) -> float:
-        """The probability q = B/N with which each patient joins a lot."""
-        return self.expected_batch / self.n_patients
+        """The probability q with which each unit joins a lot: expected batch over all units, whatever a lot's size."""
+        return self.expected_batch / self.n_units
 
-    def ledger(self, randomness: Randomness, *, tuned: str, private_data: str, public_data: str) -> Ledger:
-        """What the whole plan spends; written before the first step, so that it never states too little.
-
-        Raises:
-            PrivacyError: the two accountants disagree by more than 1.5 %.
-        """
-        spent, check = math.inf, math.inf
-        if math.isfinite(self.epsilon):
-            terms = (self.noise_multiplier, self.sampling_rate, self.steps, self.delta)
-            check = epsilon_pld(*terms)
-            spent = max(check, epsilon_prv(*terms, error=0.001 * self.epsilon))
-            if spent > (1 + AGREEMENT) * min(self.epsilon, check):
-                raise PrivacyError(f"epsilon: PRV says {spent:.4f}, PLD {check:.4f}, the plan {self.epsilon}; no claim")
-        return Ledger(
-            guarantee="patient-level DP" if math.isfinite(spent) else "none",
-            epsilon=max(spent, self.epsilon),
-            delta=self.delta,
-            epsilon_pld=check,
+    def ledger(self, randomness: Randomness, *, stage: str, tuned: str, private_data: str, public_data: str) -> Ledger:
+        """What the whole plan spends; written before the first step, so that it never states too little."""
+        this = Mechanism(
+            stage=stage,
+            tuned=tuned,
             noise_multiplier=self.noise_multiplier,
             sampling_rate=self.sampling_rate,
-            expected_batch=self.expected_batch,
-            n_patients=self.n_patients,
             steps=self.steps,
+            expected_batch=self.expected_batch,
             clip=self.clip,
+            clipping=self.clipping,
             draws=self.draws,
+        )
+        return Ledger.state(
+            (*self.before, this),
+            unit=self.unit,
+            n_units=self.n_units,
+            volumes=self.volumes,
+            budget=self.epsilon,
+            delta=self.delta,
             randomness=str(randomness),
-            tuned=tuned,
             private_data=private_data,
             public_data=public_data,
         )
+
+    def volumes_of(self, unit: int, offsets: np.ndarray) -> range:
+        """Which volumes a unit holds, where patient p's are offsets[p] to offsets[p + 1]; it may hold none."""
+        if self.unit == "patient":
+            return range(offsets[unit], offsets[unit + 1])
+        patient, number = divmod(unit, self.volumes)
+        return range(offsets[patient], offsets[patient + 1])[number : number + 1]
 
     def gradient(
         self,
         step: int,
         parameters: Sequence[Tensor],
-        patient_loss: Callable[[int, torch.Generator], Tensor],
+        unit_loss: Callable[[int, torch.Generator], Tensor | None],
         randomness: Randomness,
-    ) -> list[Tensor]:
-        """The private gradient of one step, one tensor a parameter.
+    ) -> Tensor:
+        """The private gradient of one step: float32 (d,), the parameters' gradients end to end.
 
-        `patient_loss(patient, generator)` is the scalar mean loss over all of one patient's volumes and noise draws.
-        A patient whose gradient is not finite contributes zero. An empty lot gives noise alone. The divisor is the
-        expected batch, never the realised one.
+        `unit_loss(unit, generator)` is the scalar mean loss over all of one unit's volumes and noise draws, or None for
+        a unit without volumes. An empty lot gives noise alone. Under torch.distributed the first process draws lot and
+        noise, every process takes its share of the lot, and all get the same gradient.
+
+        Raises:
+            PrivacyError: `step` is not one of those that the plan accounts for.
         """
-        total = [torch.zeros_like(p) for p in parameters]
-        for patient in self.sample_lot(randomness.generator(step, LOT)):
-            loss = patient_loss(patient, randomness.generator(step, FIRST_PATIENT + patient))
-            for sum_, clipped in zip(total, self.clipped(loss, parameters), strict=True):
-                sum_ += clipped
-        noise = randomness.generator(step, NOISE)
-        for sum_ in total:
-            if self.noise_multiplier > 0:
-                sum_ += self.noise_multiplier * self.clip * torch.randn(sum_.shape, generator=noise)
-            sum_ /= self.expected_batch
-        return total
+        if not 0 <= step < self.steps:
+            raise PrivacyError(f"step: {step} is not one of the {self.steps} that the ledger accounts for; no gradient")
+        device, several = parameters[0].device, distributed.is_initialized()
+        rank, processes = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
+        joins = torch.from_numpy(self.sample_lot(randomness.generator(step, _LOT))).to(device)
+        if several:
+            distributed.broadcast(joins, 0)
+        total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
+        for unit in joins.nonzero().flatten().tolist()[rank::processes]:
+            loss = unit_loss(unit, randomness.draws(step, unit))
+            if loss is not None:
+                total += self.clipped(loss, parameters)
+        if several:
+            distributed.reduce(total, 0)
+        if rank == 0 and self.noise_multiplier > 0:
+            generator = randomness.generator(step, _NOISE)
+            for part in total.split(2**20):
+                noise = gaussian(len(part), self.noise_multiplier * self.clip, generator)
+                part += torch.from_numpy(noise).to(device)
+        if several:
+            distributed.broadcast(total, 0)
+        return (total / self.expected_batch).float()
 
-    def sample_lot(self, generator: torch.Generator) -> list[int]:
-        """Indices of the patients of one lot: each joins on their own with probability q; the lot may be empty."""
-        joins = torch.rand(self.n_patients, generator=generator, dtype=torch.float64) < self.sampling_rate
-        return joins.nonzero().flatten().tolist()
+    def sample_lot(self, generator: np.random.Generator) -> np.ndarray:
+        """Bool (n_units,): each unit joins the lot on its own with probability q; the lot may be empty."""
+        return generator.random(self.n_units) < self.sampling_rate
 
-    def clipped(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of one patient's `loss`, scaled to a norm of at most C; zeros where it is not finite."""
-        gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradient]))
-        if not torch.isfinite(norm):
-            return [torch.zeros_like(p) for p in parameters]
-        scale = min(1.0, self.clip / (norm.item() + 1e-12))
-        return [scale * g for g in gradient]
+    def clipped(self, loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """The gradient of one unit's `loss`, float32 (d,), scaled to a norm of at most C; zeros if it is not finite."""
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([part.flatten() for part in parts]).float()
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+        if not math.isfinite(norm):
+            return torch.zeros_like(gradient)
+        room = self.clip * (1 - 2**-20)  # rounding must not carry the norm above C
+        scale = room / (norm + 0.01) if self.clipping == "normalised" else min(1.0, room / max(norm, 1e-300))
+        return gradient.mul_(scale)

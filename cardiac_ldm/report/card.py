@@ -21,27 +21,37 @@ def privacy_statement(ledger: Ledger) -> str:
         return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
     if ledger.guarantee == "none":
         return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
-    odds = math.exp(ledger.epsilon)
-    simulated = (
-        ""
+    odds, unit = math.exp(ledger.epsilon), ledger.unit
+    whole = ", with all volumes," if unit == "patient" else ""
+    remark = (
+        " This page holds only what this guarantee covers, and what is public; how long the run took is not covered."
         if "system" in ledger.randomness
         else (
             " These patients are simulated and the noise is seeded, so that the run can be repeated; "
             "for real patients the noise comes from the operating system."
         )
     )
+    if unit == "volume":
+        remark += (
+            f" **A patient gives more than one volume and is protected by ε = {ledger.epsilon_patient:.3g} only**: "
+            "for comparison with work that states it so, never for release."
+        )
+    stages = "".join(
+        f"| mechanism: {m.stage} | DP-SGD, rate {m.sampling_rate:.4g}, {m.steps} steps, clip {m.clip:g} "
+        f"({m.clipping}), noise multiplier {m.noise_multiplier:.4g}, {m.draws} draw(s) a volume; tuned: {m.tuned} |\n"
+        for m in ledger.mechanisms
+    )
     return (
-        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Whatever is computed from this "
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per {unit}.** Whatever is computed from this "
         f"model, its chance changes by a factor of at most e^ε = {odds:.3g} (but for a probability of "
-        f"δ = {ledger.delta:g}) when one patient, with all volumes, is added to or removed from the "
-        f"{ledger.n_patients} of {ledger.private_data}.{simulated}\n\n"
+        f"δ = {ledger.delta:g}) when one {unit}{whole} is added to or removed from the "
+        f"{ledger.n_units} of {ledger.private_data}.{remark}\n\n"
         "| term | value |\n| --- | --- |\n"
-        f"| unit | {ledger.unit} |\n| adjacency | {ledger.adjacency} |\n"
-        f"| mechanism | DP-SGD, {ledger.sampler}, rate {ledger.sampling_rate:.4g}, {ledger.steps} steps, "
-        f"clip {ledger.clip:g}, noise multiplier {ledger.noise_multiplier:.4g}, "
-        f"{ledger.draws} noise draw(s) a volume |\n"
-        f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g} |\n"
-        f"| tuned | {ledger.tuned} |\n| public data | {ledger.public_data} |\n"
+        f"| unit | {unit} |\n| adjacency | {ledger.adjacency} |\n{stages}"
+        f"| sampler | {ledger.sampler} |\n"
+        f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
+        f"{ledger.epsilon_rdp:.4g} |\n"
+        f"| public data | {ledger.public_data} |\n"
         f"| tuning runs | {ledger.tuning_runs} |\n| released | {ledger.released} |\n"
         f"| randomness | {ledger.randomness} |\n"
     )
@@ -51,11 +61,12 @@ def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 
     Raises:
-        PrivacyError: the model has no guarantee.
+        PrivacyError: the model has no guarantee, or one for volumes alone.
     """
-    if ledger.guarantee == "none":
+    if ledger.guarantee not in ("patient-level DP", "public data only"):
         raise PrivacyError(
-            f"{folder.name}: the model was trained on {ledger.private_data} with no guarantee; not released"
+            f"{folder.name}: the model was trained on {ledger.private_data} with guarantee {ledger.guarantee}, "
+            "which does not protect patients; not released"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -1,22 +1,42 @@
-"""Train the KL autoencoder on public patients, and measure the scale of its latents on them."""
+"""Train an autoencoder, KL or VQ, on public patients, and measure the scale of its latents on them."""
 
 import time
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import Patients, require_public
-from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.perception import PerceptionEncoder
 from cardiac_ldm.training.checkpoint import load_state, save_state
+
+
+class KLRegularisation(BaseModel):
+    """Latents are drawn to the standard normal; `weight` is that of the KL divergence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["kl"]
+    weight: float = Field(ge=0)
+
+
+class VQRegularisation(BaseModel):
+    """The decoder sees the nearest of `codes` codes; `weight` is that of the latents' commitment to their codes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["vq"]
+    codes: int = Field(ge=2)
+    weight: float = Field(ge=0)
 
 
 class AutoencoderSettings(BaseModel):
@@ -33,13 +53,16 @@ class AutoencoderSettings(BaseModel):
     slices: int
     learning_rate: float
     l2: float
-    kl: float
+    regularisation: Annotated[KLRegularisation | VQRegularisation, Field(discriminator="kind")]
     perceptual: float
     adversarial: float
 
     def build(self) -> Autoencoder:
-        """A fresh autoencoder."""
-        return Autoencoder(self.latent_channels, self.channels, self.residual_blocks, self.stem)
+        """A fresh autoencoder of the kind that `regularisation` names."""
+        size = self.latent_channels, self.channels, self.residual_blocks, self.stem
+        if isinstance(self.regularisation, VQRegularisation):
+            return VQAutoencoder(*size, self.regularisation.codes)
+        return Autoencoder(*size)
 
 
 def train_autoencoder(
@@ -80,12 +103,11 @@ def train_autoencoder(
             rng = np.random.default_rng([seed, step])
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             slices = _random_slices(patients, settings.volumes, settings.slices, rng)
-            mean, std = model.moments(slices)
-            drawn = model.draw(mean + std * torch.randn(mean.shape, generator=generator))
+            drawn, penalty = model.training_pass(slices, generator)
             terms = {
                 "l1": functional.l1_loss(drawn, slices),
                 "l2": settings.l2 * functional.mse_loss(drawn, slices),
-                "kl": settings.kl * 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean(),
+                settings.regularisation.kind: settings.regularisation.weight * penalty,
             }
             if settings.perceptual:
                 half = len(slices) // 2  # half of the slices teach as much for half of the cost

@@ -1,50 +1,64 @@
-"""Fine-tune a pre-trained denoiser on private patients: every step is one private gradient of a plan, nothing else."""
+"""Fine-tune on private patients: the pre-trained denoiser and, where the profile says so, the public decoder."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from einops import repeat
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn.functional import l1_loss
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import ScheduleName, drop_attributes, schedule
+from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attributes, schedule
+from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
-from cardiac_ldm.training.checkpoint import load_state, save_state, save_weights, update_average
+from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import random_loss
+from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
 
 
-class FinetuneSettings(BaseModel):
-    """The private recipe: all of it is public, none of it is chosen on private patients."""
+def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
+    low, high, weight = band
+    if not 0 <= low < high <= TIMESTEPS or not weight > 0:
+        raise ValueError(f"must be [low, high, weight] with 0 <= low < high <= {TIMESTEPS} and a weight above 0")
+    return band
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int
-    expected_batch: int
-    clip: float
-    draws: int
+Band = Annotated[tuple[int, int, float], AfterValidator(_sensible)]
+
+
+class DecoderSettings(PrivateSettings):
+    """The decoder's private stage; `share` is the part of epsilon that it may spend, before the denoiser's stage."""
+
+    share: float = Field(gt=0, lt=1)
+
+
+class FinetuneSettings(PrivateSettings):
+    """The private recipe.
+
+    unit: what the guarantee protects; "volume" only to compare with the paper. timesteps: training timesteps are drawn
+    uniformly from [low, high) bands chosen by weight (Ghalebikesabi et al., arXiv 2302.13861). tuned: what of the
+    denoiser learns, see `Denoiser.tunable`. decoder: its own stage, which shares the budget, or nothing.
+    """
+
+    unit: Unit
     delta: float
-    learning_rate: float
-    attribute_dropout: float
-    average_decay: float
-    tuned: Literal["all", "attention"]
+    attribute_dropout: float = Field(ge=0, le=1)
+    timesteps: tuple[Band, ...] = Field(min_length=1)
+    tuned: str = Field(pattern=r"^(all|attention|attributes|lora-[1-9]\d*)$")
+    decoder: DecoderSettings | None
 
-    def plan(self, epsilon: float, n_patients: int) -> PrivatePlan:
-        """The plan that spends `epsilon` on a cohort of `n_patients`."""
-        return PrivatePlan.for_budget(
-            epsilon,
-            self.delta,
-            n_patients=n_patients,
-            expected_batch=self.expected_batch,
-            steps=self.steps,
-            clip=self.clip,
-            draws=self.draws,
-        )
+    @model_validator(mode="after")
+    def _decoder_of_patients(self) -> "FinetuneSettings":
+        if self.decoder and self.unit != "patient":
+            raise ValueError("the decoder's private stage takes whole patients: set unit to patient or decoder to null")
+        return self
 
 
 def finetune(
@@ -57,12 +71,11 @@ def finetune(
     randomness: Randomness,
     folder: Path,
     public_data: str,
+    save_every: float = 30.0,
 ) -> Ledger:
     """Run a plan on private patients; leaves `weights.safetensors` and `privacy.json` in `folder`.
 
-    The ledger of the whole plan is on disk before the first step. After each step the state is saved; a killed run goes
-    on from there, and a step whose update was never saved was never seen. No loss, norm or count of the private
-    patients is kept or shown.
+    A folder with the weights of this very plan is read, not trained again: that would spend the budget twice.
 
     Args:
         model: the pre-trained denoiser; changed in place.
@@ -70,57 +83,110 @@ def finetune(
         public_data: what the pre-training used, for the ledger.
 
     Raises:
-        ParameterError: the plan is for another number of patients, or `folder` holds another plan's state.
+        ParameterError: the plan is for another number of patients, or `folder` holds another run.
     """
-    if len(patients) != plan.n_patients:
-        raise ParameterError(f"{patients.name}: has {len(patients)} patients, the plan is for {plan.n_patients}")
-    tunable = model.requires_grad_(False).tunable(settings.tuned)
-    parameters = [p.requires_grad_(True) for p in tunable.values()]
-    average = {key: p.detach().clone() for key, p in tunable.items()}
-    optimiser = torch.optim.Adam(parameters, settings.learning_rate)
-    noising, attributes = schedule(name), torch.from_numpy(patients.attributes)
-    volumes = [np.flatnonzero(patients.owners == patient) for patient in range(len(patients))]
-
     ledger = plan.ledger(
-        randomness, tuned=settings.tuned, private_data=f"{patients.name} ({patients.split})", public_data=public_data
+        randomness,
+        stage="denoiser",
+        tuned=settings.tuned,
+        private_data=f"{patients.name} ({patients.split})",
+        public_data=public_data,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    state, done = folder / "state.pt", 0
-    if saved := load_state(state):
-        if saved["ledger"] != ledger.model_dump_json():
-            raise ParameterError(f"{state}: was left by a run with other settings; delete {folder} to start afresh")
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        average, done = saved["average"], saved["step"]
-    ledger.save(folder / "privacy.json")
+    if _finished(model, ledger, folder):
+        return ledger
+    device = compute_device()
+    tuned, model = model.tunable(settings.tuned), model.to(device)
+    noising, attributes = schedule(name).to(device), torch.from_numpy(patients.attributes)
 
-    def patient_loss(patient: int, generator: torch.Generator) -> Tensor:
-        own, rows = volumes[patient], max(plan.draws, 2 // len(volumes[patient]))
+    def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
+        own = plan.volumes_of(unit, patients.offsets)
+        if not own:
+            return None
+        rows = max(plan.draws, 2 // len(own))  # one row alone is slow: PyTorch's Conv3d then takes its fallback
         given = drop_attributes(attributes[own], settings.attribute_dropout, generator)
-        return random_loss(
-            model,
-            noising,
-            repeat(torch.from_numpy(latents[own]), "v ... -> (v k) ...", k=rows),
-            repeat(given, "v n -> (v k) n", k=rows),
-            generator,
-        ).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return random_loss(
+                model,
+                noising,
+                repeat(torch.from_numpy(latents[own]), "v ... -> (v k) ...", k=rows).to(device),
+                repeat(given, "v n -> (v k) n", k=rows).to(device),
+                generator,
+                settings.timesteps,
+            ).mean()
 
-    for step in tqdm(range(done, plan.steps), initial=done, total=plan.steps, desc="finetune", unit="step"):
-        for parameter, gradient in zip(
-            parameters, plan.gradient(step, parameters, patient_loss, randomness), strict=True
-        ):
-            parameter.grad = gradient
-        optimiser.step()
-        update_average(average, tunable, step, settings.average_decay)
-        save_state(
-            state,
-            step=step + 1,
-            model=model.state_dict(),
-            optimiser=optimiser.state_dict(),
-            average=average,
-            ledger=ledger.model_dump_json(),
-        )
-    model.load_state_dict(average, strict=False)
-    save_weights(model.eval(), folder / "weights.safetensors")
-    state.unlink(missing_ok=True)
+    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    merge_lora(model.cpu())
+    _leave(model, folder)
     return ledger
+
+
+def finetune_decoder(
+    model: Autoencoder,
+    patients: Patients,
+    plan: PrivatePlan,
+    settings: DecoderSettings,
+    randomness: Randomness,
+    folder: Path,
+    public_data: str,
+    save_every: float = 30.0,
+) -> Ledger:
+    """Let the public autoencoder's decoder learn how private hearts look; leaves the same files as `finetune`.
+
+    The loss is the mean absolute error of reconstruction; there is no discriminator, which would learn from private
+    patients outside the clipped gradient. The encoder, its codebook and the latent scale stay public, so the latents
+    that the denoiser was pre-trained on stay what they were.
+
+    Raises:
+        ParameterError: the plan is for another number of patients, or `folder` holds another run.
+    """
+    ledger = plan.ledger(
+        randomness,
+        stage="decoder",
+        tuned="decoder",
+        private_data=f"{patients.name} ({patients.split})",
+        public_data=public_data,
+    )
+    if _finished(model, ledger, folder):
+        return ledger
+    device = compute_device()
+    model.eval().to(device).requires_grad_(False)
+    tuned = model.decoder_parameters()
+    for parameter in tuned.values():
+        parameter.requires_grad_(True)
+
+    def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
+        own = plan.volumes_of(unit, patients.offsets)
+        if not own:
+            return None
+        volumes = torch.from_numpy(patients.images(own)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.no_grad():
+                latents = model.encode(volumes)
+            return l1_loss(model.decode(latents).float(), volumes)
+
+    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    _leave(model.cpu(), folder)
+    return ledger
+
+
+def _finished(model: torch.nn.Module, ledger: Ledger, folder: Path) -> bool:
+    """Whether `folder` holds the weights of a run with this ledger, which `model` then has.
+
+    Raises:
+        ParameterError: they are another run's.
+    """
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        return False
+    if Ledger.load(folder / "privacy.json") != ledger:
+        raise ParameterError(f"{weights}: was left by a run with other settings; delete {folder} to start afresh")
+    load_weights(model, weights)
+    return True
+
+
+def _leave(model: torch.nn.Module, folder: Path) -> None:
+    """Save the weights, then drop what is no longer needed to resume."""
+    if is_first_process():
+        save_weights(model.eval(), folder / "weights.safetensors")
+        for name in ("state.pt", "progress.txt"):
+            (folder / name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Pre-train the latent diffusion model on public patients, whose latents are encoded once and cached."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_public
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_public, require_releasable
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
@@ -68,7 +69,10 @@ def cached_latents(autoencoder: Autoencoder, patients: Patients, path: Path) -> 
             shape = (len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size)
             temporary = path.with_suffix(".tmp")
             latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            with torch.no_grad(), tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume") as bar:
+            with (
+                torch.no_grad(),
+                tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume", disable=patients.secret) as bar,
+            ):
                 for start in range(0, len(latents), 8):
                     volumes = np.arange(start, min(start + 8, len(latents)))
                     latents[volumes] = autoencoder.encode(torch.from_numpy(patients.images(volumes))).numpy()
@@ -141,13 +145,23 @@ def pretrain(
 
 
 def random_loss(
-    model: Denoiser, noising: torch.nn.Module, latents: Tensor, attributes: Tensor, generator: torch.Generator
+    model: Denoiser,
+    noising: torch.nn.Module,
+    latents: Tensor,
+    attributes: Tensor,
+    generator: torch.Generator,
+    bands: Sequence[tuple[int, int, float]] = ((0, TIMESTEPS, 1.0),),
 ) -> Tensor:
-    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row."""
-    timesteps = torch.randint(TIMESTEPS, (len(latents),), generator=generator)
-    return diffusion_loss(
-        model, noising, latents, attributes, timesteps, torch.randn(latents.shape, generator=generator)
-    )
+    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row.
+
+    Timesteps are uniform in [low, high) of a band (low, high, weight), chosen by weight.
+    """
+    lows, highs, weights = torch.tensor(bands).T
+    chosen = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
+    within = torch.rand(len(latents), generator=generator) * (highs - lows)[chosen]
+    timesteps = (lows[chosen] + within).long().to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    return diffusion_loss(model, noising, latents, attributes, timesteps, noise)
 
 
 @torch.no_grad()
@@ -157,7 +171,11 @@ def held_out_loss(
     """Mean denoising loss of each patient (n_patients,) over their volumes and `draws` fixed timesteps and noises.
 
     The timesteps are spread evenly and the noise is the same for every model, so that models compare in pairs.
+
+    Raises:
+        PrivacyError: the patients are real and private.
     """
+    require_releasable(patients, "exact losses of private patients")
     noising, total = schedule(name), np.zeros(len(latents))
     attributes = torch.from_numpy(patients.attributes)
     for draw in tqdm(range(draws), desc="held-out loss"):

@@ -1,0 +1,36 @@
+"""One private model without its notebook, on as many processes as torchrun starts.
+
+`torchrun --nproc-per-node 2 -m cardiac_ldm --epsilon 1` leaves its run where `03_dp_finetune` finds it. Takes that
+notebook's parameters.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+from torch import distributed
+
+from cardiac_ldm.errors import StudyError
+from cardiac_ldm.study import FinetuneParameters
+
+
+def main() -> None:
+    """Fine-tune for one budget, with the patients of every lot split over the processes."""
+    parser = argparse.ArgumentParser(description="Fine-tune on private patients, alone or under torchrun.")
+    for name, field in FinetuneParameters.model_fields.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
+    parameters, study = FinetuneParameters.start(vars(parser.parse_args()))
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    run = study.finetuned(parameters.epsilon)
+    print(f"weights, ledger and metrics: {run.folder}")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StudyError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,134 @@
+"""The private loop: every step is one private gradient of a plan, nothing else; it can be killed at any moment."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+from cardiac_ldm.cohort import Patients
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
+from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
+
+
+class PrivateSettings(BaseModel):
+    """The recipe of one private stage: all of it is public, none of it is chosen on private patients.
+
+    precision: of the forward pass; gradients, clipping and noise are float32 or better either way.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int
+    expected_batch: int
+    clip: float
+    clipping: Literal["fixed", "normalised"]
+    draws: int
+    learning_rate: float = Field(gt=0)
+    average_decay: float = Field(ge=0, lt=1)
+    precision: Literal["fp32", "bf16"]
+
+    def plan(
+        self, epsilon: float, delta: float, unit: Unit, n_patients: int, before: tuple[Mechanism, ...] = ()
+    ) -> PrivatePlan:
+        """The plan that, after `before`, has spent `epsilon` on a cohort of `n_patients`."""
+        return PrivatePlan.for_budget(
+            epsilon,
+            delta,
+            n_patients=n_patients,
+            expected_batch=self.expected_batch,
+            steps=self.steps,
+            clip=self.clip,
+            draws=self.draws,
+            clipping=self.clipping,
+            unit=unit,
+            before=before,
+        )
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files: the only one, or rank 0 of torchrun's."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def compute_device() -> torch.device:
+    """Where a private run computes: this process' own GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def train_privately(
+    tuned: Mapping[str, nn.Parameter],
+    unit_loss: Callable[[int, torch.Generator], Tensor | None],
+    plan: PrivatePlan,
+    settings: PrivateSettings,
+    randomness: Randomness,
+    ledger: Ledger,
+    patients: Patients,
+    folder: Path,
+    save_every: float = 30.0,
+) -> None:
+    """Run a plan on private patients; leaves the moving average in `tuned`, `privacy.json` and `state.pt` in `folder`.
+
+    The ledger of the whole plan is on disk before the first step. The state is saved every `save_every` seconds, synced
+    before it replaces the last one; a killed run goes on from there. The steps after it are taken again: their
+    updates were never written, so nobody has seen them. No loss, norm or count is kept or shown; the progress of a run
+    on real patients, whose rate would tell how large lots were, goes to a file.
+
+    Raises:
+        ParameterError: the plan is for another number of patients, or `folder` holds the state of another run.
+    """
+    if len(patients) != plan.n_patients:
+        raise ParameterError(f"{patients.name}: has {len(patients)} patients, the plan is for {plan.n_patients}")
+    parameters = list(tuned.values())
+    average = {name: p.detach().clone() for name, p in tuned.items()}
+    optimiser = torch.optim.Adam(parameters, settings.learning_rate)
+    run = {"ledger": ledger.model_dump_json(), "settings": settings.model_dump_json(), "cohort": patients.path.name}
+    state, done = folder / "state.pt", 0
+    if saved := load_state(state):
+        for what, now in run.items():
+            if saved[what] != now:
+                other = "patients" if what == "cohort" else "settings"
+                raise ParameterError(f"{state}: was left by a run with other {other}; delete {folder} to start afresh")
+        with torch.no_grad():
+            for name, parameter in tuned.items():
+                parameter.copy_(saved["tuned"][name])
+                average[name].copy_(saved["average"][name])
+        optimiser.load_state_dict(saved["optimiser"])
+        done = saved["step"]
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger.save(folder / "privacy.json")
+
+    written = time.monotonic()
+    with (folder / "progress.txt").open("w") if patients.secret else open(os.devnull, "w") as hidden:  # noqa: PTH123
+        shown = tqdm(
+            range(done, plan.steps),
+            initial=done,
+            total=plan.steps,
+            desc=f"private {ledger.mechanisms[-1].stage}",
+            unit="step",
+            file=hidden if patients.secret else None,
+            disable=not is_first_process(),
+        )
+        for step in shown:
+            gradient = plan.gradient(step, parameters, unit_loss, randomness)
+            for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            optimiser.step()
+            update_average(average, tuned, step, settings.average_decay)
+            if is_first_process() and time.monotonic() - written >= save_every:
+                progress = {"step": step + 1, "tuned": dict(tuned), "average": average}
+                save_state(state, **progress, **run, optimiser=optimiser.state_dict())
+                written = time.monotonic()
+    with torch.no_grad():
+        for name, parameter in tuned.items():
+            parameter.copy_(average[name])
