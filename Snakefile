@@ -31,7 +31,7 @@ def chapter(notebook, budget=""):
         "done": f"{DONE}/{name}.done",
         "log": f"{DONE}/{name}.ipynb",
         "run": f"OMP_NUM_THREADS={{threads}} papermill notebooks/{notebook}.ipynb {{log}} {given} --log-output"
-        " --no-progress-bar --autosave-cell-every 60 < /dev/null && cp {log} {output[0]} && touch {output[1]}",
+        " --no-progress-bar --autosave-cell-every 60 < /dev/null && python book/publish.py {log} {output[0]} && touch {output[1]}",
     }
 
 

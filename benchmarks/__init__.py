@@ -1,1 +1,17 @@
-"""Scripts that measure: each prints one JSON object on its last line and keeps it in benchmarks/results/."""
+"""Scripts that measure: each prints one JSON object last and keeps it in `benchmarks/results/`, for the book."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def keep(benchmark: str, **measured: object) -> None:
+    """Write results/<benchmark>.json and print it on one line."""
+    result = {"benchmark": benchmark, **measured}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{benchmark}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
+    print(json.dumps(result))

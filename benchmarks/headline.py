@@ -1,15 +1,13 @@
 """The headline of the quick study, as a table and as the README's picture: `python -m benchmarks.headline`."""
 
-import json
-from pathlib import Path
-
 import pandas as pd
 
+from benchmarks import keep
 from cardiac_ldm.report.figures import save_headline, tradeoff
 from cardiac_ldm.report.tables import tradeoff_table
 from cardiac_ldm.study import ROOT, CompareParameters, Study
 
-RESULT, PICTURE = Path(__file__).parent / "results" / "headline.json", ROOT / "book" / "assets" / "headline.svg"
+PICTURE = ROOT / "book" / "assets" / "headline.svg"
 SHOWN = {
     "FD-EffNet": "FD-EffNet: distance to real hearts, lower is better",
     "denoising loss": "denoising loss on held-out patients, lower is better",
@@ -31,9 +29,7 @@ def main() -> None:
     table = pd.concat([evaluated[evaluated.metric.isin(SHOWN)], pd.DataFrame(losses)], ignore_index=True)
     save_headline(tradeoff(table, SHOWN), PICTURE)
     rows = table.assign(epsilon=[str(epsilon) for epsilon in table.epsilon]).to_dict("records")
-    result = {"benchmark": "headline", "profile": parameters.profile, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    keep("headline", profile=parameters.profile, rows=rows)
 
 
 if __name__ == "__main__":

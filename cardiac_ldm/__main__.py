@@ -1,30 +1,34 @@
 """One private model without its notebook, on as many processes as torchrun starts.
 
-`torchrun --nproc-per-node 2 -m cardiac_ldm --epsilon 1` leaves its run where `03_dp_finetune` finds it. Takes that
-notebook's parameters.
+`torchrun --standalone --nproc-per-node 2 -m cardiac_ldm --epsilon 1` leaves its run where `03_dp_finetune` finds it.
+Takes that notebook's parameters.
 """
 
 import argparse
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from torch import distributed
 
 from cardiac_ldm.errors import StudyError
 from cardiac_ldm.study import FinetuneParameters
+from cardiac_ldm.training.private import is_first_process
 
 
 def main() -> None:
     """Fine-tune for one budget, with the patients of every lot split over the processes."""
     parser = argparse.ArgumentParser(description="Fine-tune on private patients, alone or under torchrun.")
     for name, field in FinetuneParameters.model_fields.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
+        kind = float if field.annotation is float else type(field.default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
     parameters, study = FinetuneParameters.start(vars(parser.parse_args()))
     if "WORLD_SIZE" in os.environ:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
     run = study.finetuned(parameters.epsilon)
-    print(f"weights, ledger and metrics: {run.folder}")
+    if is_first_process():
+        print(f"weights, ledger and metrics: {run.folder}")
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -36,7 +36,7 @@ from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, t
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune, finetune_decoder
 from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings, cached_latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process
+from cardiac_ldm.training.private import is_first_process, shared_decision
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = Path(__file__).parent / "profiles"
@@ -340,6 +340,18 @@ class Study:
         upstream = [self.pretrained.key, self.private.key]
         return self._run("finetune", [settings, epsilon], upstream, work, together=True)
 
+    def private_ledgers(self) -> list[Ledger]:
+        """Ledgers of all private models in `runs` that learnt from this study's private patients, finished or not.
+
+        A run that died in its decoder's stage has that stage's ledger; models with no guarantee are left out.
+        """
+        places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
+        found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
+        own = f"{self.private.manifest.name} (train)"
+        kind = f"{self.profile.finetune.unit}-level DP"
+        mine = [ledger for ledger in found if ledger.private_data == own and ledger.guarantee == kind]
+        return sorted(mine, key=lambda ledger: ledger.epsilon)
+
     def synthesised(self, epsilon: float) -> Run:
         """Stage: one synthetic volume for each volume of the reference patients, by the model of a budget."""
         model, settings = self.finetuned(epsilon), self.profile.sampling
@@ -465,14 +477,18 @@ class Study:
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
         run = Run(stage, key, self.runs / f"{stage}-{key}")
         done = run.folder / "metrics.json"
-        if done.exists():
+        if done.exists() and not together:
             return run
         if together and not is_first_process():
-            work(run.folder)
+            if shared_decision():
+                work(run.folder)
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(run.folder / "lock"):
-            if not done.exists():
+            missing = not done.exists()
+            if together:
+                missing = shared_decision(missing)
+            if missing:
                 print(f"{stage}: not done yet with these settings; running it in {run.folder.name}")
                 (run.folder / "settings.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
                 metrics = work(run.folder)

@@ -9,9 +9,11 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+import yaml
 
 from cardiac_ldm.privacy import Ledger, epsilon_pld
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.privacy.accounting import terms_of
+from cardiac_ldm.study import ROOT, FinetuneParameters, Study
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -45,9 +47,43 @@ def test_finetuning_runs_what_it_lacks_and_leaves_weights_metrics_and_ledger(run
     (folder,) = runs.glob("finetune-*")
     assert {"weights.safetensors", "metrics.json", "privacy.json"} <= {path.name for path in folder.iterdir()}
     ledger = Ledger.load(folder / "privacy.json")
-    spent = epsilon_pld(ledger.noise_multiplier, ledger.sampling_rate, ledger.steps, ledger.delta)
+    spent = epsilon_pld(terms_of(ledger.mechanisms), ledger.delta)
     assert ledger.epsilon * 0.985 <= spent <= ledger.epsilon * 1.015
     assert ledger.epsilon == pytest.approx(1, rel=0.005)
+
+
+def test_two_processes_run_what_they_lack_and_the_study_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, profile = tmp_path / "runs", tmp_path / "tinier.yaml"
+    settings = yaml.safe_load(TINY.read_text())
+    settings["patients"]["public"] = {"train": 4, "validation": 1, "test": 2}
+    settings["patients"]["private"] = {"train": 12, "validation": 1, "test": 2}
+    profile.write_text(yaml.safe_dump(settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*torchrun, "-m", "cardiac_ldm", "--profile", str(profile), "--epsilon", "0.5"],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CARDIAC_LDM_RUNS": str(runs), "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for stage in ("autoencoder", "pretrain", "finetune"):
+        assert finished.stdout.count(f"{stage}: not done yet") == 1
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    run = Study(FinetuneParameters(profile=str(profile), epsilon=0.5)).finetuned(0.5)
+    assert capsys.readouterr().out == ""
+    assert run.metrics["epsilon"] == 0.5
+    assert run.ledger.epsilon == pytest.approx(0.5, rel=0.005)
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "lock",
+        "metrics.json",
+        "privacy.json",
+        "settings.yaml",
+        "weights.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("notebook", ["00_cohorts", "01_autoencoder", "02_pretrain", "06_tradeoff", "07_gallery"])
@@ -119,7 +155,7 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, ac
     finished = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
     assert finished.returncode == 0, finished.stderr[-3000:]
     (folder,) = runs.glob("finetune-*")
-    assert Ledger.load(folder / "privacy.json").randomness == "operating system's entropy"
+    assert Ledger.load(folder / "privacy.json").randomness == "ChaCha20, keyed by the operating system's entropy"
     held_out = json.loads((folder / "metrics.json").read_text())["held_out_loss"]
     assert held_out["n_patients"] == 8  # the public test split stands in
     (release,) = (runs / "release").iterdir()

@@ -1,7 +1,10 @@
 """Preparation onto the grid, the store it leaves, the patients read from it, and the guards on private ones."""
 
+import secrets
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from cardiac_ldm.cohort import (
     require_public,
     require_releasable,
 )
-from cardiac_ldm.cohort.prepare import _write_split, place_on_grid
+from cardiac_ldm.cohort.prepare import _salt, _write_split, place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 
@@ -208,6 +211,35 @@ def test_the_key_follows_manifest_limits_and_files(make_acdc_patient, tmp_path, 
     assert key() != first
 
 
+def test_a_key_of_real_private_patients_belongs_to_its_store(make_acdc_patient, tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare.__globals__, "_write", lambda path, *_: None)
+    make_acdc_patient("patient000")
+    split = {"train": ["patient000"], "validation": ["patient001"], "test": ["patient002"]}
+    said = {"licence": "none", "citation": "none", "reader": {"kind": "acdc"}, "splits": split, "simulated": False}
+
+    def key(role, store):
+        manifest = Manifest.model_validate(said | {"name": "tiny", "role": role})
+        return prepare(manifest, store=tmp_path / store, data_root=tmp_path / "acdc").key
+
+    assert key("public", "one") == key("public", "two")
+    assert not (tmp_path / "one" / ".salt").exists()
+    assert key("private", "one") == key("private", "one")
+    assert key("private", "one") != key("private", "two")  # else whoever guesses the members could check the guess
+    assert key("public", "one") == key("public", "two")
+
+
+def test_processes_that_need_a_salt_at_once_agree_on_it(tmp_path, monkeypatch):
+    def slow(n, made=secrets.token_hex):
+        time.sleep(0.2)
+        return made(n)
+
+    monkeypatch.setattr(secrets, "token_hex", slow)
+    with ProcessPoolExecutor(3, get_context("fork")) as pool:
+        salts = set(pool.map(_salt, [tmp_path / "store"] * 3))
+    assert {len(salt) for salt in salts} == {64}
+    assert salts == {(tmp_path / "store" / ".salt").read_text()}
+
+
 def test_limits_name_splits_and_are_positive(tmp_path):
     for limits in ({"training": 3}, {"train": 0}):
         with pytest.raises(CohortError, match="train, validation, test"):
@@ -239,7 +271,7 @@ def test_a_failure_names_every_broken_patient_and_leaves_nothing(make_acdc_patie
         prepare(load_manifest(path), store=tmp_path / "store")
     assert "patient001" in str(caught.value)
     assert "patient003" in str(caught.value)
-    assert not list((tmp_path / "store").iterdir())
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {".salt", ".salt.lock"}
 
 
 @pytest.mark.parametrize(

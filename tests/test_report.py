@@ -20,10 +20,10 @@ from cardiac_ldm.report.tables import metrics_table, source, tradeoff_table
 PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
 
 
-def ledger(epsilon: float, *, simulated: bool = True) -> Ledger:
+def ledger(epsilon: float, *, simulated: bool = True, **changes: object) -> Ledger:
     randomness = Randomness(0 if simulated else None, simulated=simulated)
-    plan = PrivatePlan.for_budget(epsilon, **PLAN)  # type: ignore[arg-type]
-    return plan.ledger(randomness, tuned="all", private_data="hospital", public_data="acdc")
+    plan = PrivatePlan.for_budget(epsilon, **PLAN | changes)  # type: ignore[arg-type]
+    return plan.ledger(randomness, stage="denoiser", tuned="all", private_data="hospital", public_data="acdc")
 
 
 def metrics(epsilon: float | str, value: float | None) -> dict[str, object]:
@@ -44,6 +44,26 @@ def test_the_statement_says_what_is_guaranteed_and_to_whom() -> None:
     assert "These patients are simulated" in privacy_statement(ledger(2))
     assert privacy_statement(ledger(math.inf)).startswith("**No guarantee.**")
     assert privacy_statement(public_ledger("acdc")).startswith("**No private patient was used.**")
+
+
+def test_the_statement_of_volumes_says_what_a_patient_gets() -> None:
+    volume = ledger(2, unit="volume")
+    assert 4 < volume.epsilon_patient < 5  # two volumes of epsilon 2, and more because delta grows too
+    said = privacy_statement(volume)
+    assert "differential privacy per volume.**" in said
+    assert f"A patient gives more than one volume and is protected by ε = {volume.epsilon_patient:.3g} only" in said
+    assert "never for release" in said
+
+
+def test_the_statement_lists_every_stage_that_spent() -> None:
+    (second,) = ledger(2).mechanisms
+    first = second.model_copy(update={"stage": "decoder", "clipping": "normalised", "steps": 5})
+    said = privacy_statement(ledger(2).model_copy(update={"mechanisms": (first, second)}))
+    assert said.startswith("**(2, 1e-05)-differential privacy per patient.**")
+    assert said.count("| mechanism: ") == 2
+    assert said.index("| mechanism: decoder | DP-SGD, rate 0.1, 5 steps, clip 0.5 (normalised)") < said.index(
+        "| mechanism: denoiser | DP-SGD, rate 0.1, 3 steps, clip 0.5 (fixed)"
+    )
 
 
 def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path) -> None:
@@ -68,10 +88,15 @@ def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path)
     assert np.abs(image.get_fdata().transpose(2, 1, 0) / 255 - cohort.images[0]).max() < 0.003
 
 
-def test_a_model_without_a_guarantee_is_not_released(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("epsilon", "unit", "guarantee"), [(math.inf, "patient", "none"), (2.0, "volume", "volume-level DP")]
+)
+def test_a_model_that_does_not_protect_patients_is_not_released(
+    epsilon: float, unit: str, guarantee: str, tmp_path: Path
+) -> None:
     empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
-    with pytest.raises(PrivacyError, match="no guarantee"):
-        write_release(empty, ledger(math.inf), tmp_path / "release")
+    with pytest.raises(PrivacyError, match=f"guarantee {guarantee}, which does not protect patients; not released"):
+        write_release(empty, ledger(epsilon, unit=unit), tmp_path / "release")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy import epsilon_pld
+from cardiac_ldm.privacy import Ledger, epsilon_pld
+from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.study import (
     PROFILES,
     CompareParameters,
@@ -20,6 +23,9 @@ from cardiac_ldm.study import (
     Profile,
     Study,
 )
+from cardiac_ldm.training.private import PrivateSettings
+
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 @pytest.mark.parametrize("epsilon", [0, -2, math.nan, "ten", None, True])
@@ -82,9 +88,10 @@ def test_every_profile_builds_steps_once_and_is_accounted_for(name: str) -> None
     model = profile.denoiser.build(profile.autoencoder.latent_channels)
     latents = torch.randn(1, profile.autoencoder.latent_channels, 13, size, size)
     model(latents, torch.tensor([7]), torch.full((1, 14), torch.nan)).square().mean().backward()
-    plan = profile.finetune.plan(10, profile.patients["private"].train)
-    spent = epsilon_pld(plan.noise_multiplier, plan.sampling_rate, plan.steps, plan.delta)
-    assert 9.85 <= spent <= 10.05
+    recipe, n_patients = profile.finetune, profile.patients["private"].train
+    plan = recipe.plan(10, recipe.delta, recipe.unit, n_patients)
+    terms = ((plan.noise_multiplier, plan.sampling_rate, plan.steps),)
+    assert 9.85 <= epsilon_pld(terms, plan.delta, 1e-3) <= 10.05
 
 
 @pytest.fixture
@@ -119,6 +126,89 @@ def test_a_stage_that_fails_is_not_taken_for_done(study: Study) -> None:
     with pytest.raises(RuntimeError):
         study._run("stage", 1, [], works[0])
     assert study._run("stage", 1, [], works[1]).metrics == {}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_decoder_and_denoiser_share_one_budget(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    tiny = yaml.safe_load(TINY.read_text())
+    common = {name: tiny["finetune"][name] for name in PrivateSettings.model_fields}
+    tiny["finetune"]["decoder"] = common | {"steps": 2, "expected_batch": 4, "share": 0.3}
+    path = tmp_path / "decoder.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    study = Study(Parameters(profile=str(path)))
+    run = study.finetuned(2)
+    synthetic = study.synthesised(2)
+    delta, both = study.profile.finetune.delta, run.ledger.mechanisms
+    assert [(m.stage, m.steps, m.expected_batch) for m in both] == [("decoder", 2, 4), ("denoiser", 4, 6)]
+    assert 0.97 * 0.6 <= epsilon_pld(terms_of(both[:1]), delta) <= 0.6
+    assert 0.97 * 2 <= epsilon_pld(terms_of(both), delta) <= 2 <= run.ledger.epsilon
+    assert synthetic.ledger == run.ledger
+    assert Ledger.load(run.folder / "decoder" / "privacy.json").mechanisms == both[:1]
+    public, tuned = study.load_autoencoder(), study.load_autoencoder(run)
+    for name, weight in tuned.state_dict().items():
+        assert torch.equal(weight, public.state_dict()[name]) == (name not in public.decoder_parameters()), name
+    capsys.readouterr()
+    assert Study(Parameters(profile=str(path))).synthesised(2).key == synthetic.key
+    assert capsys.readouterr().out == ""
+
+
+def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
+    runs: Path,
+    tmp_path: Path,
+    make_acdc_patient: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    names = [f"patient{number:03d}" for number in range(10)]
+    for name in names:
+        make_acdc_patient(name)
+    manifest = {"name": "hospital", "role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    splits = {"train": names[:8], "validation": names[8:9], "test": names[9:]}
+    path = tmp_path / "hospital.yaml"
+    path.write_text(yaml.safe_dump(manifest | {"reader": {"kind": "acdc"}, "root": "acdc", "splits": splits}))
+    study = Study(Parameters(profile=str(TINY), cohort_private=str(path)))
+    assert study.private.split("train").secret
+    _ = study.pretrained
+    capfd.readouterr()
+    run = study.finetuned(3)
+    shown = capfd.readouterr()
+    assert shown.out == f"finetune: not done yet with these settings; running it in {run.folder.name}\n"
+    bars = {re.sub(":.*", "", part) for part in re.split(r"[\r\n]", shown.err) if part.strip()}
+    assert bars <= {"held-out loss", "encode phantom_public"}  # both are about public patients
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "lock",
+        "metrics.json",
+        "privacy.json",
+        "settings.yaml",
+        "weights.safetensors",
+    ]
+    assert set(run.metrics) == {"epsilon", "held_out_loss"}
+    assert run.metrics["held_out_loss"]["n_patients"] == len(study.public.split("test"))
+    assert run.ledger.randomness == "ChaCha20, keyed by the operating system's entropy"
+    assert (run.ledger.guarantee, run.ledger.n_units) == ("patient-level DP", 8)
+    with pytest.raises(PrivacyError, match="epsilon: inf on hospital would reveal real private patients"):
+        study.finetuned(math.inf)
+
+
+def test_volumes_of_real_patients_are_never_the_unit(
+    runs: Path, tmp_path: Path, make_acdc_patient: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    path = tmp_path / "volume.yaml"
+    path.write_text(TINY.read_text().replace("unit: patient", "unit: volume"))
+    study = Study(Parameters(profile=str(path)))
+    held = study.private.split("train")
+    monkeypatch.setattr(type(held), "secret", True)
+    with pytest.raises(PrivacyError, match="unit: phantom_private holds real patients, who are protected whole"):
+        study.finetuned(1)
 
 
 def test_a_private_cohort_never_stands_in_for_the_public_one() -> None:

@@ -1,10 +1,5 @@
 """The loops: what they refuse, what they leave, and that a killed one ends where an unkilled one does."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +12,10 @@ from torch import nn
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.autoencoder import VQAutoencoder
-from cardiac_ldm.privacy import Ledger, Randomness
 from cardiac_ldm.study import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, VQRegularisation, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_state, save_weights, update_average
-from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import cached_latents, held_out_loss, pretrain
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -196,114 +189,6 @@ def test_latents_asked_for_twice_at_once_are_encoded_once(public: Cohort, profil
         arrays = list(pool.map(lambda _: cached_latents(model, patients, tmp_path / "latents.npy"), range(3)))
     assert sum(calls) == len(patients.owners)
     assert all(np.array_equal(arrays[0], array) for array in arrays)
-
-
-def run_finetune(private: Cohort, profile: Profile, folder: Path, epsilon: float = 10.0) -> Ledger:
-    patients = private.split("train")
-    torch.manual_seed(1)
-    model = profile.denoiser.build(2)
-    settings = profile.finetune
-    return finetune(
-        model,
-        patients,
-        random_latents(patients),
-        settings.plan(epsilon, len(patients)),
-        settings,
-        profile.denoiser.schedule,
-        Randomness(5, simulated=True),
-        folder,
-        "phantom_public",
-    )
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import cardiac_ldm.training.finetune as room
-from cardiac_ldm.cohort import load_manifest, prepare
-from cardiac_ldm.study import Profile
-from tests.test_training import TINY, run_finetune
-
-def dying(path, **state):
-    if state["step"] == int(sys.argv[3]) and sys.argv[4] == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    saved(path, **state)
-    if state["step"] == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-saved, room.save_state = room.save_state, dying
-limits = {"train": 12, "validation": 1, "test": 2}
-private = prepare(load_manifest("phantom_private"), store=Path(sys.argv[1]), limits=limits)
-run_finetune(private, Profile.load(str(TINY)), Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.parametrize(("step", "when"), [(1, "before"), (2, "after")])
-def test_a_finetuning_killed_between_two_steps_ends_identical(
-    private: Cohort, profile: Profile, store: Path, tmp_path: Path, step: int, when: str
-) -> None:
-    whole = run_finetune(private, profile, tmp_path / "whole")
-    folder = tmp_path / "killed"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(store), str(folder), str(step), when],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        cwd=TINY.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    left = Ledger.load(folder / "privacy.json")  # on disk before the first update: never below what was spent
-    assert left == whole
-    assert not (folder / "weights.safetensors").exists()
-    run_finetune(private, profile, folder)
-    for name in ("weights.safetensors", "privacy.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not (folder / "state.pt").exists()
-
-
-def test_resuming_with_another_budget_is_refused(
-    private: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_then_stop(path: Path, **state: object) -> None:
-        save_state(path, **state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("cardiac_ldm.training.finetune.save_state", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_finetune(private, profile, tmp_path)
-    with pytest.raises(ParameterError, match="other settings"):
-        run_finetune(private, profile, tmp_path, epsilon=1.0)
-
-
-def test_a_plan_for_another_number_of_patients_is_refused(private: Cohort, profile: Profile, tmp_path: Path) -> None:
-    patients = private.split("train")
-    with pytest.raises(ParameterError, match="has 12 patients, the plan is for 11"):
-        finetune(
-            profile.denoiser.build(2),
-            patients,
-            random_latents(patients),
-            profile.finetune.plan(10, 11),
-            profile.finetune,
-            profile.denoiser.schedule,
-            Randomness(0, simulated=True),
-            tmp_path,
-            "",
-        )
-
-
-def test_finetuning_moves_only_what_is_tuned_and_leaves_no_trace_of_patients(
-    private: Cohort, profile: Profile, tmp_path: Path
-) -> None:
-    torch.manual_seed(1)
-    before = profile.denoiser.build(2)
-    run_finetune(private, profile, tmp_path)
-    after = profile.denoiser.build(2)
-    load_weights(after, tmp_path / "weights.safetensors")
-    tuned = before.tunable("attention")
-    for name, tensor in after.named_parameters():
-        assert torch.equal(tensor, dict(before.named_parameters())[name]) == (name not in tuned), name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["privacy.json", "weights.safetensors"]
-    assert not {"loss", "norm", "lot"} & set(json.loads((tmp_path / "privacy.json").read_text()))
 
 
 def test_the_held_out_loss_is_one_number_a_patient_and_the_same_each_time(public: Cohort, profile: Profile) -> None:

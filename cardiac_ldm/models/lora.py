@@ -10,11 +10,11 @@ from torch.nn.utils import parametrize
 class LowRank(nn.Module):
     """What is added to a weight of shape (out, ...): up (out, r) times down (r, rest), 0 at the start."""
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         inputs = weight[0].numel()
         self.up = nn.Parameter(torch.zeros(len(weight), rank))
-        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.down = nn.Parameter(torch.randn(rank, inputs, generator=generator) / inputs**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`."""
@@ -22,10 +22,14 @@ class LowRank(nn.Module):
 
 
 def add_lora(modules: Sequence[nn.Linear | nn.Conv2d | nn.Conv3d], rank: int) -> None:
-    """Adapt the weight of each of these linear or convolutional layers; their own weights freeze."""
+    """Adapt the weight of each of these linear or convolutional layers; their own weights freeze.
+
+    The start is always the same: processes that train together, and a run that goes on, must agree on it.
+    """
+    generator = torch.Generator().manual_seed(rank)
     for module in modules:
         weight = module.weight.requires_grad_(False)
-        parametrize.register_parametrization(module, "weight", LowRank(weight, rank))
+        parametrize.register_parametrization(module, "weight", LowRank(weight, rank, generator))
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

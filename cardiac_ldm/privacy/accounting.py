@@ -207,7 +207,7 @@ class Ledger(BaseModel):
             if budget is not None and claim > (1 + AGREEMENT) * budget:
                 raise PrivacyError(f"epsilon: {claim:.4f} would be spent, above the budget of {budget}; no claim")
             stated = max(claim, check, budget or 0.0)
-            patient = stated if unit == "patient" else epsilon_of_group(terms, delta, volumes)
+            patient = stated if unit == "patient" else max(stated, epsilon_of_group(terms, delta, volumes))
         levels: dict[Unit, Literal["patient-level DP", "volume-level DP"]] = {
             "patient": "patient-level DP",
             "volume": "volume-level DP",

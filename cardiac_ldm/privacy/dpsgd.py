@@ -15,7 +15,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -139,12 +139,12 @@ class PrivatePlan:
         before: tuple[Mechanism, ...] = (),
     ) -> "PrivatePlan":
         """The plan that, with what `before` spent, spends (epsilon, delta) and no more."""
-        settings = (expected_batch, steps, clip, draws, epsilon, delta)
-        plan = cls(n_patients, *settings, 0.0, clipping=clipping, unit=unit, before=before)
+        settings = (n_patients, expected_batch, steps, clip, draws, epsilon, delta)
+        plan = cls(*settings, noise_multiplier=0.0, clipping=clipping, unit=unit, before=before)
         if math.isinf(epsilon):
-            return cls(n_patients, expected_batch, steps, math.inf, draws, epsilon, delta, 0.0, unit=unit)
+            return replace(plan, clip=math.inf, clipping="fixed")
         sigma = calibrate(epsilon, delta, plan.sampling_rate, steps, terms_of(before))
-        return cls(n_patients, *settings, sigma, clipping=clipping, unit=unit, before=before)
+        return replace(plan, noise_multiplier=sigma)
 
     @property
     def n_units(self) -> int:
@@ -239,5 +239,5 @@ class PrivatePlan:
         if not math.isfinite(norm):
             return torch.zeros_like(gradient)
         room = self.clip * (1 - 2**-20)  # rounding must not carry the norm above C
-        scale = room / (norm + 0.01) if self.clipping == "normalised" else min(1.0, room / max(norm, 1e-300))
-        return gradient.mul_(scale)
+        excess = (norm + 0.01) / room if self.clipping == "normalised" else max(1.0, norm / room)
+        return gradient.div_(excess)  # a factor below 1e-38 would have lost digits in float32, and C its hold

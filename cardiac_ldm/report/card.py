@@ -4,6 +4,7 @@ import csv
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,16 @@ def privacy_statement(ledger: Ledger) -> str:
         f"| public data | {ledger.public_data} |\n"
         f"| tuning runs | {ledger.tuning_runs} |\n| released | {ledger.released} |\n"
         f"| randomness | {ledger.randomness} |\n"
+    )
+
+
+def joint_statement(ledgers: Sequence[Ledger]) -> str:
+    """What private models of one cohort reveal together, as Markdown."""
+    together = Ledger.compose(ledgers)
+    return (
+        f"**Together, {len(ledgers)} private model(s) of {together.private_data} spent "
+        f"({together.epsilon:.4g}, {together.delta:g}) per {together.unit}.** "
+        "Whoever sees several of them learns more than from any one; what was deleted is not counted here."
     )
 
 

@@ -13,9 +13,11 @@ from cardiac_ldm.errors import ParameterError
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's weights and buffers as safetensors."""
+    """Write a module's weights and buffers as safetensors, synced before they replace others."""
     temporary = path.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

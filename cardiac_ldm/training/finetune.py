@@ -1,12 +1,13 @@
 """Fine-tune on private patients: the pre-trained denoiser and, where the profile says so, the public decoder."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 from einops import repeat
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
@@ -25,7 +26,7 @@ from cardiac_ldm.training.private import PrivateSettings, compute_device, is_fir
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
     low, high, weight = band
-    if not 0 <= low < high <= TIMESTEPS or not weight > 0:
+    if not 0 <= low < high <= TIMESTEPS or not 0 < weight < math.inf:
         raise ValueError(f"must be [low, high, weight] with 0 <= low < high <= {TIMESTEPS} and a weight above 0")
     return band
 
@@ -47,18 +48,26 @@ class FinetuneSettings(PrivateSettings):
     denoiser learns, see `Denoiser.tunable`. decoder: its own stage, which shares the budget, or nothing.
     """
 
+    decoder: DecoderSettings | None
     unit: Unit
     delta: float
     attribute_dropout: float = Field(ge=0, le=1)
-    timesteps: tuple[Band, ...] = Field(min_length=1)
+    timesteps: tuple[Band, ...]
     tuned: str = Field(pattern=r"^(all|attention|attributes|lora-[1-9]\d*)$")
-    decoder: DecoderSettings | None
 
-    @model_validator(mode="after")
-    def _decoder_of_patients(self) -> "FinetuneSettings":
-        if self.decoder and self.unit != "patient":
+    @field_validator("timesteps")
+    @classmethod
+    def _some(cls, bands: tuple[Band, ...]) -> tuple[Band, ...]:
+        if not bands:
+            raise ValueError("must hold at least one band [low, high, weight]")
+        return bands
+
+    @field_validator("unit")
+    @classmethod
+    def _decoder_of_patients(cls, unit: Unit, others: ValidationInfo) -> Unit:
+        if others.data.get("decoder") and unit != "patient":
             raise ValueError("the decoder's private stage takes whole patients: set unit to patient or decoder to null")
-        return self
+        return unit
 
 
 def finetune(
@@ -181,12 +190,18 @@ def _finished(model: torch.nn.Module, ledger: Ledger, folder: Path) -> bool:
     if Ledger.load(folder / "privacy.json") != ledger:
         raise ParameterError(f"{weights}: was left by a run with other settings; delete {folder} to start afresh")
     load_weights(model, weights)
+    _tidy(folder)
     return True
 
 
 def _leave(model: torch.nn.Module, folder: Path) -> None:
-    """Save the weights, then drop what is no longer needed to resume."""
+    """Save the weights, then drop what was needed to resume."""
     if is_first_process():
         save_weights(model.eval(), folder / "weights.safetensors")
-        for name in ("state.pt", "progress.txt"):
-            (folder / name).unlink(missing_ok=True)
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a finished run no longer needs, and what kills left half-written."""
+    for name in ("state.pt", "state.tmp", "progress.txt"):
+        (folder / name).unlink(missing_ok=True)

@@ -159,7 +159,7 @@ def random_loss(
     lows, highs, weights = torch.tensor(bands).T
     chosen = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
     within = torch.rand(len(latents), generator=generator) * (highs - lows)[chosen]
-    timesteps = (lows[chosen] + within).long().to(latents.device)
+    timesteps = (lows[chosen].long() + within.long()).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     return diffusion_loss(model, noising, latents, attributes, timesteps, noise)
 

@@ -58,6 +58,15 @@ def is_first_process() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
+def shared_decision(wanted: bool = False) -> bool:
+    """What the first process wants; the others wait for it."""
+    if not distributed.is_initialized():
+        return wanted
+    decision = torch.tensor([wanted], device=compute_device())
+    distributed.broadcast(decision, 0)
+    return bool(decision)
+
+
 def compute_device() -> torch.device:
     """Where a private run computes: this process' own GPU, or the CPU."""
     if not torch.cuda.is_available():
@@ -109,7 +118,8 @@ def train_privately(
         ledger.save(folder / "privacy.json")
 
     written = time.monotonic()
-    with (folder / "progress.txt").open("w") if patients.secret else open(os.devnull, "w") as hidden:  # noqa: PTH123
+    hide = patients.secret and is_first_process()
+    with (folder / "progress.txt").open("w") if hide else open(os.devnull, "w") as hidden:  # noqa: PTH123
         shown = tqdm(
             range(done, plan.steps),
             initial=done,

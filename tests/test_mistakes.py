@@ -1,0 +1,331 @@
+"""The ten mistakes that void a guarantee, each made impossible: a table of contents of what is promised.
+
+The mistakes are those that reviews of differentially private training name most (Ponomareva et al., arXiv 2303.00654;
+NIST SP 800-226; Chua et al., arXiv 2411.04205). Every test goes through the code that a study runs.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Cohort, Patients, load_manifest
+from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.evaluation.metrics import measure_real
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
+from cardiac_ldm.privacy.accounting import terms_of
+from cardiac_ldm.report.card import privacy_statement, write_release
+from cardiac_ldm.study import PROFILES, Parameters, Profile, Run, Study
+from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
+from cardiac_ldm.training.autoencoder import VQRegularisation, train_autoencoder
+from cardiac_ldm.training.finetune import DecoderSettings, finetune_decoder
+from cardiac_ldm.training.pretrain import held_out_loss, pretrain
+from cardiac_ldm.training.private import PrivateSettings, train_privately
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+ALL_PROFILES = [*sorted(path.stem for path in PROFILES.glob("*.yaml")), TINY]
+WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "hospital (train)", "public_data": "phantom_public"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of simulated patients whose public stages are done."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CARDIAC_LDM_RUNS", str(tmp_path_factory.mktemp("runs")))
+        # threads will do: processes would take longer to start than to simulate a few patients
+        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
+        environment.setattr(sys.modules["cardiac_ldm.cohort.prepare"], "ProcessPoolExecutor", threads)
+        study = Study(Parameters(profile=TINY))
+        _ = study.pretrained
+    return study
+
+
+@pytest.fixture(scope="module")
+def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The same study of real private patients, as far as the library can tell: their files are the simulated ones."""
+    manifest = tmp_path_factory.mktemp("hospital") / "hospital.yaml"
+    splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
+    terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
+    real = Study(Parameters(profile=TINY, cohort_private=str(manifest)))
+    real.runs, real.public = study.runs, study.public
+    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
+    return real
+
+
+def finetuned_afresh(study: Study) -> Run:
+    """Fine-tune with a budget of 0.5, whatever other tests have left."""
+    for folder in study.runs.glob("finetune-*"):
+        shutil.rmtree(folder)
+    return study.finetuned(0.5)
+
+
+def free_plan(n_patients: int, expected_batch: int, steps: int, **changes: Any) -> PrivatePlan:
+    """A plan without noise, so that every contribution shows."""
+    terms = {"clip": math.inf, "draws": 1, "epsilon": math.inf, "delta": 1e-5, "noise_multiplier": 0.0}
+    return PrivatePlan(n_patients, expected_batch, steps, **(terms | changes))
+
+
+def private_steps(
+    plan: PrivatePlan, patients: Patients, folder: Path, slope: Callable[[int], float]
+) -> list[tuple[list[int], Tensor]]:
+    """Run the private loop on one weight, where each patient's loss has this slope: every step's lot and gradient."""
+    weight, lot, taken = nn.Parameter(torch.zeros(1)), [], []
+
+    def unit_loss(unit: int, generator: torch.Generator) -> Tensor:
+        lot.append(unit)
+        return slope(unit) * weight.sum()
+
+    def remember(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        assert weight.grad is not None
+        taken.append((lot.copy(), weight.grad.clone()))
+        lot.clear()
+
+    recipe: dict[str, Any] = {"steps": plan.steps, "expected_batch": plan.expected_batch, "clip": 1.0, "draws": 1}
+    recipe |= {"clipping": "fixed", "learning_rate": 1e-3, "average_decay": 0.9, "precision": "fp32"}
+    randomness, settings = Randomness(0, simulated=True), PrivateSettings.model_validate(recipe)
+    ledger = plan.ledger(randomness, **WORDS)
+    handle = register_optimizer_step_pre_hook(remember)
+    try:
+        train_privately({"w": weight}, unit_loss, plan, settings, randomness, ledger, patients, folder)
+    finally:
+        handle.remove()
+    return taken
+
+
+def test_mistake_01_statistics_of_private_patients_are_never_taken(
+    study: Study, hospital: Study, tmp_path: Path
+) -> None:
+    simulated, real, profile = study.private.split("train"), hospital.private.split("train"), study.profile
+    latents = study.latents(simulated, study.private)
+    with pytest.raises(PrivacyError, match="scale of its latents"):
+        train_autoencoder(simulated, profile.autoencoder, 0, tmp_path / "state.pt")
+    with pytest.raises(PrivacyError, match="trained with no noise"):
+        pretrain(simulated, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "state.pt")
+    for train in (train_segmenter, train_phase_classifier):
+        with pytest.raises(PrivacyError, match="private patients"):
+            train(simulated, steps=1, batch=1, learning_rate=1e-3, seed=0)
+    with pytest.raises(PrivacyError, match="exact losses"):  # so there is no best checkpoint and no early stopping
+        held_out_loss(study.denoiser(study.pretrained), "modern", latents, real)
+    with pytest.raises(PrivacyError, match="hospital holds real private patients"):
+        measure_real(real, Segmenter(), PhaseClassifier(), seed=0, progress=False)
+    assert hospital.reference.role == "public"
+    ranges = profile.denoiser.build(2).attributes
+    assert ranges.low.tolist() == [attribute.low for attribute in ATTRIBUTES]
+    assert ranges.high.tolist() == [attribute.high for attribute in ATTRIBUTES]
+    with pytest.raises(ParameterError, match="has 23 patients, the plan is for 24"):  # N is the manifest's
+        private_steps(free_plan(24, 6, 1), simulated[:23], tmp_path, slope=float)
+
+
+@pytest.mark.parametrize("name", ALL_PROFILES, ids=lambda name: Path(name).stem)
+def test_mistake_02_no_layer_mixes_patients(name: str) -> None:
+    profile = Profile.load(name)
+    with torch.device("meta"):
+        models = [profile.denoiser.build(profile.autoencoder.latent_channels), profile.autoencoder.build()]
+    assert not [layer for model in models for layer in model.modules() if isinstance(layer, _BatchNorm)]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_PROFILES if name != "paper"], ids=lambda name: Path(name).stem)
+def test_mistake_02_one_patients_output_does_not_know_the_others(name: str) -> None:
+    profile = Profile.load(name)
+    autoencoder, channels = profile.autoencoder.build().train(), profile.autoencoder.latent_channels
+    denoiser = profile.denoiser.build(channels).train()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():  # some layers start at zero, which would hide what they mix
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    size = GRID.size // autoencoder.reduction
+    latents, others = torch.randn(2, 3, channels, GRID.n_slices, size, size)
+    attributes, other_attributes = torch.rand(2, 3, len(ATTRIBUTES)) * 100
+    others[0], other_attributes[0] = latents[0], attributes[0]
+    with torch.no_grad():
+        for model in (
+            lambda x, given: denoiser(x, torch.tensor([3, 70, 140]), given),
+            lambda x, given: autoencoder.decode(x),
+        ):
+            one, other = model(latents, attributes), model(100 * (others - latents) + latents, other_attributes)
+            assert torch.allclose(one[0], other[0], atol=1e-5)
+            assert not torch.allclose(one[1], other[1], atol=1e-2)
+
+
+def test_mistake_02_only_the_decoder_learns_from_private_patients_and_no_discriminator_does(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*_: object, **__: object) -> None:
+        raise AssertionError("a discriminator would learn from private patients outside of the clipped gradient")
+
+    monkeypatch.setattr(PatchDiscriminator, "__init__", judge)
+    quantised = VQRegularisation(kind="vq", codes=20, weight=0.25)
+    model = study.profile.autoencoder.model_copy(update={"regularisation": quantised}).build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patients, plan = study.private.split("train"), free_plan(24, 6, 2)
+    settings = decoder_stage(study).model_copy(update={"steps": 2})
+    randomness = Randomness(0, simulated=True)
+    finetune_decoder(model, patients, plan, settings, randomness, tmp_path, "phantom_public")
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert moved <= set(model.decoder_parameters())  # not the encoder, its scale, nor the codebook's moving average
+    assert not [name for name in model.decoder_parameters() if "encoder" in name or "quantiser" in name]
+
+
+def test_mistake_03_the_sampler_is_the_one_that_is_accounted_for(study: Study, tmp_path: Path) -> None:
+    plan = free_plan(24, 6, 1500)
+    lots = [lot for lot, _ in private_steps(plan, study.private.split("train"), tmp_path, slope=lambda unit: 1.0)]
+    sizes, rate = np.array([len(lot) for lot in lots]), Ledger.load(tmp_path / "privacy.json").mechanisms[0]
+    expected, spread = 24 * rate.sampling_rate, 24 * rate.sampling_rate * (1 - rate.sampling_rate)
+    assert (rate.steps, len(lots)) == (1500, 1500)
+    assert sizes.mean() == pytest.approx(expected, abs=4 * math.sqrt(spread / 1500))
+    assert sizes.var() == pytest.approx(spread, rel=4 * math.sqrt(2 / 1500))  # of shuffled batches: 0
+    joined = np.bincount(np.concatenate(lots).astype(int), minlength=24) / 1500
+    assert abs(joined - rate.sampling_rate).max() < 4 * math.sqrt(spread / 24 / 1500)
+
+
+def test_mistake_04_the_divisor_is_the_expected_batch(study: Study, tmp_path: Path) -> None:
+    taken = private_steps(free_plan(24, 6, 30), study.private.split("train"), tmp_path, slope=lambda unit: 1.0)
+    assert len({len(lot) for lot, _ in taken}) > 3
+    for lot, gradient in taken:
+        assert gradient.item() == pytest.approx(len(lot) / 6, rel=1e-6)
+
+
+def test_mistake_05_empty_lots_are_steps_with_noise(study: Study, tmp_path: Path) -> None:
+    plan = free_plan(24, 1, 40, clip=1.0, noise_multiplier=4.0)
+    taken = private_steps(plan, study.private.split("train"), tmp_path, slope=lambda unit: 1.0)
+    empty = [gradient.item() for lot, gradient in taken if not lot]
+    assert len(taken) == 40
+    assert len(empty) >= 5
+    assert len(set(empty)) == len(empty)
+    assert 0 not in empty
+
+
+def test_mistake_06_every_patient_is_clipped_alone_and_whole(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients = study.private.split("train")
+    plan = free_plan(24, 12, 20, clip=0.5)
+    for lot, gradient in private_steps(plan, patients, tmp_path, slope=lambda unit: 1e6 * (-1) ** unit):
+        balance = sum((-1) ** unit for unit in lot)
+        assert gradient.item() == pytest.approx(0.5 * balance / 12, abs=1e-5)  # clipped after the sum: 0.5 / 12
+
+    seen: list[float] = []
+    clipped = PrivatePlan.clipped
+
+    def counted(plan: PrivatePlan, loss: Tensor, parameters: list[Tensor]) -> Tensor:
+        contribution = clipped(plan, loss, parameters)
+        seen.append(contribution.double().norm().item())
+        return contribution
+
+    monkeypatch.setattr(PrivatePlan, "clipped", counted)
+    joined: list[int] = []
+    sample = PrivatePlan.sample_lot
+
+    def sampled(plan: PrivatePlan, generator: np.random.Generator) -> np.ndarray:
+        lot = sample(plan, generator)
+        joined.append(lot.sum())
+        return lot
+
+    monkeypatch.setattr(PrivatePlan, "sample_lot", sampled)
+    ledger = finetuned_afresh(study).ledger
+    assert len(patients.owners) == 48  # two volumes each: one gradient a patient, not a volume
+    assert len(seen) == sum(joined)
+    assert max(seen) <= ledger.mechanisms[0].clip
+
+
+def test_mistake_07_the_noise_on_real_patients_has_no_seed(hospital: Study) -> None:
+    with pytest.raises(PrivacyError, match="seed: 0 would make the noise on real private patients reproducible"):
+        Randomness(0, simulated=False)
+    assert hospital.seed == 0
+    first = finetuned_afresh(hospital)
+    assert first.ledger.randomness == "ChaCha20, keyed by the operating system's entropy"
+    weights = (first.folder / "weights.safetensors").read_bytes()
+    again = finetuned_afresh(hospital)
+    assert again.folder == first.folder
+    assert (again.folder / "weights.safetensors").read_bytes() != weights
+
+
+def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
+    study: Study, hospital: Study, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(of: Study) -> tuple[str, Path, set[str]]:
+        during: set[str] = set()
+        handle = register_optimizer_step_pre_hook(
+            lambda *_: during.update(path.name for folder in of.runs.glob("finetune-*") for path in folder.iterdir())
+        )
+        capfd.readouterr()
+        folder = finetuned_afresh(of).folder
+        handle.remove()
+        return "".join(capfd.readouterr()), folder, during
+
+    for latents in (study.runs / "latents").glob("hospital-*"):
+        latents.unlink()  # encoding them is part of the run
+    shown, _, _ = run(study)
+    assert "private denoiser" in shown  # simulated patients: the bar, so that its absence below means something
+    shown, folder, during = run(hospital)
+    assert "progress.txt" in during
+    assert {path.name for path in folder.iterdir()} == {
+        "lock",
+        "metrics.json",
+        "privacy.json",
+        "settings.yaml",
+        "weights.safetensors",
+    }
+    said = [line for line in shown.splitlines() if line and "held-out loss" not in line]  # of public patients
+    said = [line for line in said if "phantom_public" not in line]
+    assert said == [f"finetune: not done yet with these settings; running it in {folder.name}"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"epsilon", "held_out_loss"}
+    assert metrics["held_out_loss"]["n_patients"] == len(hospital.public.split("test"))
+    ledger = json.loads((folder / "privacy.json").read_text())
+    assert not [field for field in {**ledger, **ledger["mechanisms"][0]} if field in ("loss", "norm", "lot", "lots")]
+
+
+def test_mistake_09_a_guarantee_for_volumes_is_never_stated_as_if_for_patients(
+    hospital: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {Profile.load(name).finetune.unit for name in ALL_PROFILES} == {"patient"}
+    plan = PrivatePlan(24, 6, 4, 1.0, 1, 0.5, 1e-5, noise_multiplier=2.5, unit="volume")
+    ledger = plan.ledger(Randomness(0, simulated=True), **WORDS)
+    assert ledger.guarantee == "volume-level DP"
+    assert ledger.n_units == 48
+    assert ledger.epsilon_patient > 1.5 * ledger.epsilon
+    statement = privacy_statement(ledger)
+    assert "differential privacy per volume" in statement
+    assert f"protected by ε = {ledger.epsilon_patient:.3g} only" in statement
+    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+    with pytest.raises(PrivacyError, match="does not protect patients; not released"):
+        write_release(empty, ledger, tmp_path / "release")
+    by_volume = hospital.profile.finetune.model_copy(update={"unit": "volume"})
+    monkeypatch.setattr(hospital, "profile", hospital.profile.model_copy(update={"finetune": by_volume}))
+    with pytest.raises(PrivacyError, match="unit: hospital holds real patients, who are protected whole"):
+        hospital.finetuned(0.5)
+
+
+def decoder_stage(study: Study) -> DecoderSettings:
+    """The recipe of the denoiser, for a decoder that may spend a third of the budget."""
+    recipe = {name: getattr(study.profile.finetune, name) for name in PrivateSettings.model_fields}
+    return DecoderSettings(**recipe, share=1 / 3)
+
+
+def test_mistake_10_two_private_stages_spend_one_budget(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = study.profile.finetune.model_copy(update={"decoder": decoder_stage(study)})
+    monkeypatch.setattr(study, "profile", study.profile.model_copy(update={"finetune": both}))
+    run = study.finetuned(0.6)
+    decoder, whole = Ledger.load(run.folder / "decoder" / "privacy.json"), run.ledger
+    assert [stage.stage for stage in whole.mechanisms] == ["decoder", "denoiser"]
+    assert whole.mechanisms[0] == decoder.mechanisms[0]
+    assert decoder.epsilon == pytest.approx(0.2, rel=0.01)
+    assert whole.epsilon == pytest.approx(0.6, rel=0.01)
+    assert 0.98 * 0.6 <= epsilon_pld(terms_of(whole.mechanisms), whole.delta, 2e-4) <= 0.6
