@@ -17,7 +17,7 @@ test: .venv/installed-dev
 	ruff check
 	ruff format --check
 	mypy
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile
 
 clean:
 	rm -rf runs book/_build book/assets/vendor .snakemake

@@ -348,8 +348,7 @@ class Study:
         places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
         found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
         own = f"{self.private.manifest.name} (train)"
-        kind = f"{self.profile.finetune.unit}-level DP"
-        mine = [ledger for ledger in found if ledger.private_data == own and ledger.guarantee == kind]
+        mine = [ledger for ledger in found if (ledger.private_data, ledger.guarantee) == (own, "patient-level DP")]
         return sorted(mine, key=lambda ledger: ledger.epsilon)
 
     def synthesised(self, epsilon: float) -> Run:

@@ -271,7 +271,8 @@ def test_a_failure_names_every_broken_patient_and_leaves_nothing(make_acdc_patie
         prepare(load_manifest(path), store=tmp_path / "store")
     assert "patient001" in str(caught.value)
     assert "patient003" in str(caught.value)
-    assert {path.name for path in (tmp_path / "store").iterdir()} == {".salt", ".salt.lock"}
+    left = {path.name for path in (tmp_path / "store").iterdir()}
+    assert not [name for name in left if not name.endswith((".salt", ".lock"))]
 
 
 @pytest.mark.parametrize(

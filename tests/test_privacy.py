@@ -29,7 +29,7 @@ from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
 from cardiac_ldm.privacy.accounting import Terms, affordable_steps, calibrate, epsilon_of_group, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
-from cardiac_ldm.privacy.planning import propose, table
+from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.report.card import write_release
 from cardiac_ldm.study import Profile
 from cardiac_ldm.training.pretrain import random_loss
@@ -404,8 +404,8 @@ def random_settings(rng: np.random.Generator) -> tuple[dict[str, Any], float]:
 
         mu = brentq(excess, 1e-3, 30)
         noise = math.log1p((mu * n / batch) ** 2 / steps) ** -0.5  # mu^2 = steps q^2 (exp(1 / sigma^2) - 1)
-        costly = noise < 1.2 and rng.random() < 0.85  # to check: most are left out
-        if 0.003 <= batch / n <= 0.5 and 0.5 <= noise <= 500 and not costly:
+        costly = noise < 1.2 or math.sqrt(steps) > 40 * epsilon  # to account for: most of these are left out
+        if 0.003 <= batch / n <= 0.5 and 0.5 <= noise <= 500 and (not costly or rng.random() < 0.12):
             break
     return {"epsilon": epsilon, "delta": delta, "n_patients": n, "expected_batch": batch, "steps": steps}, noise
 
@@ -415,7 +415,7 @@ def test_the_stated_epsilon_of_200_random_plans_is_dp_accountings(monkeypatch: p
     rng, ratios = np.random.default_rng(2024), []
     for number in range(200):
         terms, noise = random_settings(rng)
-        if number < 12:
+        if number < 10:
             private = PrivatePlan.for_budget(**terms, clip=1.0, draws=1)
             stated = private.ledger(SEEDED, **WORDS)
         else:
@@ -692,16 +692,17 @@ OFFER: dict[str, Any] = {"n_patients": 80, "n_parameters": 10_000, "hours": 0.3,
 
 
 def test_proposals_fill_the_hours_and_come_in_the_order_of_their_signal() -> None:
-    proposals = propose(1.0, 1e-5, **OFFER)
-    assert {p.plan.expected_batch for p in proposals} == {16, 32}  # 1,200 gradients; 64 would be 18 steps
-    for p in proposals:
-        assert p.plan.expected_batch * p.plan.steps <= 1200 < p.plan.expected_batch * (p.plan.steps + 1)
-        assert p.plan.epsilon == 1.0
-        noise = p.plan.noise_multiplier * math.sqrt(10_000)  # the norm of N(0, sigma^2 I) in 10,000 dimensions
-        assert p.signal_to_noise == pytest.approx(p.plan.expected_batch / noise)
-        assert p.of_run == pytest.approx(p.signal_to_noise * math.sqrt(p.plan.steps))
-    assert [p.of_run for p in proposals] == sorted(p.of_run for p in proposals)
-    assert list(table(proposals)["expected batch"]) == [p.plan.expected_batch for p in proposals]
+    table = propose(1.0, 1e-5, **OFFER)
+    assert set(table.expected_batch) == {16, 32}  # 1,200 gradients; 64 would be 18 steps
+    assert (table.expected_batch * table.steps <= 1200).all()
+    assert (table.expected_batch * (table.steps + 1) > 1200).all()
+    noise = table.noise_multiplier * math.sqrt(10_000)  # the norm of N(0, sigma^2 I) in 10,000 dimensions
+    assert table.signal_to_noise.tolist() == pytest.approx((table.expected_batch / noise).tolist())
+    assert table.of_run.tolist() == pytest.approx((table.signal_to_noise * table.steps**0.5).tolist())
+    assert table.of_run.is_monotonic_increasing
+    for row in table.itertuples():
+        spent = epsilon_pld(((row.noise_multiplier, row.expected_batch / OFFER["n_patients"], row.steps),), 1e-5)
+        assert 0.99 < spent <= 1.0
 
 
 @pytest.mark.parametrize("changes", [{"hours": 0.1}, {"n_patients": 31}])
@@ -715,10 +716,10 @@ def test_planning_is_a_command_that_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = "cardiac_ldm.privacy.planning"
-    asked = "--epsilon 1 --patients 60 --parameters 10000 --hours 0.2 --seconds-per-patient 0.9"
+    asked = "--epsilon 1 --n-patients 60 --n-parameters 10000 --hours 0.2 --seconds-per-patient 0.9"
     monkeypatch.setattr(sys, "argv", [module, *asked.split()])
     monkeypatch.delitem(sys.modules, module)
     runpy.run_module(module, run_name="__main__")
     head, row = capsys.readouterr().out.splitlines()
-    assert "noise multiplier" in head
+    assert "noise_multiplier" in head
     assert next(csv.reader([row.strip()], delimiter=" ", skipinitialspace=True))[:2] == ["16", "50"]

@@ -52,15 +52,15 @@ def prepare(
     members = {split: manifest.patient_ids(split)[: limits.get(split)] for split in SPLITS}
     key = _key(manifest, root, members, _salt(store) if manifest.secret else "")
     path = store / f"{manifest.name}-{key}"
-    if not path.is_dir():
-        store.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=store))
-        try:
-            _write(unfinished, manifest, root, members)
-            if not path.is_dir():
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / f".{path.name}.lock"):
+        if not path.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=store))
+            try:
+                _write(unfinished, manifest, root, members)
                 unfinished.replace(path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     return Cohort(manifest, path, key)
 
 
@@ -144,7 +144,9 @@ def _salt(store: Path) -> str:
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            path.write_text(secrets.token_hex(32))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(secrets.token_hex(32))
+            temporary.replace(path)
     return path.read_text()
 
 

@@ -231,13 +231,15 @@ class Ledger(BaseModel):
         )
 
     @classmethod
-    def compose(cls, ledgers: Sequence["Ledger"], volumes: int = 2) -> "Ledger":
-        """What several models that learnt from the same private units spent together; each stage counts once.
+    def compose(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
+        """What several models that learnt from the same private patients spent together; each stage counts once.
 
         Raises:
-            PrivacyError: they are about other units, another cohort or another delta: then there is no joint claim.
+            PrivacyError: they are about volumes, another cohort or another delta: then there is no joint claim.
         """
         first = ledgers[0]
+        if first.unit != "patient":
+            raise PrivacyError("unit: volume: what several models reveal together is stated for patients alone")
         for ledger in ledgers:
             for field in ("unit", "n_units", "private_data", "delta"):
                 if getattr(ledger, field) != getattr(first, field):
@@ -246,7 +248,7 @@ class Ledger(BaseModel):
                     )
         return cls.state(
             tuple(mechanism for ledger in ledgers for mechanism in ledger.mechanisms),
-            volumes=volumes,
+            volumes=1,
             budget=None,
             **first.model_dump(include={"unit", "n_units", "delta", "randomness", "private_data", "public_data"}),
         )

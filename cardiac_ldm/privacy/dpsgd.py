@@ -117,6 +117,7 @@ class PrivatePlan:
             (self.volumes >= 1, "volumes", self.volumes, "must be at least 1"),
             (self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must be at least 0"),
             (self.unit in ("patient", "volume"), "unit", self.unit, "must be patient or volume"),
+            (self.unit == "patient" or not self.before, "unit", self.unit, "can't follow a stage that took patients"),
             (self.clipping in ("fixed", "normalised"), "clipping", self.clipping, "must be fixed or normalised"),
         ]
         for fine, name, value, rule in checks:
