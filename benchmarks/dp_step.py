@@ -1,4 +1,5 @@
-"""What privacy costs a training step, in time and memory: `python -m benchmarks.dp_step` (about 15 minutes).
+"""What privacy costs a training step, in time and memory: `python -m benchmarks.dp_step` (about 15 minutes; with names
+of parts behind it, `rows` or `two_processes`, it measures those alone again).
 
 Every method takes the same step: the gradient of one lot of 8 patients, two volumes each, with K noise draws a volume,
 on one thread. Methods alternate within each round, so that what else the machine does hits them alike; a ratio is the
@@ -6,6 +7,7 @@ median over rounds of method / ordinary training, with its smallest and largest 
 the process held before the first step, each method in a process of its own.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -28,7 +30,7 @@ from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import Tensor, distributed
 from torch.func import functional_call, grad, vmap
 
-from benchmarks import keep
+from benchmarks import RESULTS, keep
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, GRID, Patients, load_manifest
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import diffusion_loss, schedule
@@ -314,33 +316,36 @@ def _worker() -> None:
     distributed.destroy_process_group()
 
 
-def plans(seconds_per_patient: float, parameters: int) -> list[dict[str, float]]:
-    """What half an hour on one core allows for 4,000 patients, at two budgets."""
+def plans(step: dict[str, Any]) -> list[dict[str, float]]:
+    """What half an hour on one core allows for 4,000 patients and the network of this row, at two budgets."""
+    seconds_per_patient = step["ordinary_seconds"] * step["time"] / PATIENTS
     found: list[dict[str, float]] = []
-    hours = {"n_patients": 4000, "n_parameters": parameters, "hours": 0.5}
+    hours = {"n_patients": 4000, "n_parameters": step["parameters"], "hours": 0.5}
     for epsilon in (1, 10):
         table = propose(epsilon, 1e-5, **hours, seconds_per_patient=seconds_per_patient)
         found += [{"epsilon": epsilon, **row} for row in table.to_dict("records")]
     return found
 
 
-def main() -> None:
-    """Measure all, print and keep one JSON object."""
+def main(wanted: list[str]) -> None:
+    """Measure everything, or only the parts that are named; print and keep one JSON object."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows = [row for case in CASES for row in ratios(case)]
-    quick = next(row for row in rows if row["network"] == CASES[1].label and row["method"] == "ours")
-    keep(
-        "dp_step",
-        patients=PATIENTS,
-        rows=rows,
-        plans=plans(quick["ordinary_seconds"] * quick["time"] / PATIENTS, quick["parameters"]),
-        opacus=opacus_reasons(),
-        two_processes=throughput(),
-        noise=[noise_cost(n) for n in (300_000, 4_400_000)],
-        setting_up=[setting_up(n) for n in (300, 3_000, 30_000)],
-    )
+    path = RESULTS / "dp_step.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if wanted and path.exists() else {}
+    kept.pop("benchmark", None)
+    parts: dict[str, Callable[[], object]] = {
+        "rows": lambda: [row for case in CASES for row in ratios(case)],
+        "plans": lambda: plans(next(row for row in kept["rows"] if row["network"] == CASES[1].label)),
+        "opacus": opacus_reasons,
+        "two_processes": throughput,
+        "noise": lambda: [noise_cost(n) for n in (300_000, 4_400_000)],
+        "setting_up": lambda: [setting_up(n) for n in (300, 3_000, 30_000)],
+    }
+    for name in wanted or parts:
+        kept[name] = parts[name]()
+    keep("dp_step", **kept)
 
 
 if __name__ == "__main__":
-    _worker() if "--worker" in sys.argv else main()
+    _worker() if "--worker" in sys.argv else main(sys.argv[1:])
