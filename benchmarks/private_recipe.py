@@ -96,6 +96,7 @@ def main() -> None:
             {
                 "epsilon": str(recipe.epsilon),
                 **{key: str(value) for key, value in (BASE | recipe.changes).items()},
+                "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
                 "noise_multiplier": plan.noise_multiplier,
                 "change_milli": 1000 * worth.value,
                 "low_milli": 1000 * worth.low,

@@ -1,4 +1,4 @@
-"""Sphinx extension: local figures, folded code, and titles that tell the runs of a stage apart."""
+"""Sphinx extension: local figures, folded code, titles that tell the runs of a stage apart, tables of measurements."""
 
 import json
 import re
@@ -8,8 +8,10 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.util.docutils import SphinxDirective
 
 ASSETS = Path(__file__).parents[1] / "assets"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BUDGETS = {"0": "public data only", "inf": "no privacy"}
 
 
@@ -43,12 +45,32 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["script_files"] = [s for s in scripts if "THEBE_JS_URL" not in (s.attributes.get("body") or "")]
 
 
+class Results(SphinxDirective):
+    """A table of what a benchmark measured: `{results} dp_step.rows`, then a line `title = format` for every column."""
+
+    has_content = True
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Read the benchmark's JSON; the page is built again when it changes."""
+        name, _, key = self.arguments[0].partition(".")
+        path = RESULTS / f"{name}.json"
+        self.env.note_dependency(str(path))
+        found = json.loads(path.read_text())[key]
+        titles, cells = zip(*(line.split(" = ", 1) for line in self.content), strict=True)
+        rows = [[cell.format(**row) for cell in cells] for row in (found if isinstance(found, list) else [found])]
+        table = [titles, ["---"] * len(titles), *rows]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+        return self.parse_text_to_nodes(f"{text}\n\n<small>Made by `python -m benchmarks.{name}`.</small>")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx; titles are collected at priority 500, so they're amended before that."""
     app.connect("config-inited", serve_assets, priority=10)
     app.connect("source-read", fold_code)
     app.connect("doctree-read", name_run, priority=100)
     app.connect("html-page-context", drop_thebe)
+    app.add_directive("results", Results)
     app.add_css_file("book.css")
     app.add_js_file("figures.js", loading_method="defer")
     return {"parallel_read_safe": True, "parallel_write_safe": True}
