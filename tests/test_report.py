@@ -14,7 +14,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
-from cardiac_ldm.report.card import privacy_statement, write_release
+from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
 from cardiac_ldm.report.tables import metrics_table, source, tradeoff_table
 
 PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
@@ -64,6 +64,14 @@ def test_the_statement_lists_every_stage_that_spent() -> None:
     assert said.index("| mechanism: decoder | DP-SGD, rate 0.1, 5 steps, clip 0.5 (normalised)") < said.index(
         "| mechanism: denoiser | DP-SGD, rate 0.1, 3 steps, clip 0.5 (fixed)"
     )
+
+
+def test_models_of_one_cohort_are_stated_together() -> None:
+    both = [ledger(1), ledger(2)]
+    together = Ledger.compose(both)
+    assert 2 < together.epsilon < 3
+    said = joint_statement(both)
+    assert f"2 private model(s) of {both[0].private_data} spent ({together.epsilon:.4g}, 1e-05) per patient" in said
 
 
 def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path) -> None:
