@@ -63,7 +63,12 @@ def patients(role="public", simulated=False) -> Any:
     """Just enough of a split of patients."""
     images, attributes, owners = hearts(8, seed=1)
     return SimpleNamespace(
-        name="squares", role=role, simulated=simulated, attributes=attributes, owners=owners, images=lambda v: images[v]
+        name="squares",
+        role=role,
+        secret=role == "private" and not simulated,
+        attributes=attributes,
+        owners=owners,
+        images=lambda v: images[v],
     )
 
 

@@ -18,7 +18,8 @@ class FewPatients(Patients):
     """Two volumes that need no store."""
 
     def __init__(self, role: str, simulated: bool) -> None:
-        self._manifest = SimpleNamespace(name="few", role=role, simulated=simulated)  # type: ignore[assignment]
+        secret = role == "private" and not simulated
+        self._manifest = SimpleNamespace(name="few", role=role, simulated=simulated, secret=secret)  # type: ignore[assignment]
 
     def images(self, volumes):
         return np.random.default_rng(0).random((2, 13, 96, 96), dtype=np.float32)[list(volumes)]
