@@ -343,12 +343,14 @@ class Study:
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's private patients, finished or not.
 
-        A run that died in its decoder's stage has that stage's ledger; models with no guarantee are left out.
+        A run that died in its decoder's stage has that stage's ledger; models with no guarantee, of another number of
+        patients or another delta (other profiles) are left out: `Ledger.compose` makes no joint claim with them.
         """
         places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
         found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
-        own = f"{self.private.manifest.name} (train)"
-        mine = [ledger for ledger in found if (ledger.private_data, ledger.guarantee) == (own, "patient-level DP")]
+        patients, delta = self.private.split("train"), self.profile.finetune.delta
+        own = ("patient-level DP", f"{patients.name} ({patients.split})", len(patients), delta)
+        mine = [x for x in found if (x.guarantee, x.private_data, x.n_units, x.delta) == own]
         return sorted(mine, key=lambda ledger: ledger.epsilon)
 
     def synthesised(self, epsilon: float) -> Run:

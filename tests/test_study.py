@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import yaml
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy import Ledger, epsilon_pld
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.study import (
     PROFILES,
@@ -214,3 +215,20 @@ def test_volumes_of_real_patients_are_never_the_unit(
 def test_a_private_cohort_never_stands_in_for_the_public_one() -> None:
     with pytest.raises(PrivacyError, match="cohort_public: phantom_private is private"):
         _ = Study(Parameters(cohort_public="phantom_private")).public
+
+
+def test_models_are_stated_together_only_where_a_joint_claim_can_be_made(tmp_path: Path) -> None:
+    study = Study(Parameters(profile=str(TINY)))
+    study.runs = tmp_path
+    train = MagicMock(split="train", __len__=lambda _: 24)
+    train.name = "mine"
+    study.private = MagicMock(split=lambda name: train)
+    kept, others = [(24, 1e-5, "mine")] * 2, [(25, 1e-5, "mine"), (24, 1e-6, "mine"), (24, 1e-5, "yours")]
+    for number, (patients, delta, data) in enumerate(kept + others):
+        plan = PrivatePlan(patients, 6, 2, 1.0, 1, 5.0, delta, noise_multiplier=2.0)
+        words = {"stage": "denoiser", "tuned": "all", "private_data": f"{data} (train)", "public_data": ""}
+        (tmp_path / f"finetune-{number}").mkdir()
+        plan.ledger(Randomness(0, simulated=True), **words).save(tmp_path / f"finetune-{number}" / "privacy.json")
+    found = study.private_ledgers()
+    assert len(found) == 2
+    assert Ledger.compose(found).epsilon > found[0].epsilon_pld

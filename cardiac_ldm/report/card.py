@@ -64,7 +64,8 @@ def joint_statement(ledgers: Sequence[Ledger]) -> str:
     return (
         f"**Together, {len(ledgers)} private model(s) of {together.private_data} spent "
         f"({together.epsilon:.4g}, {together.delta:g}) per {together.unit}.** "
-        "Whoever sees several of them learns more than from any one; what was deleted is not counted here."
+        "Whoever sees several of them learns more than from any one. Models that were deleted, or trained on another "
+        "number of these patients or for another δ, are not counted here."
     )
 
 
