@@ -158,7 +158,7 @@ def _key(manifest: Manifest, root: Path | None, members: Mapping[str, tuple[str,
         "members": {split: len(ids) for split, ids in members.items()},
         "grid": [GRID.shape, GRID.spacing_mm],
         "files": [(f.name, f.stat().st_size) for f in files],
-        "code": [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(__file__).parent.glob("*.py"))],
+        "code": [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(__file__).parent.rglob("*.py"))],
     }
     return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -19,7 +19,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Turn, scale, shift, recontrast and roughen each volume, in one draw per volume.
+    """Turn, scale, shift, shade, recontrast and roughen each volume in one draw, and brighten each of its slices.
 
     Args:
         images: (b, 13, 96, 96) in [0, 1].
@@ -42,7 +42,10 @@ def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -
     images = functional.grid_sample(images, grid, align_corners=False)
     if labels is not None:
         labels = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).long()
-    images = images.clamp(0, 1) ** torch.exp(draw(-0.4, 0.4)) * draw(0.7, 1.2)
+    across = torch.linspace(-0.5, 0.5, images.shape[-1])
+    shade = draw(-0.8, 0.8) * across + draw(-0.8, 0.8) * across[:, None]
+    gains = 0.15 * torch.randn(*images.shape[:2], 1, 1, generator=generator)
+    images = images.clamp(0, 1) ** torch.exp(draw(-0.4, 0.4)) * draw(0.7, 1.2) * torch.exp(shade + gains)
     blurred = functional.avg_pool2d(images, 3, stride=1, padding=1)
     images = torch.lerp(images, blurred, draw(0, 1))
     images = images + draw(0, 0.06) * torch.randn(images.shape, generator=generator)
