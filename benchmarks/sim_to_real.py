@@ -27,7 +27,7 @@ from cardiac_ldm.training.checkpoint import save_weights
 
 ROWS = {
     "phantoms, minutes": {"patients": 400, "steps": 1200, "batch": 3, "learning_rate": 5e-3},
-    "phantoms, better": {"patients": 1500, "steps": 6000, "batch": 4, "learning_rate": 5e-3},
+    "phantoms, better": {"patients": 1500, "steps": 4000, "batch": 4, "learning_rate": 5e-3},
     "half of ACDC": {"patients": None, "steps": 1200, "batch": 3, "learning_rate": 5e-3},
 }
 

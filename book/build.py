@@ -36,7 +36,7 @@ PACKAGES = {
 }
 
 PARTS = {
-    "Background": ["method", "mechanism", "recipe", "data"],
+    "Background": ["method", "mechanism", "recipe", "data", "phantom"],
     "The study": ["00_", "01_", "02_"],
     "Private models": ["03_"],
     "Evaluation": ["04_", "05_"],
@@ -89,7 +89,15 @@ def write_contents() -> None:
     notebooks = sorted(EXECUTED.glob("*.ipynb"), key=lambda path: (path.stem.split("-eps")[0], budget(path)))
     if not notebooks:
         raise StudyError(f"{EXECUTED} holds no notebook: run the study first (make study)")
-    files = ["method", "mechanism", "recipe", "data", "references", *(f"executed/{path.stem}" for path in notebooks)]
+    files = [
+        "method",
+        "mechanism",
+        "recipe",
+        "data",
+        "phantom",
+        "references",
+        *(f"executed/{path.stem}" for path in notebooks),
+    ]
     parts = [
         {"caption": caption, "chapters": [{"file": f} for f in files if Path(f).name.startswith(tuple(prefixes))]}
         for caption, prefixes in PARTS.items()

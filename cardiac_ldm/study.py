@@ -171,6 +171,13 @@ class Parameters(BaseModel):
         return parameters, Study(parameters)
 
 
+class CohortParameters(Parameters):
+    """Of the notebook about cohorts. cohort_beside: a third cohort to hold beside them, which the study doesn't use."""
+
+    cohort_beside: str = ""
+    data_root_beside: str = ""
+
+
 class ModelParameters(Parameters):
     """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy."""
 
@@ -257,6 +264,13 @@ class Study:
         root = Path(data_root) if data_root else None
         limits = self.profile.patients[role].model_dump()
         return prepare(manifest, store=self.runs / "cohorts", data_root=root, limits=limits)
+
+    def beside(self, parameters: "CohortParameters") -> list[Cohort]:
+        """The cohort to hold beside the study's own; none where none is named."""
+        if not parameters.cohort_beside:
+            return []
+        root = Path(parameters.data_root_beside) if parameters.data_root_beside else None
+        return [prepare(load_manifest(parameters.cohort_beside), store=self.runs / "cohorts", data_root=root)]
 
     @cached_property
     def reference(self) -> Patients:

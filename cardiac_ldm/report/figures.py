@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.subplots import make_subplots
 from plotly.utils import image_array_to_data_uri
+from scipy import ndimage
 
 from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError, StudyError
@@ -80,9 +81,9 @@ def mosaic(volumes: ArrayLike, columns: int) -> NDArray[np.uint8]:
     return np.round(255 * np.clip(grey, 0, 1)).astype(np.uint8)
 
 
-def png(grey: NDArray[np.uint8]) -> str:
-    """Return a grey image (height, width) as a PNG data URI."""
-    return image_array_to_data_uri(np.asarray(grey), backend="pypng", compression=9)
+def png(picture: NDArray[np.uint8]) -> str:
+    """Return an image, grey (height, width) or in colours (height, width, 3), as a PNG data URI."""
+    return image_array_to_data_uri(np.asarray(picture), backend="pypng", compression=9)
 
 
 def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int) -> go.Figure:
@@ -117,6 +118,43 @@ def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[
     """
     require_releasable(patients, "what a patient's heart looks like")
     return _wall(patients.images(volumes), captions, columns)
+
+
+def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str]) -> go.Figure:
+    """Return whole stacks, a row each from base to apex, with the labels outlined: LV, myocardium and RV.
+
+    volumes: indices, as `patients.images` takes them. captions: one per volume. Raises PrivacyError when the patients
+    are private and not simulated.
+    """
+    require_releasable(patients, "what a patient's heart looks like")
+    if len(captions) != len(volumes) or len(volumes) == 0:
+        raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {len(volumes)} volumes")
+    images, labels = patients.images(volumes), patients.labels(volumes)
+    shown = np.flatnonzero(images.any(axis=(0, 2, 3)))
+    rows = rearrange(np.repeat(images[:, shown, :, :, None], 3, axis=4), "n d h w c -> (n h) (d w) c")
+    picture = np.round(255 * np.clip(rows, 0, 1)).astype(np.uint8)
+    for label, colour in ((1, SKY), (2, GREEN), (3, VERMILLION)):
+        inside = labels[:, shown] == label
+        edge = inside & ~ndimage.binary_erosion(inside, np.ones((1, 1, 3, 3)))
+        picture[rearrange(edge, "n d h w -> (n h) (d w)")] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    height, width = picture.shape[:2]
+    figure = go.Figure(go.Image(source=png(picture), hoverinfo="skip"))
+    style = {"color": "white", "size": 11, "shadow": "1px 1px 2px black"}
+    at = np.arange(len(volumes)) * images.shape[2]
+    figure.add_scatter(
+        x=np.full(len(at), 4),
+        y=at + 4,
+        text=list(captions),
+        mode="text",
+        textposition="bottom right",
+        textfont=style,
+        hoverinfo="skip",
+    )
+    figure.update_xaxes(visible=False, range=[0, width], constrain="domain")
+    figure.update_yaxes(visible=False, range=[height, 0], scaleanchor="x", constrain="domain")
+    return figure.update_layout(
+        height=round(682 * height / width) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10}, showlegend=False
+    )
 
 
 def synthetic_wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int = 6) -> go.Figure:

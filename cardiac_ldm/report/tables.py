@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import HTML
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, PatientRecord, Patients, require_releasable
+from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV
 
 METRICS = {
     "FD-EffNet": "FD-EffNet (lower is better)",
@@ -25,6 +29,69 @@ def model_name(epsilon: float) -> str:
     """What a model of this budget is called; NaN stands for the real patients."""
     special = {0.0: "public data only", math.inf: "no privacy"}
     return "real patients" if math.isnan(epsilon) else special.get(epsilon, f"ε = {epsilon:g}")
+
+
+def attributes_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
+    """Mean ± standard deviation of every attribute by cohort and diagnostic group, and what share of volumes lacks it.
+
+    Raises PrivacyError for patients who are private and not simulated.
+    """
+    columns = {}
+    for name, patients in cohorts.items():
+        require_releasable(patients, "means and spreads of the patients' attributes")
+        group = np.array([str(g or "") for g in patients.groups])[patients.owners]
+        for label in sorted(set(group)):
+            rows = patients.attributes[group == label].astype(np.float64)
+            columns[name, label, f"{len(set(patients.owners[group == label]))} patients"] = [
+                _moments(column) for column in rows.T
+            ]
+    units = [f"{a.name} ({a.unit})" if a.unit else a.name for a in ATTRIBUTES]
+    return pd.DataFrame(columns, index=pd.Index(units, name="attribute"))
+
+
+def _moments(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    if len(known) == 0:
+        return "missing"
+    lacking = "" if len(known) == len(values) else f" ({1 - len(known) / len(values):.0%} missing)"
+    return f"{known.mean():.3g} ± {known.std():.2g}{lacking}"
+
+
+def quality_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
+    """In how many patients of each cohort something about the prepared volumes asks for a look; read one by one.
+
+    Raises PrivacyError for patients who are private and not simulated.
+    """
+    columns = {}
+    for name, patients in cohorts.items():
+        require_releasable(patients, "what is odd about its patients")
+        found = pd.DataFrame([_oddities(record) for record in patients])
+        columns[f"{name} ({len(patients)} patients)"] = found.sum()
+    return pd.DataFrame(columns).rename_axis("patients in whom").astype(int)
+
+
+def _oddities(record: PatientRecord) -> dict[str, bool]:
+    images, labels = record.images, record.labels
+    heart = labels > 0
+    depth = heart.any(axis=(2, 3))
+    span = [np.ptp(np.flatnonzero(d)) + 1 if d.any() else 0 for d in depth]
+    volume = dict(
+        zip(record.attributes[:, ATTRIBUTE_NAMES.index("ESED")], (labels == LV).sum(axis=(1, 2, 3)), strict=True)
+    )
+    blood, muscle = (np.median(images[labels == k]) if (labels == k).any() else np.nan for k in (LV, MYOCARDIUM))
+    return {
+        "nobody has labelled the heart": not record.labelled,
+        "something was mended in reading or preparing": bool(record.repairs),
+        "a phase is missing": not {0.0, 1.0} <= set(volume),
+        "the heart reaches the edge of the field": bool(heart[..., [0, -1], :].any() or heart[..., [0, -1]].any()),
+        "a slice within the heart is blank": bool((depth & ~images.any(axis=(2, 3))).any()),
+        "a slice within the heart is unlabelled": bool((np.asarray(span) != depth.sum(axis=1)).any()),
+        "fewer than 6 slices show the ventricles": bool(max(span) < 6),
+        "the right ventricle is missing": not (labels == RV).any(axis=(1, 2, 3)).all(),
+        "the left ventricle doesn't get smaller": bool(volume.get(0.0, 0) >= volume.get(1.0, np.inf)),
+        "blood is hardly brighter than muscle": bool(blood < 1.2 * muscle),
+        "a tenth of the voxels is saturated": bool((images[:, images.any(axis=(0, 2, 3))] >= 1).mean() > 0.1),
+    }
 
 
 def losses_table(losses: Mapping[float, Mapping[str, float]]) -> pd.DataFrame:
