@@ -88,11 +88,12 @@ def ward(make_acdc_patient, threads, monkeypatch):
 
 
 def speckle(folder, seed):
-    """Give a made-up patient images that no other has."""
-    for file in folder.glob("*_frame??.nii.gz"):
-        image = nib.load(file)
-        noise = np.random.default_rng(seed).integers(0, 99, image.shape)
-        nib.save(nib.Nifti1Image((np.asarray(image.dataobj) + noise).astype(np.int16), image.affine), file)
+    """Give a made-up patient files that no other has."""
+    for file in folder.glob("*.nii.gz"):
+        nifti = nib.load(file)
+        voxels = np.asarray(nifti.dataobj).copy()
+        voxels[20 + seed, 20] = seed % 4
+        nib.save(nib.Nifti1Image(voxels, nifti.affine), file)
 
 
 @pytest.fixture
@@ -252,9 +253,8 @@ def test_the_key_follows_who_is_in_the_cohort_and_what_their_files_hold(ward, tm
         return prepare(hospital(**changes), store=tmp_path / "store", data_root=ward, limits=limits).key
 
     first = key()
-    same = [{"root": "elsewhere"}, {"licence": "another"}, {"limits": {"train": 9}}]
-    assert [key(**change) for change in same] == [first] * 3
-    assert read == ["patient000", "patient008", "patient009"]
+    assert [key(root="elsewhere"), key(licence="another"), key(limits={"train": 9})] == [first] * 3
+    assert sorted(read) == ["patient000", "patient008", "patient009"]
     (ward / "patient000/Info.cfg").touch()
     assert key() == first  # read again, and found to be the same
     assert len(read) == 6
@@ -314,53 +314,47 @@ def test_a_failure_names_every_broken_patient_and_keeps_the_sound_parts(ward, tm
     for file, text in zip(broken, texts, strict=True):
         file.write_text(text)
     mended = prepare(manifest, store=tmp_path / "store", data_root=ward)
-    assert read == ["patient000", "patient001", "patient009"]
+    assert sorted(read) == ["patient000", "patient001", "patient009"]
     (tmp_path / "other").mkdir()
     shutil.copy(tmp_path / "store/.salt", tmp_path / "other")
     assert contents(prepare(manifest, store=tmp_path / "other", data_root=ward).path) == contents(mended.path)
 
 
-SCRIPT = """
+SCRIPT = f"""
 import sys
 from pathlib import Path
 from cardiac_ldm.cohort import load_manifest, prepare
 if __name__ == "__main__":
-    limits = {"train": 120, "validation": 2, "test": 2}
-    print(prepare(load_manifest("phantom_private"), store=Path(sys.argv[1]), limits=limits).path)
+    prepare(load_manifest("phantom_private"), store=Path(sys.argv[1]), limits={LIMITS})
 """
 
 
-def test_a_killed_preparation_goes_on_where_it_was_and_leaves_no_orphans(tmp_path):
+def test_a_killed_preparation_goes_on_where_it_was_and_leaves_no_orphans(cohort, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-
-    def start(store):
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / store)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    whole = start("whole").communicate()[0].strip()
-    killed, deadline = start("killed"), time.monotonic() + 30
-    while not (done := sorted((tmp_path / "killed").glob(".phantom_private-*/train-*.jsonl"))):
+    store, deadline = tmp_path / "store", time.monotonic() + 60
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(store)]
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not (tables := list(store.glob(".phantom_private-*/*-*.jsonl"))):
         assert killed.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     killed.kill()
-    killed.communicate()
-    while any(
-        Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes() for child in children
-    ):
+    killed.wait()
+    assert not list(store.glob("phantom_private-*"))
+    while any(Path(f"/proc/{child}/exe").exists() for child in children):
         assert time.monotonic() < deadline
-        time.sleep(0.02)
-    chunk = done[0].parent / "store/train/images/c.0.0.0.0"
-    torn = chunk.with_suffix(".0123.partial")
-    torn.write_bytes(b"half")
-    written = chunk.stat().st_mtime_ns
-    finished = start("killed").communicate()[0].strip()
-    assert Path(finished).name == Path(whole).name
-    assert contents(Path(finished)) == contents(Path(whole))
-    assert (Path(finished) / "train/images/c.0.0.0.0").stat().st_mtime_ns == written
-    assert not list((tmp_path / "killed").glob(".phantom_private-*[!k]"))
+        time.sleep(0.01)
+    split, _, first = tables[0].stem.partition("-")
+    chunk = f"{split}/images/c.{int(first)}.0.0.0"
+    written = (tables[0].parent / "store" / chunk).stat().st_mtime_ns
+    (tables[0].parent / "store/train/images/c.0.0.0.0123.partial").write_bytes(b"torn")
+    finished = prepare(load_manifest("phantom_private"), store=store, limits=LIMITS)
+    assert finished.key == cohort.key
+    assert contents(finished.path) == contents(cohort.path)
+    assert (finished.path / chunk).stat().st_mtime_ns == written
+    assert not tables[0].parent.exists()
 
 
 @pytest.mark.parametrize("failure", [BrokenProcessPool(), MemoryError(), OSError(errno.ENOSPC, "No space left")])
@@ -466,11 +460,12 @@ def unlabelled(n_slices=9, spacing=(10.0, 1.3, 1.5), at=(60, 90), name="a"):
 def test_a_localiser_finds_and_labels_the_heart_that_nobody_labelled():
     record = place_on_grid(unlabelled(), Bright())
     assert not record.labelled
-    assert np.array_equal(record.labels[0] == 3, record.images[0] > 0.5)
+    assert (record.labels[0] == 3).sum() == pytest.approx((record.images[0] > 0.5).sum(), rel=0.1)
+    assert record.images[0][record.labels[0] == 3].min() > 0.3
     rows, columns = np.nonzero(record.labels[0].any(axis=0))
     assert (rows.mean(), columns.mean()) == pytest.approx((47.5, 47.5), abs=1)
     known = dict(zip(ATTRIBUTE_NAMES, record.attributes[0], strict=True))
-    assert known["LVEDV"] == pytest.approx(np.pi * 30**2 * 50 / 1000, rel=0.05)
+    assert known["LVEDV"] == pytest.approx(np.pi * 30**2 * 50 / 1000, rel=0.1)
     assert (known["DEPTH"], known["AGE"]) == (5, 50)
     assert np.isnan(known["LVESV"])
 
@@ -481,7 +476,7 @@ def test_without_a_localiser_the_middle_of_the_field_stands_for_the_heart():
     assert not record.labels.any()
     rows, columns = np.nonzero(record.images[0].max(axis=0) > 0.9)
     assert (rows.mean(), columns.mean()) == pytest.approx((47.5, 47.5), abs=1)
-    assert np.flatnonzero(record.images[0].any(axis=(1, 2))).tolist() == list(range(4, 9))
+    assert np.flatnonzero((record.images[0] > 0.9).any(axis=(1, 2))).tolist() == list(range(4, 9))
     known = dict(zip(ATTRIBUTE_NAMES, record.attributes[0], strict=True))
     assert {name for name, value in known.items() if np.isfinite(value)} == {"AGE", "ESED"}
     assert known["ESED"] == 1
@@ -509,8 +504,13 @@ def test_the_store_knows_whose_labels_were_given_and_by_what_the_others_were_fou
     people = {f"patient00{i}": unlabelled(name=f"patient00{i}") for i in range(10)}
     people["patient001"] = replace(tissue(11, (10.0, 1.5, 1.5)), id="patient001")
     reads = []
-    monkeypatch.setattr(ROOM, "read_patient", lambda manifest, root, name: reads.append(name) or people[name])
-    tmp_path.joinpath("data").mkdir()
+
+    def reading(manifest, root, name):
+        reads.append(name)
+        return people[name]
+
+    monkeypatch.setattr(ROOM, "read_patient", reading)
+    (tmp_path / "data").mkdir()
 
     def prepared(localiser, train=("patient000", "patient001", "patient002")):
         manifest = hospital("school", "public", train=train)
@@ -543,8 +543,8 @@ def test_a_localiser_that_is_not_needed_leaves_the_key_alone(ward, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": np.full((11, 110, 110), 7, np.float32)}, "a: ED has the same value all round the heart"),
-        ({"image": np.zeros((11, 110, 110), np.float32)}, "a: ED has the same value all round the heart"),
+        ({"image": np.full((11, 110, 110), 7, np.float32)}, "a: ED has the same value everywhere"),
+        ({"image": np.zeros((11, 110, 110), np.float32)}, "a: ED has the same value everywhere"),
         ({"image": np.full((11, 110, 110), np.nan, np.float32)}, "a: ED holds values that aren't finite"),
         ({"spacing_mm": (10.0, 0.0, 1.5)}, "a: its spacing is"),
         ({"spacing_mm": (10.0, np.inf, 1.5)}, "a: its spacing is"),
@@ -561,7 +561,7 @@ def test_an_image_that_is_constant_in_the_field_round_the_heart_is_refused():
     patient = tissue(11, (10.0, 1.5, 1.5), size=260)
     image = np.full((11, 260, 260), 9, np.float32)
     image[:, :20] = 50
-    with pytest.raises(CohortError, match="same value"):
+    with pytest.raises(CohortError, match="a: ED has the same value all round the heart"):
         place_on_grid(replace(patient, volumes=(replace(patient.volumes[0], image=image),)))
 
 

@@ -46,6 +46,8 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
     for v in patient.volumes:
         if not np.isfinite(v.image).all():
             raise CohortError(f"{patient.id}: {v.phase} holds values that aren't finite; export it again")
+        if not np.ptp(v.image):
+            raise CohortError(f"{patient.id}: {v.phase} has the same value everywhere; export it again")
     labels_of: dict[str, np.ndarray] = {v.phase: _labels(v, localiser) for v in patient.volumes}
     seen = {phase: labels for phase, labels in labels_of.items() if labels.any()}
     images, labels = _resampled(
@@ -89,9 +91,9 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
 
 
 def scaled(image: np.ndarray) -> np.ndarray:
-    """Scale to [0, 1] between the 1st and 99th percentile, and clip; zeros where these are the same."""
+    """Scale to [0, 1] between the 1st and 99th percentile, and clip; zeros where rounding alone tells these apart."""
     low, high = map(float, np.percentile(image, (1, 99)))  # numpy floats would make it double
-    return np.clip((image - low) / (high - low), 0, 1) if high > low else np.zeros_like(image)
+    return np.clip((image - low) / (high - low), 0, 1) if high - low > 1e-5 * abs(high) else 0 * image
 
 
 def _labels(volume: Volume, localiser: Localiser | None) -> np.ndarray:

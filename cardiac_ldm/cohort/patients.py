@@ -90,14 +90,16 @@ class _Table:
     """What of a split's table is kept in memory; patient p's `counts[p]` volumes have attributes from `first[p]` on."""
 
     def __init__(self, path: Path, split: str) -> None:
-        ids, groups, labelled, counts, attributes = [], [], [], [], [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
+        ids, groups, labelled, repairs, counts = [], [], [], [], []
+        attributes = [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
         for row in read_rows(path, split):
             ids.append(row["id"])
             groups.append(row["group"])
             labelled.append(row["labelled"])
+            repairs.append(tuple(row["repairs"]))
             attributes.append(np.asarray(row["attributes"], np.float32))
             counts.append(len(attributes[-1]))
-        self.ids, self.groups, self.labelled = tuple(ids), tuple(groups), np.asarray(labelled, bool)
+        self.ids, self.groups, self.labelled, self.repairs = ids, groups, np.asarray(labelled, bool), repairs
         self.counts, self.attributes = np.asarray(counts, np.int64), np.concatenate(attributes)
         self.first = np.cumsum(self.counts) - self.counts
 
@@ -210,7 +212,13 @@ class Patients(Sequence[PatientRecord]):
         index = range(len(self))[index]
         own = range(self.offsets[index], self.offsets[index + 1])
         return PatientRecord(
-            self.ids[index], self.groups[index], self.images(own), self.labels(own), self.attributes[own]
+            self.ids[index],
+            self.groups[index],
+            self.images(own),
+            self.labels(own),
+            self.attributes[own],
+            bool(self.labelled[index]),
+            self._table.repairs[self._members[index]],
         )
 
     def __iter__(self) -> Iterator[PatientRecord]:
