@@ -48,11 +48,9 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
             raise CohortError(f"{patient.id}: {v.phase} holds values that aren't finite; export it again")
         if not np.ptp(v.image):
             raise CohortError(f"{patient.id}: {v.phase} has the same value everywhere; export it again")
-    labels_of: dict[str, np.ndarray] = {v.phase: _labels(v, localiser) for v in patient.volumes}
-    seen = {phase: labels for phase, labels in labels_of.items() if labels.any()}
-    images, labels = _resampled(
-        np.stack([v.image for v in patient.volumes]), np.stack(list(labels_of.values())), spacing
-    )
+    seen_in: dict[str, np.ndarray] = {v.phase: labels_of(v, localiser) for v in patient.volumes}
+    seen = {phase: labels for phase, labels in seen_in.items() if labels.any()}
+    images, labels = _resampled(np.stack([v.image for v in patient.volumes]), np.stack(list(seen_in.values())), spacing)
     shown = np.flatnonzero(labels.any(axis=(0, 2, 3)))
     shown = np.arange(shown[0], shown[-1] + 1) if len(shown) else np.arange(labels.shape[1])
     if localiser and not seen:
@@ -69,7 +67,7 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
     placed_images = np.zeros((len(images), *GRID.shape), np.float32)
     placed_labels = np.zeros((len(images), *GRID.shape), np.uint8)
     placed_labels[:, start : start + len(shown)] = labels[:, shown]
-    for phase, image, placed in zip(labels_of, images[:, shown], placed_images, strict=True):
+    for phase, image, placed in zip(seen_in, images[:, shown], placed_images, strict=True):
         placed[start : start + len(shown)] = scaled(image)
         if not placed.any():
             raise CohortError(f"{patient.id}: {phase} has the same value all round the heart; export it again")
@@ -96,7 +94,7 @@ def scaled(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / (high - low), 0, 1) if high - low > 1e-5 * abs(high) else 0 * image
 
 
-def _labels(volume: Volume, localiser: Localiser | None) -> np.ndarray:
+def labels_of(volume: Volume, localiser: Localiser | None) -> np.ndarray:
     """Labels uint8 as acquired: the volume's own, else the localiser's, who sees it with GRID's spacing; else zeros."""
     if volume.labels is not None:
         return volume.labels

@@ -278,4 +278,4 @@ def require_labelled(patients: Patients, purpose: str) -> Patients:
         raise CohortError(
             f"{patients.name}: no patient ({patients.split}) has labels; {purpose} needs a cohort with some"
         )
-    return patients.subset(np.flatnonzero(patients.labelled))
+    return patients if patients.labelled.all() else patients.subset(np.flatnonzero(patients.labelled))
