@@ -7,7 +7,6 @@ that other work on the machine tells less. Memory is the sum of the largest resi
 
 import hashlib
 import json
-import os
 import re
 import resource
 import subprocess

@@ -81,7 +81,7 @@ def prepare(
     root = manifest.data_root(data_root)
     members = {split: manifest.patient_ids(split)[: limits.get(split)] for split in SPLITS}
     plan = _plan(manifest, members, _salt(store) if manifest.secret else "")
-    work = store / f".{manifest.name}-{plan}"
+    work = store / f".{manifest.name}-{plan[:12]}"
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{work}.lock"):
         path = _found(store, manifest, plan, root, localiser)
@@ -101,7 +101,8 @@ def _explained(work: Path) -> Iterator[None]:
     try:
         yield
     except (BrokenProcessPool, MemoryError) as error:
-        raise CohortError(f"{work}: a process was killed or had no memory left; free some and {again}") from error
+        why = "memory may be short, or a script lacks `if __name__ == '__main__'`"
+        raise CohortError(f"{work}: a process died: {why}; mend that and {again}") from error
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -133,7 +134,7 @@ def _plan(manifest: Manifest, members: Mapping[str, tuple[str, ...]], salt: str)
 
 
 def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stamper(root: Path | None) -> Callable[[Mapping[str, str]], str]:
@@ -180,8 +181,9 @@ def _write(
 ) -> None:
     """Prepare what isn't yet, by a pool of processes, spawned (safe beside threads) and of one thread each.
 
-    Threads of a linear algebra library would fight over the cores: the matrices are small. The progress of real private
-    patients is shown on a terminal alone: what a notebook catches may be published.
+    Threads of a linear algebra library would fight over the cores: the matrices are small. What goes to and fro is
+    names and problems, so nothing piles up. The progress of real private patients is shown on a terminal alone: what a
+    notebook catches may be published.
     """
     unchanged = _unchanged(root, localiser)
     parts, left = _parts(members), []
