@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from einops import rearrange, repeat
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
@@ -247,11 +246,9 @@ def noise_cost(parameters: int) -> dict[str, float]:
 def setting_up(n_patients: int) -> dict[str, float]:
     """Seconds and MB to be ready for the first step with this many patients: tables, latents, noise, ledger."""
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-        store = zarr.open_group(Path(folder) / "cohort" / "train", mode="w")
-        attributes = np.zeros((2 * n_patients, len(ATTRIBUTE_NAMES)), np.float32)
-        store.create_array("attributes", data=attributes)
-        store.create_array("offsets", data=np.arange(0, 2 * n_patients + 1, 2))
-        store.attrs.update({"ids": [f"p{i:06d}" for i in range(n_patients)], "groups": [None] * n_patients})
+        row = {"group": None, "labelled": True, "attributes": [[0.0] * len(ATTRIBUTE_NAMES)] * 2}
+        with (Path(folder) / "train.jsonl").open("w") as table:
+            table.writelines(json.dumps({"id": f"p{i:06d}"} | row) + "\n" for i in range(n_patients))
         shape = (2 * n_patients, 4, GRID.n_slices, 12, 12)
         np.lib.format.open_memmap(Path(folder) / "latents.npy", mode="w+", dtype=np.float32, shape=shape).flush()
         return pool.apply(_set_up, (folder, n_patients))
@@ -260,7 +257,7 @@ def setting_up(n_patients: int) -> dict[str, float]:
 def _set_up(folder: str, n_patients: int) -> dict[str, float]:
     settings = Profile.load("paper").finetune
     before, start = _most_held(reset=True), time.perf_counter()
-    patients = Patients(load_manifest("phantom_private"), "train", Path(folder) / "cohort")
+    patients = Patients(load_manifest("phantom_private"), "train", Path(folder))
     latents = np.load(Path(folder) / "latents.npy", mmap_mode="r")
     plan = settings.plan(10, settings.delta, settings.unit, len(patients))
     plan.ledger(SEEDED, stage="denoiser", tuned="all", private_data=patients.name, public_data="")

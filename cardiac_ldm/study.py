@@ -27,7 +27,7 @@ from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.metrics import Measured, compare, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
-from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
@@ -40,6 +40,7 @@ from cardiac_ldm.training.private import is_first_process, shared_decision
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = Path(__file__).parent / "profiles"
+Role = Literal["public", "private"]
 
 
 class Settings(BaseModel):
@@ -88,7 +89,7 @@ class EvaluationSettings(Settings):
 class Profile(Settings):
     """The size of the study: one YAML file in `cardiac_ldm/profiles`, or wherever the `profile` parameter points."""
 
-    patients: dict[Literal["public", "private"], PatientLimits]
+    patients: dict[Role, PatientLimits]
     autoencoder: AutoencoderSettings
     anatomy: AnatomySettings
     denoiser: DenoiserSettings
@@ -248,22 +249,43 @@ class Study:
         self.runs = Path(os.environ.get("CARDIAC_LDM_RUNS", ROOT / "runs"))
 
     @cached_property
+    def _public_as_given(self) -> Cohort:
+        """The prepared public cohort, from whose labels the instruments learn."""
+        return self._cohort("public")
+
+    @cached_property
     def public(self) -> Cohort:
         """The prepared public cohort."""
-        return self._cohort("public", self.parameters.cohort_public, self.parameters.data_root_public)
+        given = self._public_as_given
+        return given if all(given.split(s).labelled.all() for s in given.splits) else self._with_hearts_found("public")
 
     @cached_property
     def private(self) -> Cohort:
         """The prepared private cohort."""
-        return self._cohort("private", self.parameters.cohort_private, self.parameters.data_root_private)
+        return self._with_hearts_found("private")
 
-    def _cohort(self, role: Literal["public", "private"], name: str, data_root: str) -> Cohort:
+    def _with_hearts_found(self, role: Role) -> Cohort:
+        """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
+        if not self._public_as_given.split("train").labelled.any():
+            return self._cohort(role)
+        run = self._planned(*self._anatomy)
+        finder = HeartFinder(run.folder / "segmenter.safetensors", run.key)
+        try:
+            return self._cohort(role, finder)
+        except FileNotFoundError:
+            if finder.weights.exists():
+                raise
+            _ = self.anatomy
+            return self._cohort(role, finder)
+
+    def _cohort(self, role: Role, localiser: HeartFinder | None = None) -> Cohort:
+        name, data_root = (getattr(self.parameters, f"{field}_{role}") for field in ("cohort", "data_root"))
         manifest = load_manifest(name)
         if role == "public" and manifest.role != "public":
             raise PrivacyError(f"cohort_public: {manifest.name} is private; pre-training would reveal its patients")
         root = Path(data_root) if data_root else None
         limits = self.profile.patients[role].model_dump()
-        return prepare(manifest, store=self.runs / "cohorts", data_root=root, limits=limits)
+        return prepare(manifest, store=self.runs / "cohorts", data_root=root, limits=limits, localiser=localiser)
 
     def beside(self, parameters: "CohortParameters") -> list[Cohort]:
         """The cohort to hold beside the study's own; none where none is named."""
@@ -295,10 +317,14 @@ class Study:
 
         return self._run("autoencoder", settings, [self.public.key], work)
 
+    @property
+    def _anatomy(self) -> tuple[str, AnatomySettings, list[str]]:
+        return "anatomy", self.profile.anatomy, [self._public_as_given.key]
+
     @cached_property
     def anatomy(self) -> Run:
         """Stage: the segmenter and the phase classifier, trained on public labels."""
-        patients, settings = self.public.split("train"), self.profile.anatomy
+        patients, settings = self._public_as_given.split("train"), self.profile.anatomy
 
         def work(folder: Path) -> dict[str, Any]:
             segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
@@ -307,7 +333,7 @@ class Study:
             save_weights(phase, folder / "phase.safetensors")
             return {"segmenter": dice, "phase": entropy}
 
-        return self._run("anatomy", settings, [self.public.key], work)
+        return self._run(*self._anatomy, work)
 
     @cached_property
     def pretrained(self) -> Run:
@@ -471,6 +497,14 @@ class Study:
         error = losses.std(ddof=1) / math.sqrt(len(losses))
         return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
 
+    def _planned(self, stage: str, settings: object, upstream: list[str]) -> Run:
+        """The run of a stage, done or not."""
+        key = hashlib.sha256(json.dumps(self._described(stage, settings, upstream), sort_keys=True).encode())
+        return Run(stage, key.hexdigest()[:12], self.runs / f"{stage}-{key.hexdigest()[:12]}")
+
+    def _described(self, stage: str, settings: object, upstream: list[str]) -> dict[str, object]:
+        return {"stage": stage, "settings": _plain(settings), "upstream": upstream, "seed": self.seed}
+
     def _run(
         self,
         stage: str,
@@ -483,14 +517,7 @@ class Study:
 
         together: torchrun's processes do the work side by side; the first one alone writes.
         """
-        described = {
-            "stage": stage,
-            "settings": _plain(settings),
-            "upstream": upstream,
-            "seed": self.seed,
-        }
-        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
-        run = Run(stage, key, self.runs / f"{stage}-{key}")
+        run = self._planned(stage, settings, upstream)
         done = run.folder / "metrics.json"
         if done.exists() and not together:
             return run
@@ -505,7 +532,9 @@ class Study:
                 missing = shared_decision(missing)
             if missing:
                 print(f"{stage}: not done yet with these settings; running it in {run.folder.name}")
-                (run.folder / "settings.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+                (run.folder / "settings.yaml").write_text(
+                    yaml.safe_dump(self._described(stage, settings, upstream), sort_keys=False)
+                )
                 metrics = work(run.folder)
                 temporary = done.with_suffix(".tmp")
                 temporary.write_text(json.dumps(metrics, indent=1))

@@ -1,14 +1,25 @@
 """Fixtures that tests of several modules share."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from cardiac_ldm.cohort import PatientRecord
+from cardiac_ldm.cohort.patients import open_split, write_patient
+
 ACDC_VARIABLE = "CARDIAC_LDM_ROOT_ACDC"
+
+
+def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]) -> None:
+    """Write made-up patients as the train split of a prepared cohort at path."""
+    arrays = open_split(path / "train", n_patients)
+    rows = [write_patient(arrays, number, record) for number, record in enumerate(records)]
+    (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")

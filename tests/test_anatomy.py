@@ -1,17 +1,20 @@
 """The segmenter and the phase classifier: shapes, learning, determinism, and nothing private."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES
-from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.errors import CohortError, PrivacyError
 from cardiac_ldm.evaluation.control import segmentation_dice
-from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.training.anatomy import augment, train_phase_classifier, train_segmenter
+from cardiac_ldm.training.checkpoint import save_weights
 
 
 def discs_of(n_patients, role="public") -> Any:
@@ -35,6 +38,7 @@ def discs_of(n_patients, role="public") -> Any:
         role=role,
         simulated=True,
         attributes=attributes,
+        labelled=np.ones(n_patients, bool),
         owners=np.repeat(np.arange(n_patients), 2),
         images=lambda volumes: images[volumes],
         labels=lambda volumes: labels[volumes],
@@ -110,3 +114,62 @@ def test_augmentation_moves_image_and_labels_together(discs):
     assert inside > 0.5 > 5 * outside
     assert set(moved.unique().tolist()) <= {0, 1, 2, 3}
     assert not torch.equal(moved, labels)
+
+
+def test_what_needs_labels_refuses_a_cohort_without():
+    discs = discs_of(2)
+    discs.labelled[:], discs.split = False, "train"
+    with pytest.raises(CohortError, match=r"discs: no patient .* training a segmenter"):
+        train_segmenter(discs, steps=1, batch=1, learning_rate=1e-3, seed=0)
+    with pytest.raises(CohortError, match=r"discs: no patient .* the Dice score"):
+        segmentation_dice(Segmenter(), discs)
+
+
+class Bright(nn.Module):
+    """A segmenter to whom brightness is an LV, if it lies so near the middle of what it's shown."""
+
+    def forward(self, images):
+        assert images.shape[2:] == (96, 96)
+        row, column = np.indices((96, 96)) - 47.5
+        near = torch.from_numpy(np.hypot(row, column) < 36)
+        lv = ((images > 0.5) & near).float()
+        return torch.stack([1 - lv, 0 * lv, 0 * lv, lv], dim=1)
+
+
+@pytest.fixture
+def bright(monkeypatch, tmp_path):
+    monkeypatch.setattr("cardiac_ldm.models.anatomy._saved_segmenter", lambda weights: Bright())
+    return HeartFinder(tmp_path / "segmenter.safetensors", "key")
+
+
+@pytest.mark.parametrize("at", [(90, 100), (60, 130), (40, 60)])
+def test_a_heart_is_found_wherever_it_lies_and_nothing_else_is_labelled(bright, at):
+    row, column = np.indices((140, 170))
+    image = np.zeros((9, 140, 170), np.float32)
+    heart = np.broadcast_to(np.hypot(row - at[0], column - at[1]) < 18, image.shape).copy()
+    heart[[0, 8]] = False
+    image[heart] = 1
+    image[4, 70:72, 85:87] = image[4, 0:3, 0:3] = 1  # specks, one in the middle of the field
+    labels = bright(image)
+    assert labels.dtype == np.uint8
+    within = heart & (np.hypot(row - at[0], column - at[1]) < 17)
+    assert (labels[within] == 3).mean() > 0.97
+    assert not labels[~heart & (image == 0)].any()
+    assert not labels[4, 0:3, 0:3].any()
+
+
+def test_a_field_smaller_than_the_grid_or_without_a_heart_gets_labels_of_its_size(bright):
+    for shape in ((1, 30, 40), (5, 200, 33)):
+        assert bright(np.zeros(shape, np.float32)).shape == shape
+        assert not bright(np.zeros(shape, np.float32)).any()
+
+
+def test_a_heart_finder_is_sent_to_processes_without_its_network(tmp_path):
+    segmenter = Segmenter().eval()
+    finder = pickle.loads(pickle.dumps(HeartFinder(tmp_path / "segmenter.safetensors", "key")))
+    image = np.random.default_rng(0).random((4, 96, 96), np.float32)
+    with pytest.raises(FileNotFoundError):
+        finder(image)
+    save_weights(segmenter, finder.weights)
+    assert finder(image).shape == image.shape
+    assert len(pickle.dumps(finder)) < 1000

@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-import zarr
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
-from cardiac_ldm.cohort.prepare import _write_split
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.autoencoder import VQAutoencoder
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
@@ -33,6 +31,7 @@ from cardiac_ldm.training import pretrain, private
 from cardiac_ldm.training.autoencoder import VQRegularisation
 from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state
 from cardiac_ldm.training.finetune import DecoderSettings, FinetuneSettings, finetune, finetune_decoder
+from tests.conftest import store_patients
 
 TINY = Path(__file__).parent / "tiny.yaml"
 PROFILE = Profile.load(str(TINY))
@@ -55,7 +54,7 @@ def made_up(folder: Path, volumes: Sequence[int] = (2,) * 12, manifest: Manifest
             )
             for number, n in enumerate(volumes)
         )
-        _write_split(zarr.open_group(folder, mode="w").create_group("train"), records, len(volumes))
+        store_patients(folder, len(volumes), records)
     return Patients(manifest or load_manifest("phantom_private"), "train", folder)
 
 

@@ -1,15 +1,23 @@
 """Preparation onto the grid, the store it leaves, the patients read from it, and the guards on private ones."""
 
+import errno
+import os
+import resource
 import secrets
 import shutil
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-import yaml
-import zarr
 
 from cardiac_ldm.cohort import (
     ATTRIBUTE_NAMES,
@@ -22,13 +30,18 @@ from cardiac_ldm.cohort import (
     load_manifest,
     measure_attributes,
     prepare,
+    require_labelled,
     require_public,
     require_releasable,
 )
-from cardiac_ldm.cohort.prepare import _salt, _write_split, place_on_grid
+from cardiac_ldm.cohort.grid import place_on_grid
+from cardiac_ldm.cohort.patients import read_rows
+from cardiac_ldm.cohort.prepare import _salt
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
+from tests.conftest import store_patients
 
+ROOM = sys.modules["cardiac_ldm.cohort.prepare"]
 LIMITS = {"train": 20, "validation": 2, "test": 3}
 EDV, ESED, DEPTH = (ATTRIBUTE_NAMES.index(name) for name in ("LVEDV", "ESED", "DEPTH"))
 
@@ -49,6 +62,55 @@ def acdc(store, acdc_root):
     prepared = prepare(load_manifest("acdc"), store=store, data_root=acdc_root)
     print(f"\n80 ACDC patients prepared in {time.perf_counter() - start:.1f} s")
     return prepared
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads in place of processes, so that what they call can be patched, and parts of two patients."""
+    monkeypatch.setattr(ROOM, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(ROOM, "_PART", 2)
+
+
+def hospital(name="hospital", role="private", train=("patient000",), **changes):
+    """A manifest of real patients in ACDC's layout, one each for validation and test."""
+    said = {"licence": "none", "citation": "none", "reader": {"kind": "acdc"}, "simulated": False}
+    splits = {"train": list(train), "validation": ["patient008"], "test": ["patient009"]}
+    return Manifest.model_validate(said | {"name": name, "role": role, "splits": splits} | changes)
+
+
+@pytest.fixture
+def ward(make_acdc_patient, threads, monkeypatch):
+    """Prepare patients of tmp_path/acdc, where there are 000 to 003, 008 and 009; notes whom it reads."""
+    folders = [make_acdc_patient(f"patient00{i}") for i in (0, 1, 2, 3, 8, 9)]
+    for seed, folder in enumerate(folders):
+        speckle(folder, seed)
+    return folders[0].parent
+
+
+def speckle(folder, seed):
+    """Give a made-up patient files that no other has."""
+    for file in folder.glob("*.nii.gz"):
+        nifti = nib.load(file)
+        voxels = np.asarray(nifti.dataobj).copy()
+        voxels[20 + seed, 20] = seed % 4
+        nib.save(nib.Nifti1Image(voxels, nifti.affine), file)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Whom preparation has read since the list was last cleared."""
+    seen = []
+
+    def reading(manifest, root, patient_id):
+        seen.append(patient_id)
+        return read_patient(manifest, root, patient_id)
+
+    monkeypatch.setattr(ROOM, "read_patient", reading)
+    return seen
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def tissue(n_slices, spacing, size=110):
@@ -171,7 +233,7 @@ def test_patients_may_have_one_to_three_volumes(tmp_path):
         )
         for i, n in enumerate(counts)
     ]
-    _write_split(zarr.open_group(tmp_path, mode="w").create_group("train"), iter(records), len(records))
+    store_patients(tmp_path, len(records), records)
     patients = Patients(load_manifest("phantom_public"), "train", tmp_path)
     assert patients.owners.tolist() == [0, 1, 1, 1, 2, 2, 3]
     assert [len(record.images) for record in patients] == counts
@@ -180,52 +242,45 @@ def test_patients_may_have_one_to_three_volumes(tmp_path):
 
 
 def test_a_prepared_cohort_is_returned_at_once(cohort, store, monkeypatch):
-    monkeypatch.setitem(prepare.__globals__, "_write", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(ROOM, "_write", lambda *_: pytest.fail("prepared again"))
     again = prepare(load_manifest("phantom_private"), store=store, limits=LIMITS)
     assert (again.path, again.key) == (cohort.path, cohort.key)
     assert cohort.path == store / f"phantom_private-{cohort.key}"
 
 
-def test_the_key_follows_manifest_limits_and_files(make_acdc_patient, tmp_path, monkeypatch):
-    monkeypatch.setitem(prepare.__globals__, "_write", lambda path, *_: None)
-    folders = [make_acdc_patient(f"patient00{i}") for i in range(3)]
-    content = {
-        "name": "tiny",
-        "role": "private",
-        "simulated": False,
-        "licence": "none",
-        "citation": "none",
-        "reader": {"kind": "acdc"},
-        "splits": {"train": ["patient000"], "validation": ["patient001"], "test": ["patient002"]},
-    }
-
+def test_the_key_follows_who_is_in_the_cohort_and_what_their_files_hold(ward, tmp_path, read):
     def key(limits=None, **changes):
-        manifest = Manifest.model_validate(content | changes)
-        return prepare(manifest, store=tmp_path / "store", data_root=tmp_path / "acdc", limits=limits).key
+        return prepare(hospital(**changes), store=tmp_path / "store", data_root=ward, limits=limits).key
 
     first = key()
-    assert key(root="elsewhere") == first
-    assert key(limits={"train": 9}) == first
-    assert key(role="public") != first
-    (folders[0] / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    assert [key(root="elsewhere"), key(licence="another"), key(limits={"train": 9})] == [first] * 3
+    assert sorted(read) == ["patient000", "patient008", "patient009"]
+    (ward / "patient000/Info.cfg").touch()
+    assert key() == first  # read again, and found to be the same
+    assert len(read) == 6
+    assert key() == first
+    assert len(read) == 6
+    assert key(train=("patient000", "patient001")) != first
+    text = (ward / "patient000/Info.cfg").read_text()
+    (ward / "patient000/Info.cfg").write_text(text.replace("81", "82"))
     assert key() != first
 
 
-def test_a_key_of_real_private_patients_belongs_to_its_store(make_acdc_patient, tmp_path, monkeypatch):
-    monkeypatch.setitem(prepare.__globals__, "_write", lambda path, *_: None)
-    make_acdc_patient("patient000")
-    split = {"train": ["patient000"], "validation": ["patient001"], "test": ["patient002"]}
-    said = {"licence": "none", "citation": "none", "reader": {"kind": "acdc"}, "splits": split, "simulated": False}
+def test_a_file_that_appears_beside_others_is_noticed(ward, tmp_path, read):
+    prepare(hospital(), store=tmp_path / "store", data_root=ward)
+    (ward / "patient000/labels_found_in_the_attic.nii.gz").touch()
+    prepare(hospital(), store=tmp_path / "store", data_root=ward)
+    assert len(read) == 6
 
+
+def test_a_key_of_real_private_patients_belongs_to_its_store(ward, tmp_path):
     def key(role, store):
-        manifest = Manifest.model_validate(said | {"name": "tiny", "role": role})
-        return prepare(manifest, store=tmp_path / store, data_root=tmp_path / "acdc").key
+        return prepare(hospital(role=role), store=tmp_path / store, data_root=ward).key
 
     assert key("public", "one") == key("public", "two")
     assert not (tmp_path / "one" / ".salt").exists()
-    assert key("private", "one") == key("private", "one")
-    assert key("private", "one") != key("private", "two")  # else whoever guesses the members could check the guess
-    assert key("public", "one") == key("public", "two")
+    assert key("private", "three") == key("private", "three")
+    assert key("private", "three") != key("private", "four")  # else whoever guesses the members could check the guess
 
 
 def test_processes_that_need_a_salt_at_once_agree_on_it(tmp_path, monkeypatch):
@@ -246,33 +301,296 @@ def test_limits_name_splits_and_are_positive(tmp_path):
             prepare(load_manifest("phantom_public"), store=tmp_path, limits=limits)
 
 
-def test_a_failure_names_every_broken_patient_and_leaves_nothing(make_acdc_patient, tmp_path):
-    for i in range(4):
-        make_acdc_patient(f"patient00{i}")
-    (tmp_path / "acdc/patient001/Info.cfg").unlink()
-    shutil.rmtree(tmp_path / "acdc/patient003")
-    path = tmp_path / "tiny.yaml"
-    splits = {"train": ["patient000", "patient001"], "validation": ["patient002"], "test": ["patient003"]}
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "tiny",
-                "role": "private",
-                "simulated": False,
-                "licence": "none",
-                "citation": "none",
-                "root": "acdc",
-                "reader": {"kind": "acdc"},
-                "splits": splits,
-            }
-        )
-    )
-    with pytest.raises(CohortError, match=r"2 patient\(s\)") as caught:
-        prepare(load_manifest(path), store=tmp_path / "store")
-    assert "patient001" in str(caught.value)
-    assert "patient003" in str(caught.value)
-    left = {path.name for path in (tmp_path / "store").iterdir()}
-    assert not [name for name in left if not name.endswith((".salt", ".lock"))]
+def test_a_failure_names_every_broken_patient_and_keeps_the_sound_parts(ward, tmp_path, read):
+    manifest = hospital(train=("patient000", "patient001", "patient002", "patient003"))
+    broken = (ward / "patient001/Info.cfg", ward / "patient009/Info.cfg")
+    texts = [file.read_text() for file in broken]
+    for file in broken:
+        file.unlink()
+    with pytest.raises(CohortError, match=r"2 patient\(s\)[\s\S]*patient001[\s\S]*patient009"):
+        prepare(manifest, store=tmp_path / "store", data_root=ward)
+    assert not list((tmp_path / "store").glob("hospital-*"))
+    read.clear()
+    for file, text in zip(broken, texts, strict=True):
+        file.write_text(text)
+    mended = prepare(manifest, store=tmp_path / "store", data_root=ward)
+    assert sorted(read) == ["patient000", "patient001", "patient009"]
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "store/.salt", tmp_path / "other")
+    assert contents(prepare(manifest, store=tmp_path / "other", data_root=ward).path) == contents(mended.path)
+
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+from cardiac_ldm.cohort import load_manifest, prepare
+if __name__ == "__main__":
+    prepare(load_manifest("phantom_private"), store=Path(sys.argv[1]), limits={LIMITS})
+"""
+
+
+def test_a_killed_preparation_goes_on_where_it_was_and_leaves_no_orphans(cohort, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    store, deadline = tmp_path / "store", time.monotonic() + 60
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(store)]
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not (tables := list(store.glob(".phantom_private-*/*-*.jsonl"))):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    killed.kill()
+    killed.wait()
+    assert not list(store.glob("phantom_private-*"))
+    while any(Path(f"/proc/{child}/exe").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    split, _, first = tables[0].stem.partition("-")
+    chunk = f"{split}/images/c.{int(first)}.0.0.0"
+    written = (tables[0].parent / "store" / chunk).stat().st_mtime_ns
+    (tables[0].parent / "store/train/images/c.0.0.0.0123.partial").write_bytes(b"torn")
+    finished = prepare(load_manifest("phantom_private"), store=store, limits=LIMITS)
+    assert finished.key == cohort.key
+    assert contents(finished.path) == contents(cohort.path)
+    assert (finished.path / chunk).stat().st_mtime_ns == written
+    assert not tables[0].parent.exists()
+
+
+@pytest.mark.parametrize("failure", [BrokenProcessPool(), MemoryError(), OSError(errno.ENOSPC, "No space left")])
+def test_a_machine_that_falls_short_is_said_and_nothing_is_lost(ward, tmp_path, read, monkeypatch, failure):
+    manifest = hospital(train=("patient000", "patient001", "patient002"))
+    sound = ROOM.place_on_grid
+
+    def short(patient, localiser):
+        if patient.id == "patient002":
+            raise failure
+        return sound(patient, localiser)
+
+    monkeypatch.setattr(ROOM, "place_on_grid", short)
+    with pytest.raises(CohortError, match="prepare again: what is done is kept"):
+        prepare(manifest, store=tmp_path / "store", data_root=ward)
+    monkeypatch.setattr(ROOM, "place_on_grid", sound)
+    read.clear()
+    assert len(prepare(manifest, store=tmp_path / "store", data_root=ward).split("train")) == 3
+    assert "patient002" in read
+    assert "patient000" not in read
+
+
+def test_a_file_that_the_disk_refuses_is_said(ward, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CohortError, match="File too large; make room there and prepare again"):
+            prepare(hospital(), store=tmp_path / "store", data_root=ward)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("first", ["public", "private"])
+def test_a_file_of_private_patients_in_a_public_cohort_is_refused(ward, tmp_path, first):
+    shutil.copy(ward / "patient000/patient000_frame12.nii.gz", ward / "patient001/patient001_frame01.nii.gz")
+    manifests = {
+        "private": hospital(splits={"train": ["patient000"], "validation": ["patient002"], "test": ["patient003"]}),
+        "public": hospital("school", "public", train=("patient001",)),
+    }
+    prepare(manifests.pop(first), store=tmp_path / "store", data_root=ward)
+    (second,) = manifests.values()
+    found = r"school: patient001/\S+frame01.nii.gz is the same as hospital: patient000/\S+frame12.nii.gz"
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match=found):
+            prepare(second, store=tmp_path / "store", data_root=ward)
+    assert not list((tmp_path / "store").glob(f"{second.name}-*"))
+
+
+def test_cohorts_of_one_role_may_share_patients(ward, tmp_path):
+    for name in ("one", "two"):
+        prepare(hospital(name), store=tmp_path / "store", data_root=ward)
+
+
+def test_files_are_kept_with_their_checksums(ward, tmp_path):
+    path = prepare(hospital(), store=tmp_path / "store", data_root=ward).path
+    (row,) = read_rows(path, "train")
+    assert row["files"] == dict(read_patient(hospital(), ward, "patient000").files)
+    assert len(row["files"]) == 5
+
+
+@pytest.mark.parametrize(("role", "named"), [("public", True), ("private", False)])
+def test_repairs_are_said_once_and_those_of_private_patients_counted_alone(
+    ward, tmp_path, monkeypatch, capfd, role, named
+):
+    def mended(manifest, root, patient_id):
+        return replace(read_patient(manifest, root, patient_id), repairs=(f"{patient_id}: was upside down",))
+
+    monkeypatch.setattr(ROOM, "read_patient", mended)
+    manifest = hospital(role=role)
+    with pytest.warns(UserWarning, match=r"hospital: 3 repair\(s\), all in store/hospital-\w+/\*.jsonl") as caught:
+        prepared = prepare(manifest, store=tmp_path / "store", data_root=ward)
+    assert len(caught) == 1
+    assert ("patient000: was upside down" in str(caught[0].message)) == named
+    assert ("preparing" in capfd.readouterr().err) == named  # no progress of private patients in a notebook
+    assert prepared.split("train")[0].repairs == ("patient000: was upside down",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(manifest, store=tmp_path / "store", data_root=ward)
+
+
+@dataclass(frozen=True)
+class Bright:
+    """A localiser: what is brighter than `level` is a left ventricle."""
+
+    key: str = "bright"
+    level: float = 0.9
+
+    def __call__(self, image):
+        assert image.dtype == np.float32
+        assert image.min() >= 0
+        assert image.max() <= 1
+        return 3 * (image > self.level).astype(np.uint8)
+
+
+def unlabelled(n_slices=9, spacing=(10.0, 1.3, 1.5), at=(60, 90), name="a"):
+    """A bright ball in a large dark field, with no labels, in pixels round `at`."""
+    z, y, x = np.indices((n_slices, 180, 200)).astype(float)
+    distance = np.hypot((y - at[0]) * spacing[1], (x - at[1]) * spacing[2])
+    image = np.where((distance < 30) & (abs(z - 4) < 3), 900, 100).astype(np.float32)
+    return Patient(name, None, (Volume("ED", image, None, spacing),), {"AGE": 50.0})
+
+
+def test_a_localiser_finds_and_labels_the_heart_that_nobody_labelled():
+    record = place_on_grid(unlabelled(), Bright())
+    assert not record.labelled
+    assert (record.labels[0] == 3).sum() == pytest.approx((record.images[0] > 0.5).sum(), rel=0.1)
+    assert record.images[0][record.labels[0] == 3].min() > 0.3
+    rows, columns = np.nonzero(record.labels[0].any(axis=0))
+    assert (rows.mean(), columns.mean()) == pytest.approx((47.5, 47.5), abs=1)
+    known = dict(zip(ATTRIBUTE_NAMES, record.attributes[0], strict=True))
+    assert known["LVEDV"] == pytest.approx(np.pi * 30**2 * 50 / 1000, rel=0.1)
+    assert (known["DEPTH"], known["AGE"]) == (5, 50)
+    assert np.isnan(known["LVESV"])
+
+
+def test_without_a_localiser_the_middle_of_the_field_stands_for_the_heart():
+    record = place_on_grid(unlabelled(at=(90, 100)))
+    assert not record.labelled
+    assert not record.labels.any()
+    rows, columns = np.nonzero(record.images[0].max(axis=0) > 0.9)
+    assert (rows.mean(), columns.mean()) == pytest.approx((47.5, 47.5), abs=1)
+    assert np.flatnonzero((record.images[0] > 0.9).any(axis=(1, 2))).tolist() == list(range(4, 9))
+    known = dict(zip(ATTRIBUTE_NAMES, record.attributes[0], strict=True))
+    assert {name for name, value in known.items() if np.isfinite(value)} == {"AGE", "ESED"}
+    assert known["ESED"] == 1
+
+
+def test_a_localiser_that_sees_nothing_leaves_the_middle_and_says_so():
+    record = place_on_grid(unlabelled(), Bright(level=1.0))
+    assert record.repairs == ("a: no heart was found; the middle of the field of view was taken for it",)
+    assert np.isnan(record.attributes[0, EDV])
+
+
+def test_labels_of_one_phase_place_both_and_a_patient_counts_as_unlabelled():
+    patient = tissue(11, (10.0, 1.5, 1.5))
+    ed = patient.volumes[0]
+    record = place_on_grid(replace(patient, volumes=(ed, replace(ed, phase="ES", labels=None))))
+    assert not record.labelled
+    assert np.array_equal(record.images[0], record.images[1])
+    assert record.labels[0].any()
+    assert not record.labels[1].any()
+    assert np.isfinite(record.attributes[0, EDV])
+    assert np.isnan(record.attributes[0, ATTRIBUTE_NAMES.index("LVESV")])
+
+
+def test_the_store_knows_whose_labels_were_given_and_by_what_the_others_were_found(tmp_path, threads, monkeypatch):
+    people = {f"patient00{i}": unlabelled(name=f"patient00{i}") for i in range(10)}
+    people["patient001"] = replace(tissue(11, (10.0, 1.5, 1.5)), id="patient001")
+    reads = []
+
+    def reading(manifest, root, name):
+        reads.append(name)
+        return people[name]
+
+    monkeypatch.setattr(ROOM, "read_patient", reading)
+    (tmp_path / "data").mkdir()
+
+    def prepared(localiser, train=("patient000", "patient001", "patient002")):
+        manifest = hospital("school", "public", train=train)
+        return prepare(manifest, store=tmp_path / "store", data_root=tmp_path / "data", localiser=localiser)
+
+    with pytest.warns(UserWarning, match=r"4 patient\(s\) have no labels; the middle of the field of view was taken"):
+        middle = prepared(None)
+    with pytest.warns(UserWarning, match=r"4 patient\(s\) have no labels; labels of a public segmenter were taken"):
+        found = prepared(Bright())
+    assert len({middle.key, found.key}) == 2
+    assert found.split("train").labelled.tolist() == middle.split("train").labelled.tolist() == [False, True, False]
+    reads.clear()
+    assert [prepared(localiser).key for localiser in (None, Bright())] == [middle.key, found.key]
+    assert not reads
+    with pytest.warns(UserWarning, match="labels"):
+        assert prepared(Bright(key="another")).key not in (middle.key, found.key)
+    assert require_labelled(found.split("train"), "Dice").ids == ("patient001",)
+    with pytest.raises(CohortError, match="school: no patient \\(test\\) has labels; Dice needs"):
+        require_labelled(found.split("test"), "Dice")
+
+
+def test_a_localiser_that_is_not_needed_leaves_the_key_alone(ward, tmp_path):
+    keys = [
+        prepare(hospital(role="public"), store=tmp_path / store, data_root=ward, localiser=localiser).key
+        for store, localiser in (("one", None), ("one", Bright()), ("two", Bright()))
+    ]
+    assert len(set(keys)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": np.full((11, 110, 110), 7, np.float32)}, "a: ED has the same value everywhere"),
+        ({"image": np.zeros((11, 110, 110), np.float32)}, "a: ED has the same value everywhere"),
+        ({"image": np.full((11, 110, 110), np.nan, np.float32)}, "a: ED holds values that aren't finite"),
+        ({"spacing_mm": (10.0, 0.0, 1.5)}, "a: its spacing is"),
+        ({"spacing_mm": (10.0, np.inf, 1.5)}, "a: its spacing is"),
+        ({"spacing_mm": (-10.0, 1.5, 1.5)}, "a: its spacing is"),
+    ],
+)
+def test_a_volume_that_cannot_be_placed_is_refused(change, message):
+    patient = tissue(11, (10.0, 1.5, 1.5))
+    with pytest.raises(CohortError, match=message):
+        place_on_grid(replace(patient, volumes=(replace(patient.volumes[0], **change),)))
+
+
+def test_an_image_that_is_constant_in_the_field_round_the_heart_is_refused():
+    patient = tissue(11, (10.0, 1.5, 1.5), size=260)
+    image = np.full((11, 260, 260), 9, np.float32)
+    image[:, :20] = 50
+    with pytest.raises(CohortError, match="a: ED has the same value all round the heart"):
+        place_on_grid(replace(patient, volumes=(replace(patient.volumes[0], image=image),)))
+
+
+def test_dim_and_bright_images_are_scaled_alike():
+    patient = tissue(11, (10.0, 1.5, 1.5))
+    dim = replace(patient, volumes=(replace(patient.volumes[0], image=patient.volumes[0].image * np.float32(1e-9)),))
+    assert place_on_grid(dim).images == pytest.approx(place_on_grid(patient).images, abs=1e-3)
+
+
+def test_what_a_large_heart_loses_is_said():
+    assert place_on_grid(tissue(11, (10.0, 1.5, 1.5))).repairs == ()
+    long = np.full((20, 40, 40), 3, np.uint8)
+    image = np.random.default_rng(0).random(long.shape, np.float32)
+    (said,) = place_on_grid(Patient("a", None, (Volume("ES", image, long, (10.0, 2.0, 2.0)),), {})).repairs
+    assert said == "a: 20 slices are more than 13; those at the ends were left out"
+    (said,) = place_on_grid(Patient("a", None, (Volume("ES", image, long, (5.0, 5.0, 2.0)),), {})).repairs
+    assert said == "a: the heart is wider than the grid; what lies beyond was cut off"
+
+
+def test_spacings_of_another_world_still_give_a_patient():
+    for spacing in ((30.0, 0.2, 6.0), (1.0, 9.0, 0.5)):
+        assert place_on_grid(tissue(9, spacing)).images.max() == 1
+
+
+def test_a_patient_with_too_many_volumes_is_refused(tmp_path):
+    images = np.zeros((4, *GRID.shape), np.float32)
+    record = PatientRecord("q", None, images, images.astype(np.uint8), np.zeros((4, 14), np.float32))
+    with pytest.raises(CohortError, match="q: has 4 volumes; give at most 3"):
+        store_patients(tmp_path, 1, [record])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from cardiac_ldm.cohort import Manifest, Patient
+from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
@@ -232,3 +237,34 @@ def test_models_are_stated_together_only_where_a_joint_claim_can_be_made(tmp_pat
     found = study.private_ledgers()
     assert len(found) == 2
     assert Ledger.compose(found).epsilon > found[0].epsilon_pld
+
+
+@pytest.mark.filterwarnings("ignore:.*have no labels")
+@pytest.mark.parametrize(
+    ("without_labels", "trains"),
+    [("nobody", False), ("private", True), ("everybody", False), ("a public patient", True)],
+)
+def test_the_segmenter_is_trained_early_only_where_hearts_must_be_found_and_some_public_ones_are_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_labels: str, trains: bool
+) -> None:
+    def read(manifest: Manifest, root: None, patient_id: str) -> Patient:
+        patient = read_patient(manifest, root, patient_id)
+        named = {"private": manifest.role == "private", "everybody": True, "nobody": False}
+        if named.get(without_labels, manifest.role == "public" and patient_id == "p000000"):
+            return replace(patient, volumes=tuple(replace(v, labels=None) for v in patient.volumes))
+        return patient
+
+    room = sys.modules["cardiac_ldm.cohort.prepare"]
+    monkeypatch.setattr(room, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(room, "read_patient", read)
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path))
+    study = Study(Parameters(profile=str(TINY)))
+    public, private = study.public.split("train"), study.private.split("train")
+    assert len(list(tmp_path.glob("anatomy-*/segmenter.safetensors"))) == trains
+    assert public.labelled.all() == (without_labels in ("nobody", "private"))
+    assert private.labelled.all() == (without_labels in ("nobody", "a public patient"))
+    again = Study(Parameters(profile=str(TINY)))
+    assert (again.public.key, again.private.key) == (study.public.key, study.private.key)
+    if trains:
+        assert study.anatomy.key == again.anatomy.key
+        assert len(list(tmp_path.glob("anatomy-*/segmenter.safetensors"))) == 1

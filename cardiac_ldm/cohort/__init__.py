@@ -2,7 +2,14 @@
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES, Attribute, measure_attributes
 from cardiac_ldm.cohort.manifest import Manifest, load_manifest
-from cardiac_ldm.cohort.patients import Cohort, PatientRecord, Patients, require_public, require_releasable
+from cardiac_ldm.cohort.patients import (
+    Cohort,
+    PatientRecord,
+    Patients,
+    require_labelled,
+    require_public,
+    require_releasable,
+)
 from cardiac_ldm.cohort.prepare import prepare
 from cardiac_ldm.cohort.volumes import GRID, Patient, Volume
 
@@ -20,6 +27,7 @@ __all__ = [
     "load_manifest",
     "measure_attributes",
     "prepare",
+    "require_labelled",
     "require_public",
     "require_releasable",
 ]

@@ -1,16 +1,26 @@
-"""Prepared patients, read lazily; and the two guards that keep private ones from leaking."""
+"""Prepared patients: how they're stored, read lazily; and the guards on private and on unlabelled ones.
 
-from collections.abc import Iterator, Sequence
+Beside a split's arrays lies its table, a JSON object a line for every patient.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import zarr
 
+from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest
+from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import CohortError, PrivacyError
+
+MAX_VOLUMES = 3
+"""Volumes a patient may have; a patient is one chunk of an array, and empty places in it cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,8 @@ class PatientRecord:
     """A prepared patient with v volumes (usually two: ED, then ES).
 
     images: float32 (v, 13, 96, 96) in [0, 1]. labels: uint8 (v, 13, 96, 96): 0 background, 1 RV, 2 myocardium, 3 LV.
-    attributes: float32 (v, 14) in the units of ATTRIBUTES, NaN where unknown.
+    attributes: float32 (v, 14) in the units of ATTRIBUTES, NaN where unknown. labelled: whether the labels were given;
+    else they're a segmenter's, or all 0. repairs: what was mended, a sentence each.
     """
 
     id: str
@@ -26,6 +37,71 @@ class PatientRecord:
     images: np.ndarray
     labels: np.ndarray
     attributes: np.ndarray
+    labelled: bool = True
+    repairs: tuple[str, ...] = ()
+
+
+def open_split(path: Path, n_patients: int | None = None) -> dict[str, Any]:
+    """The arrays (n_patients * MAX_VOLUMES, 13, 96, 96) of a split: images float16, labels uint8.
+
+    n_patients: of a split that's to be written, and is made where it isn't there yet; None to read.
+    """
+    if n_patients is None:
+        group = zarr.open_group(path, mode="r+")
+        return {name: group[name] for name in ("images", "labels")}
+    group = zarr.open_group(path, mode="a", zarr_format=3)
+    return {
+        name: group.require_array(
+            name,
+            shape=(n_patients * MAX_VOLUMES, *GRID.shape),
+            chunks=(MAX_VOLUMES, *GRID.shape),
+            dtype=dtype,
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+        for name, dtype in (("images", "float16"), ("labels", "uint8"))
+    }
+
+
+def write_patient(arrays: Mapping[str, Any], number: int, record: PatientRecord) -> dict[str, Any]:
+    """Write patient `number` of a split; give what belongs in the table. Raises CohortError on too many volumes."""
+    if len(record.images) > MAX_VOLUMES:
+        raise CohortError(f"{record.id}: has {len(record.images)} volumes; give at most {MAX_VOLUMES}")
+    for name, volumes in (("images", record.images), ("labels", record.labels)):
+        chunk = np.zeros((MAX_VOLUMES, *GRID.shape), arrays[name].dtype)
+        chunk[: len(volumes)] = volumes
+        arrays[name][number * MAX_VOLUMES : (number + 1) * MAX_VOLUMES] = chunk
+    return {
+        "id": record.id,
+        "group": record.group,
+        "labelled": record.labelled,
+        "repairs": record.repairs,
+        "attributes": [[None if math.isnan(x) else x for x in row] for row in record.attributes.tolist()],
+    }
+
+
+def read_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The table of a split of the prepared cohort at path, row by row, in the patients' order."""
+    with (path / f"{split}.jsonl").open() as table:
+        yield from map(json.loads, table)
+
+
+@lru_cache(maxsize=8)
+class _Table:
+    """What of a split's table is kept in memory; patient p's `counts[p]` volumes have attributes from `first[p]` on."""
+
+    def __init__(self, path: Path, split: str) -> None:
+        ids, groups, labelled, repairs, counts = [], [], [], [], []
+        attributes = [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
+        for row in read_rows(path, split):
+            ids.append(row["id"])
+            groups.append(row["group"])
+            labelled.append(row["labelled"])
+            repairs.append(tuple(row["repairs"]))
+            attributes.append(np.asarray(row["attributes"], np.float32))
+            counts.append(len(attributes[-1]))
+        self.ids, self.groups, self.labelled, self.repairs = ids, groups, np.asarray(labelled, bool), repairs
+        self.counts, self.attributes = np.asarray(counts, np.int64), np.concatenate(attributes)
+        self.first = np.cumsum(self.counts) - self.counts
 
 
 class Patients(Sequence[PatientRecord]):
@@ -34,21 +110,24 @@ class Patients(Sequence[PatientRecord]):
     def __init__(self, manifest: Manifest, split: str, path: Path, members: np.ndarray | None = None) -> None:
         """Open a split of a prepared cohort. members: int64 (n_patients,), rows of the stored split; None for all."""
         self._manifest, self.split, self.path = manifest, split, path
-        self._members = np.arange(len(self._stored.attrs["ids"])) if members is None else members  # type: ignore[arg-type]
+        self._members = np.arange(len(self._table.ids)) if members is None else members
+
+    @cached_property
+    def _table(self) -> _Table:
+        return _Table(self.path, self.split)
 
     @cached_property
     def _stored(self) -> zarr.Group:
         return zarr.open_group(self.path / self.split, mode="r")
 
-    @cached_property
-    def _offsets(self) -> np.ndarray:
-        return np.asarray(self._stored["offsets"])
+    def _rows(self, first: np.ndarray) -> np.ndarray:
+        """int64 (n_volumes,): rows of these patients' volumes in something where patient m's start at first[m]."""
+        ranges = [np.arange(first[m], first[m] + self._table.counts[m]) for m in self._members]
+        return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
     @cached_property
     def _volumes(self) -> np.ndarray:
-        """int64 (n_volumes,): where each volume of these patients lies in the stored split."""
-        ranges = [np.arange(self._offsets[m], self._offsets[m + 1]) for m in self._members]
-        return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+        return self._rows(MAX_VOLUMES * np.arange(len(self._table.ids)))
 
     @property
     def name(self) -> str:
@@ -73,24 +152,27 @@ class Patients(Sequence[PatientRecord]):
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """The patients' names."""
-        ids: Any = self._stored.attrs["ids"]
-        return tuple(ids[m] for m in self._members)
+        return tuple(self._table.ids[m] for m in self._members)
 
     @cached_property
     def groups(self) -> tuple[str | None, ...]:
         """The patients' diagnostic groups."""
-        groups: Any = self._stored.attrs["groups"]
-        return tuple(groups[m] for m in self._members)
+        return tuple(self._table.groups[m] for m in self._members)
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """Bool (n_patients,): whose labels were given; those of the others were predicted, or are all 0."""
+        return self._table.labelled[self._members]
 
     @cached_property
     def attributes(self) -> np.ndarray:
         """float32 (n_volumes, 14): attributes of every volume, NaN where unknown."""
-        return np.asarray(self._stored["attributes"])[self._volumes]
+        return self._table.attributes[self._rows(self._table.first)]
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 (n_patients + 1,): patient p's volumes have indices offsets[p] to offsets[p + 1]."""
-        return np.concatenate([[0], np.cumsum(np.diff(self._offsets)[self._members])])
+        return np.concatenate([[0], np.cumsum(self._table.counts[self._members])])
 
     @cached_property
     def owners(self) -> np.ndarray:
@@ -109,8 +191,9 @@ class Patients(Sequence[PatientRecord]):
         wanted, back = np.unique(self._volumes[np.asarray(volumes, np.int64)], return_inverse=True)
         stored: Any = self._stored[array]
         first, end = (wanted[0], wanted[-1] + 1) if len(wanted) else (0, 0)
-        read = stored[first:end] if end - first == len(wanted) else stored.oindex[wanted]
-        return np.asarray(read)[back]
+        if end - first <= MAX_VOLUMES * len(wanted):  # nearly all of them: one piece is read faster
+            return np.asarray(stored[first:end])[wanted - first][back]
+        return np.asarray(stored.oindex[wanted])[back]
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Patients":
         """Only the patients with these indices, in this order."""
@@ -129,7 +212,13 @@ class Patients(Sequence[PatientRecord]):
         index = range(len(self))[index]
         own = range(self.offsets[index], self.offsets[index + 1])
         return PatientRecord(
-            self.ids[index], self.groups[index], self.images(own), self.labels(own), self.attributes[own]
+            self.ids[index],
+            self.groups[index],
+            self.images(own),
+            self.labels(own),
+            self.attributes[own],
+            bool(self.labelled[index]),
+            self._table.repairs[self._members[index]],
         )
 
     def __iter__(self) -> Iterator[PatientRecord]:
@@ -178,3 +267,15 @@ def require_releasable(patients: Patients, leak: str) -> None:
             f"{patients.name} holds real private patients, and this would reveal {leak}; "
             "give a public or a simulated cohort"
         )
+
+
+def require_labelled(patients: Patients, purpose: str) -> Patients:
+    """Those of the patients whose labels were given, for what predicted ones won't do; purpose says for what.
+
+    Raises CohortError where there are none.
+    """
+    if not patients.labelled.any():
+        raise CohortError(
+            f"{patients.name}: no patient ({patients.split}) has labels; {purpose} needs a cohort with some"
+        )
+    return patients if patients.labelled.all() else patients.subset(np.flatnonzero(patients.labelled))

@@ -1,141 +1,112 @@
-"""Preparation: every patient on one grid, intensities in [0, 1], kept in a chunked store that is read lazily."""
+"""Preparation: every patient on one grid, intensities in [0, 1], kept in a chunked store that is read lazily.
 
+Processes take a part of the patients each, write them where they belong, and last a table which says that the part is
+complete. So memory doesn't grow with the cohort, and a preparation that was killed goes on where it was.
+"""
+
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
-import zarr
-from einops import einsum
 from filelock import FileLock
 from tqdm import tqdm
 
-from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, measure_attributes
+from cardiac_ldm.cohort.grid import Localiser, place_on_grid
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest
-from cardiac_ldm.cohort.patients import Cohort, PatientRecord
+from cardiac_ldm.cohort.patients import Cohort, open_split, read_rows, write_patient
 from cardiac_ldm.cohort.readers import read_patient
-from cardiac_ldm.cohort.volumes import GRID, Patient
-from cardiac_ldm.errors import CohortError
+from cardiac_ldm.cohort.volumes import GRID
+from cardiac_ldm.errors import CohortError, PrivacyError
 
-MAX_VOLUMES = 3
-"""Volumes a patient may have."""
-_CHUNK = 4
-_BLOCK = 8 * _CHUNK
+_PART = 16
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ABOUT = "cohort.json"
+_PROSE = {"root", "licence", "citation", "obtain", "checksums"}
+
+
+class _Part(NamedTuple):
+    """Patients `ids` of a split, who have rows first, first + 1, ... in its arrays."""
+
+    split: str
+    first: int
+    ids: tuple[str, ...]
+
+    def table(self, work: Path) -> Path:
+        """The file that's written last."""
+        return work / f"{self.split}-{self.first:06d}.jsonl"
 
 
 def prepare(
-    manifest: Manifest, *, store: Path, data_root: Path | None = None, limits: Mapping[str, int] | None = None
+    manifest: Manifest,
+    *,
+    store: Path,
+    data_root: Path | None = None,
+    limits: Mapping[str, int] | None = None,
+    localiser: Localiser | None = None,
 ) -> Cohort:
-    """Prepare a cohort under store/<name>-<key>, or return at once where that has been done.
+    """Prepare a cohort under store/<name>-<key>, go on with it, or return at once where it's done.
 
     data_root: where the cohort's files are; else the environment or the manifest says so. limits: at most this many
-    patients of each split, the manifest's first ones. The key hashes the manifest, the limits, the grid, the sizes of
-    the files and the code of this room; of real private patients with a salt that never leaves `store`, because keys of
-    runs are published and a bare hash would let anybody test who is in the cohort. Raises CohortError with the problems
-    of all patients; then nothing is left behind. Processes are spawned: a script calls this under
+    patients of each split, the manifest's first ones. localiser: finds the hearts of patients without labels; without
+    it the middle of the field of view is taken for the heart, with a warning. The key hashes the manifest, who is in
+    it, the grid, the content of the files and the code of this room; of real private patients with a salt that never
+    leaves `store`, because keys of runs are published and a bare hash would let anybody test who is in the cohort.
+
+    Whether files are still what was read, their names, sizes and times tell. What a killed or failed preparation has
+    done waits in a hidden folder of `store`. Processes are spawned: a script calls this under
     `if __name__ == "__main__"`, a notebook anywhere.
+
+    Raises:
+        CohortError: the problems of all patients together, or a want of space or memory.
+        PrivacyError: real public patients share a file with real private ones of this store.
     """
     limits = dict(limits or {})
     if wrong := {k: n for k, n in limits.items() if k not in SPLITS or n < 1}:
         raise CohortError(f"{manifest.name}: limits {wrong}: expected at least 1 patient for {', '.join(SPLITS)}")
     root = manifest.data_root(data_root)
     members = {split: manifest.patient_ids(split)[: limits.get(split)] for split in SPLITS}
-    key = _key(manifest, root, members, _salt(store) if manifest.secret else "")
-    path = store / f"{manifest.name}-{key}"
+    plan = _plan(manifest, members, _salt(store) if manifest.secret else "")
+    work = store / f".{manifest.name}-{plan[:12]}"
     store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / f".{path.name}.lock"):
-        if not path.is_dir():
-            unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=store))
-            try:
-                _write(unfinished, manifest, root, members)
-                unfinished.replace(path)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    return Cohort(manifest, path, key)
+    with FileLock(f"{work}.lock"):
+        path = _found(store, manifest, plan, root, localiser)
+        if path is None:
+            with _explained(work):
+                _write(work, manifest, root, members, localiser)
+                path = _accept(work, store, manifest, plan)
+            _warn(path, manifest, localiser)
+        shutil.rmtree(work, ignore_errors=True)
+    return Cohort(manifest, path, path.name.rpartition("-")[2])
 
 
-def place_on_grid(patient: Patient) -> PatientRecord:
-    """Resample, crop and pad a patient to GRID and scale intensities to [0, 1]; ED and ES alike.
-
-    In-plane the field is centred on the box round the labels. Stacks within 1 mm of the grid's slice spacing keep their
-    slices, others are resampled; slices without ventricles in any phase become padding, and what remains is centred.
-    In-plane a tent kernel as wide as the coarser of the two grids interpolates (linear, antialiased), and labels take
-    the class of largest weight. Between slices images are linear and labels the nearest slice's, counted from the
-    middle one: of a stack at 5 mm, every second slice stays as acquired. A stack that is on the grid already is taken
-    as it is. Attributes are measured on the labels as acquired, DEPTH on the grid.
-    """
-    images, labels = _resampled(patient)
-    shown = np.flatnonzero(labels.any(axis=(0, 2, 3)))
-    shown = np.arange(shown[0], shown[-1] + 1)
-    surplus = max(0, len(shown) - GRID.n_slices)
-    shown = shown[surplus // 2 : len(shown) - (surplus - surplus // 2)]
-    start = (GRID.n_slices - len(shown)) // 2
-    placed_images = np.zeros((len(images), *GRID.shape), np.float32)
-    placed_labels = np.zeros((len(images), *GRID.shape), np.uint8)
-    placed_labels[:, start : start + len(shown)] = labels[:, shown]
-    for image, placed in zip(images[:, shown], placed_images, strict=True):
-        placed[start : start + len(shown)] = _scaled(image)
-    known = measure_attributes({v.phase: v.labels for v in patient.volumes}, patient.volumes[0].spacing_mm)
-    known |= patient.attributes
-    known["DEPTH"] = float(len(shown))
-    attributes = [
-        [known.get(name, np.nan) if name != "ESED" else float(v.phase == "ED") for name in ATTRIBUTE_NAMES]
-        for v in patient.volumes
-    ]
-    return PatientRecord(patient.id, patient.group, placed_images, placed_labels, np.asarray(attributes, np.float32))
-
-
-def _resampled(patient: Patient) -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 and labels uint8, (v, slices, 96, 96), with the grid's spacing and as many slices as it takes."""
-    images = np.stack([v.image for v in patient.volumes])
-    labels = np.stack([v.labels for v in patient.volumes])
-    dz, dy, dx = patient.volumes[0].spacing_mm
-    if (dz, dy, dx) == GRID.spacing_mm and images.shape[2:] == GRID.shape[1:]:
-        return images, labels
-    heart = np.asarray((labels > 0).any(axis=0))
-    field = (np.arange(GRID.size) - (GRID.size - 1) / 2) * GRID.spacing_mm[1]
-    rows, columns = (
-        _tent(
-            np.arange(n) * spacing,
-            field + np.unique(at)[[0, -1]].mean() * spacing,
-            spacing,
-            max(spacing, GRID.spacing_mm[1]),
-        )
-        for n, spacing, at in zip(heart.shape[1:], (dy, dx), np.nonzero(heart)[1:], strict=True)
-    )
-    in_plane = [rows @ stack.astype(np.float32) @ columns.T for stack in (images, *(labels == k for k in range(4)))]
-    images, labels = in_plane[0], np.argmax(in_plane[1:], axis=0).astype(np.uint8)
-    if abs(dz - GRID.spacing_mm[0]) <= 1:
-        return images, labels
-    depth = (np.arange(len(heart)) - len(heart) // 2) * dz
-    reach = GRID.spacing_mm[0] * np.arange(-len(heart), len(heart) + 1)
-    wanted = reach[(reach >= depth[0]) & (reach <= depth[-1])]
-    nearest = np.abs(wanted[:, None] - depth).argmin(axis=1)
-    return einsum(_tent(depth, wanted, dz, dz), images, "new old, v old h w -> v new h w"), labels[:, nearest]
-
-
-def _tent(old: np.ndarray, new: np.ndarray, spacing: float, half_width: float) -> np.ndarray:
-    """Weights (new, old) of a tent kernel between positions in mm; new ones outside the old field get zeros."""
-    distance = np.abs(new[:, None] - old[None, :])
-    weights = np.maximum(0, 1 - distance / half_width)
-    inside = distance.min(axis=1, keepdims=True) <= spacing / 2 + 1e-6
-    return (inside * weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
-
-
-def _scaled(image: np.ndarray) -> np.ndarray:
-    """Scale to [0, 1] between the 1st and 99th percentile, and clip."""
-    low, high = np.percentile(image, (1, 99))
-    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+@contextmanager
+def _explained(work: Path) -> Iterator[None]:
+    """Say what to do where the machine fell short."""
+    again = "prepare again: what is done is kept"
+    try:
+        yield
+    except (BrokenProcessPool, MemoryError) as error:
+        why = "memory may be short, or a script lacks `if __name__ == '__main__'`"
+        raise CohortError(f"{work}: a process died: {why}; mend that and {again}") from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise CohortError(f"{work}: {os.strerror(error.errno)}; make room there and {again}") from error
 
 
 def _salt(store: Path) -> str:
@@ -150,88 +121,207 @@ def _salt(store: Path) -> str:
     return path.read_text()
 
 
-def _key(manifest: Manifest, root: Path | None, members: Mapping[str, tuple[str, ...]], salt: str) -> str:
-    files = [] if root is None else [f for ids in members.values() for i in ids for f in sorted((root / i).glob("*"))]
+def _plan(manifest: Manifest, members: Mapping[str, tuple[str, ...]], salt: str) -> str:
+    """Hash of all that shapes the cohort except its files; prose about it doesn't, nor where it lies."""
     shaped_by = {
         "salt": salt,
-        "manifest": manifest.model_dump(mode="json", exclude={"root"}),
-        "members": {split: len(ids) for split, ids in members.items()},
+        "manifest": manifest.model_dump(mode="json", exclude=_PROSE),
+        "members": members,
         "grid": [GRID.shape, GRID.spacing_mm],
-        "files": [(f.name, f.stat().st_size) for f in files],
         "code": [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(Path(__file__).parent.rglob("*.py"))],
     }
-    return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:12]
+    return _digest(shaped_by)
 
 
-def _write(path: Path, manifest: Manifest, root: Path | None, members: Mapping[str, tuple[str, ...]]) -> None:
-    """Write every split as it's prepared by a pool of processes, spawned (safe beside threads) and of one thread each.
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    Threads of a linear algebra library would fight over the cores: the matrices are small.
+
+def _stamper(root: Path | None) -> Callable[[Mapping[str, str]], str]:
+    """Tells whether files changed without reading them: sizes and times, and which others lie beside them."""
+
+    @cache
+    def beside(folder: Path) -> str:
+        return _digest(sorted(entry.name for entry in os.scandir(folder) if entry.is_file()))
+
+    def stamp(files: Mapping[str, str]) -> str:
+        if root is None or not files:
+            return ""
+        try:
+            facts = [(file, (found := (root / file).stat()).st_size, found.st_mtime_ns) for file in sorted(files)]
+            return _digest([facts, [beside(folder) for folder in sorted({(root / file).parent for file in files})]])
+        except OSError:
+            return "gone"
+
+    return stamp
+
+
+def _unchanged(root: Path | None, localiser: Localiser | None) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a prepared patient is what would be prepared now."""
+    stamp, key = _stamper(root), localiser and localiser.key
+    return lambda row: row["stamp"] == stamp(row["files"]) and (row["labelled"] or row["localiser"] == key)
+
+
+def _found(store: Path, manifest: Manifest, plan: str, root: Path | None, localiser: Localiser | None) -> Path | None:
+    """The finished cohort of this plan whose files are unchanged, if any."""
+    unchanged = _unchanged(root, localiser)
+    for about in store.glob(f"{manifest.name}-*/{_ABOUT}"):
+        rows = (row for split in SPLITS for row in read_rows(about.parent, split))
+        if json.loads(about.read_text())["plan"] == plan and all(map(unchanged, rows)):
+            return about.parent
+    return None
+
+
+def _write(
+    work: Path,
+    manifest: Manifest,
+    root: Path | None,
+    members: Mapping[str, tuple[str, ...]],
+    localiser: Localiser | None,
+) -> None:
+    """Prepare what isn't yet, by a pool of processes, spawned (safe beside threads) and of one thread each.
+
+    Threads of a linear algebra library would fight over the cores: the matrices are small. What goes to and fro is
+    names and problems, so nothing piles up. The progress of real private patients is shown on a terminal alone: what a
+    notebook catches may be published.
     """
-    prepare_one = partial(_prepare_one, manifest, root)
-    n_patients = sum(map(len, members.values()))
-    workers = min(os.cpu_count() or 1, n_patients)
+    unchanged = _unchanged(root, localiser)
+    parts, left = _parts(members), []
+    for split, ids in members.items():
+        open_split(work / "store" / split, len(ids))
+    for part in parts:
+        table = part.table(work)
+        if not (table.exists() and all(unchanged(json.loads(line)) for line in table.read_text().splitlines())):
+            left.append(part)
+    n_patients, n_left = (sum(len(part.ids) for part in some) for some in (parts, left))
+    if not left:
+        return
     problems: list[str] = []
-    group = zarr.open_group(path, mode="w", zarr_format=3)
-    with tqdm(total=n_patients, unit=" patients", desc=f"preparing {manifest.name}") as progress:
-
-        def sound(outcomes: Iterable[PatientRecord | CohortError]) -> Iterator[PatientRecord]:
-            for outcome in outcomes:
-                progress.update()
-                if isinstance(outcome, PatientRecord):
-                    yield outcome
-                else:
-                    problems.append(str(outcome))
-
-        with patch.dict(os.environ, _ONE_THREAD), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for split, ids in members.items():
-                _write_split(group.create_group(split), sound(pool.map(prepare_one, ids, chunksize=4)), len(ids))
+    with (
+        patch.dict(os.environ, _ONE_THREAD),
+        ProcessPoolExecutor(min(os.cpu_count() or 1, len(left)), get_context("spawn")) as pool,
+        tqdm(
+            total=n_patients,
+            initial=n_patients - n_left,
+            unit=" patients",
+            desc=f"preparing {manifest.name}",
+            disable=None if manifest.secret else False,
+        ) as progress,
+    ):
+        for part, found in zip(
+            left, pool.map(partial(_prepare_part, manifest, root, localiser, work), left), strict=True
+        ):
+            problems += found
+            progress.update(len(part.ids))
     if problems:
         raise CohortError(f"{manifest.name}: {len(problems)} patient(s) can't be prepared\n  " + "\n  ".join(problems))
 
 
-def _prepare_one(manifest: Manifest, root: Path | None, patient_id: str) -> PatientRecord | CohortError:
-    try:
-        return place_on_grid(read_patient(manifest, root, patient_id))
-    except CohortError as error:
-        return error
+def _parts(members: Mapping[str, tuple[str, ...]]) -> list[_Part]:
+    return [_Part(split, n, ids[n : n + _PART]) for split, ids in members.items() for n in range(0, len(ids), _PART)]
 
 
-def _write_split(group: zarr.Group, records: Iterator[PatientRecord], n_patients: int) -> None:
-    arrays = {
-        name: group.create_array(
-            name,
-            shape=(n_patients * MAX_VOLUMES, *GRID.shape),
-            chunks=(_CHUNK, *GRID.shape),
-            dtype=dtype,
-        )
-        for name, dtype in (("images", "float16"), ("labels", "uint8"))
-    }
-    waiting: dict[str, list[np.ndarray]] = {name: [] for name in arrays}
-    written, ids, groups, attributes, counts = 0, [], [], [], [0]
+def _prepare_part(
+    manifest: Manifest, root: Path | None, localiser: Localiser | None, work: Path, part: _Part
+) -> list[str]:
+    """Prepare and write a part, its table last; give its problems, which leave it without a table."""
+    _end_with_parent()
+    arrays, stamp = open_split(work / "store" / part.split), _stamper(root)
+    rows, problems = [], []
+    for number, patient_id in enumerate(part.ids, part.first):
+        try:
+            patient = read_patient(manifest, root, patient_id)
+            record = place_on_grid(patient, localiser)
+        except CohortError as error:
+            problems.append(str(error))
+            continue
+        used = None if record.labelled or localiser is None else localiser.key
+        files = {"files": dict(patient.files), "stamp": stamp(patient.files), "localiser": used}
+        rows.append(write_patient(arrays, number, record) | files)
+    if not problems:
+        os.sync()
+        temporary = part.table(work).with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(part.table(work))
+    return problems
 
-    def flush(n: int) -> None:
-        nonlocal written
-        for name, array in arrays.items():
-            array[written : written + n] = np.stack(waiting[name][:n])
-            del waiting[name][:n]
-        written += n
 
-    for record in records:
-        waiting["images"] += [image.astype(np.float16) for image in record.images]
-        waiting["labels"] += list(record.labels)
-        ids.append(record.id)
-        groups.append(record.group)
-        attributes.append(record.attributes)
-        counts.append(len(record.images))
-        if len(waiting["images"]) >= _BLOCK:
-            flush(_BLOCK)
-    if waiting["images"]:
-        flush(len(waiting["images"]))
-    for array in arrays.values():
-        array.resize((written, *GRID.shape))
-    group.create_array(
-        "attributes", data=np.concatenate([np.empty((0, len(ATTRIBUTE_NAMES)), np.float32), *attributes])
-    )
-    group.create_array("offsets", data=np.cumsum(counts, dtype=np.int64))
-    group.attrs.update({"ids": ids, "groups": groups})
+@cache
+def _end_with_parent() -> None:
+    """Let this process die with the one that spawned it, once: orphans of a killed one would go on writing."""
+    parent = parent_process()
+
+    def wait() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    if parent:
+        Thread(target=wait, daemon=True).start()
+
+
+def _accept(work: Path, store: Path, manifest: Manifest, plan: str) -> Path:
+    """Join the tables, look for copies, and give the cohort its name."""
+    built, digest = work / "store", hashlib.sha256(plan.encode())
+    for torn in built.glob("*/*/*.partial"):
+        torn.unlink()
+    for split in SPLITS:
+        with (built / f"{split}.jsonl").open("w") as joined:
+            for table in sorted(work.glob(f"{split}-*.jsonl")):
+                joined.write(table.read_text())
+        for row in read_rows(built, split):
+            digest.update(json.dumps([row["files"], row["localiser"]], sort_keys=True).encode())
+    about = {"plan": plan} | manifest.model_dump(mode="json", include={"name", "role", "simulated"})
+    (built / _ABOUT).write_text(json.dumps(about))
+    path = store / f"{manifest.name}-{digest.hexdigest()[:12]}"
+    with FileLock(store / ".accept.lock"):
+        _refuse_copies(built, manifest, store)
+        os.sync()
+        if path.is_dir():  # the same content, seen at other times
+            for split in SPLITS:
+                (built / f"{split}.jsonl").replace(path / f"{split}.jsonl")
+        else:
+            built.replace(path)
+    return path
+
+
+def _files(path: Path) -> Iterator[tuple[str, str]]:
+    """Hash and name of what was read for a prepared cohort; ACDC's .cfg, a few numbers, may well be alike by chance."""
+    for split in SPLITS:
+        for row in read_rows(path, split):
+            yield from ((sha256, file) for file, sha256 in row["files"].items() if not file.endswith(".cfg"))
+
+
+def _refuse_copies(built: Path, manifest: Manifest, store: Path) -> None:
+    """Raise PrivacyError where real public patients share a file with real private ones, whichever came first."""
+    mine = dict(_files(built))
+    for about in store.glob(f"*/{_ABOUT}") if mine else ():
+        other = json.loads(about.read_text())
+        if other["role"] != manifest.role:
+            for sha256, file in _files(about.parent):
+                if sha256 in mine:
+                    ours, theirs = f"{manifest.name}: {mine[sha256]}", f"{other['name']}: {file}"
+                    public, private = (theirs, ours) if manifest.secret else (ours, theirs)
+                    raise PrivacyError(
+                        f"{public} is the same as {private}, a file of real private patients, whom the public cohort "
+                        "would reveal; take it out of the public one"
+                    )
+
+
+def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
+    """Say once what was mended and whose labels are missing; of real private patients their number alone."""
+    unlabelled, n_repairs = 0, 0
+    repairs: list[str] = []
+    for split in SPLITS:
+        for row in read_rows(path, split):
+            unlabelled += not row["labelled"]
+            n_repairs += len(row["repairs"])
+            repairs += row["repairs"][: 10 - len(repairs)]
+    said = []
+    if unlabelled:
+        instead = "the middle of the field of view was" if localiser is None else "labels of a public segmenter were"
+        said.append(f"{unlabelled} patient(s) have no labels; {instead} taken")
+    if n_repairs:
+        shown = "" if manifest.secret else ": " + "; ".join(repairs)
+        said.append(f"{n_repairs} repair(s), all in {path.parent.name}/{path.name}/*.jsonl{shown}")
+    if said:
+        warnings.warn(f"{manifest.name}: {'; '.join(said)}", stacklevel=3)

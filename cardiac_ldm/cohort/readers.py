@@ -1,5 +1,6 @@
 """Readers: from a manifest and a patient's name to that patient's volumes as acquired."""
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,13 +39,14 @@ def read_acdc(folder: Path) -> Patient:
             f"{info_file}: there's no such file; is {folder.parent} the folder of ACDC's patientNNN folders?"
         )
     info = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info_file.read_text().splitlines())}
-    volumes = []
+    volumes, read = [], []
     for phase in ("ED", "ES"):
         if not info.get(phase, "").isdigit():
             raise CohortError(f"{info_file}: {phase} is {info.get(phase)!r}; expected a line '{phase}: <frame number>'")
         image_file = folder / f"{folder.name}_frame{int(info[phase]):02d}.nii.gz"
         labels_file = folder / f"{folder.name}_frame{int(info[phase]):02d}_gt.nii.gz"
         volumes.append(_read_nifti(phase, image_file, labels_file))
+        read += [image_file, labels_file]
     if len({(v.image.shape, v.spacing_mm) for v in volumes}) > 1:
         raise CohortError(
             f"{folder}: the ED and ES frames differ in shape or spacing; expected one geometry per patient"
@@ -52,7 +54,8 @@ def read_acdc(folder: Path) -> Patient:
     attributes = {}
     with suppress(KeyError, ValueError, ZeroDivisionError):
         attributes["BMI"] = float(info["Weight"]) / (float(info["Height"]) / 100) ** 2
-    return Patient(folder.name, info.get("Group"), tuple(volumes), attributes)
+    files = {f"{folder.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in (info_file, *read)}
+    return Patient(folder.name, info.get("Group"), tuple(volumes), attributes, files)
 
 
 def _read_nifti(phase: Phase, image_file: Path, labels_file: Path) -> Volume:

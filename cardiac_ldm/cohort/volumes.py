@@ -1,7 +1,7 @@
 """What a reader hands over, a patient with their volumes as acquired, and the grid on which the study works."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -32,12 +32,12 @@ class Volume:
     """One short-axis stack at one phase, base first: rows run down the picture, columns to its right.
 
     image: float32 (slices, rows, columns). labels: uint8 of the same shape, 0 background, 1 right ventricle's cavity,
-    2 left ventricle's myocardium, 3 left ventricle's cavity. spacing_mm: (z, y, x).
+    2 left ventricle's myocardium, 3 left ventricle's cavity; None where nobody has labelled it. spacing_mm: (z, y, x).
     """
 
     phase: Phase
     image: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     spacing_mm: tuple[float, float, float]
 
 
@@ -46,10 +46,13 @@ class Patient:
     """One patient: the unit of splitting, clipping, bootstrapping and privacy.
 
     volumes share one geometry. attributes: what is known beyond the labels (age, say); it takes precedence over what is
-    measured from them.
+    measured from them. files: what was read, path below the data root -> SHA-256. repairs: what was mended in reading,
+    a sentence each, which names the file.
     """
 
     id: str
     group: str | None
     volumes: tuple[Volume, ...]
     attributes: Mapping[str, float]
+    files: Mapping[str, str] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()

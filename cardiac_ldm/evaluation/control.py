@@ -9,7 +9,7 @@ from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
 from tqdm import tqdm
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Patients, measure_attributes
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Patients, measure_attributes, require_labelled
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
 
@@ -87,7 +87,12 @@ def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[
 
 @torch.no_grad()
 def segmentation_dice(segmenter: Segmenter, patients: Patients) -> pd.DataFrame:
-    """Dice of every whole volume against its labels: one column per structure, NaN where it's absent."""
+    """Dice of every whole volume against the labels it was given: one column per structure, NaN where it's absent.
+
+    Raises:
+        CohortError: no patient has labels but predicted ones.
+    """
+    patients = require_labelled(patients, "the Dice score")
     score, n_volumes = DiceMetric(include_background=False, reduction="none"), len(patients.owners)
     for start in range(0, n_volumes, _BATCH):
         volumes = np.arange(start, min(start + _BATCH, n_volumes))

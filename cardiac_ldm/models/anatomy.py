@@ -1,8 +1,19 @@
-"""The instruments that read a synthetic heart: a segmenter and a phase classifier that a laptop can train."""
+"""The instruments that read a heart: a segmenter, which also finds it, and a phase classifier; a laptop trains them."""
 
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
 from einops import rearrange
 from monai.networks.nets import Classifier, UNet
+from safetensors.torch import load_file
+from scipy import ndimage
 from torch import Tensor, nn
+
+from cardiac_ldm.cohort import GRID
+from cardiac_ldm.cohort.grid import scaled
 
 N_LABELS = 4
 """Background, right ventricle, myocardium, left ventricle."""
@@ -44,3 +55,52 @@ class PhaseClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Give the logits (b, 2) of images (b, 13, 96, 96) in [0, 1]: index 0 is end-systole, 1 end-diastole (ESED)."""
         return self.network(images)
+
+
+@dataclass(frozen=True)
+class HeartFinder:
+    """Labels whole fields of view with a saved segmenter: what `cohort.prepare` takes as its localiser.
+
+    The segmenter knows hearts in the middle of a field of GRID's size: so it looks there first, then twice where it saw
+    one. Shown the whole field at once it finds hearts in the chest wall. key: of what trained it, on public patients.
+    """
+
+    weights: Path
+    key: str
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Give labels uint8 of an image float32 (slices, rows, columns) in [0, 1] with GRID's spacing, of any size.
+
+        Raises:
+            FileNotFoundError: there are no weights.
+        """
+        segmenter, margin = _saved_segmenter(self.weights), GRID.size
+        padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)))
+        corner = (np.array(image.shape[1:]) + margin) // 2
+        for _ in range(3):
+            field = np.s_[:, corner[0] : corner[0] + GRID.size, corner[1] : corner[1] + GRID.size]
+            found = _largest_part(segmenter, scaled(padded[field]))
+            looked_at, seen = field, np.argwhere(found)
+            if len(seen):
+                centre = corner + seen[:, 1:].mean(axis=0)
+                corner = np.clip(np.round(centre).astype(int) - GRID.size // 2, 0, np.array(image.shape[1:]) + margin)
+        labels = np.zeros(padded.shape, np.uint8)
+        labels[looked_at] = found
+        return labels[:, margin:-margin, margin:-margin]
+
+
+@cache
+def _saved_segmenter(weights: Path) -> Segmenter:
+    """Read once per process."""
+    segmenter = Segmenter()
+    segmenter.load_state_dict(load_file(weights))
+    return segmenter.eval()
+
+
+@torch.inference_mode()
+def _largest_part(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
+    """Labels of an image (slices, 96, 96), those alone that hang together most."""
+    labels = segmenter(torch.from_numpy(image)[None])[0].argmax(dim=0).numpy().astype(np.uint8)
+    parts, _ = ndimage.label(labels)
+    sizes = np.bincount(parts.ravel())[1:]
+    return labels * (parts == 1 + sizes.argmax()) if len(sizes) else labels

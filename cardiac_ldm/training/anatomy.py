@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_public
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_labelled, require_public
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -57,10 +57,14 @@ def train_segmenter(
 ) -> tuple[Segmenter, list[dict[str, float]]]:
     """Train a segmenter on `batch` volumes a step with Dice + cross-entropy; give it with its losses by step.
 
+    Patients whose labels were predicted are left out.
+
     Raises:
         PrivacyError: the patients are private.
+        CohortError: none of them has labels.
     """
     require_public(patients, "the labels of private patients through the segmenter's weights")
+    patients = require_labelled(patients, "training a segmenter")
     volumes, dice = np.arange(len(patients.owners)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
     def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
