@@ -125,4 +125,4 @@ def _table(split_of: dict[str, str], summaries: dict[str, Summary]) -> None:
             if values := [dict(s.attributes)[attribute.name] for s in sound if attribute.name in dict(s.attributes)]:
                 rows[f"{attribute.name} {attribute.unit}".strip()] = f"{_range(values)} (of {len(values)})"
         columns[split] = rows
-    print("\n" + pd.DataFrame(columns).fillna("").to_string())
+    print("\n" + pd.DataFrame(columns, dtype=object).fillna("").to_string())

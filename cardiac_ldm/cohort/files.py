@@ -146,7 +146,7 @@ class Reading:
     ) -> dict[str, str]:
         """The one row of a table whose key is one of these spellings of a name. Raises CohortError."""
         table = self.table(file, key, needed, optional)
-        rows = table.loc[[name for name in names if name in table.index]]
+        rows = table.loc[[name for name in dict.fromkeys(names) if name in table.index]]
         if len(rows) != 1:
             raise self.error(file, f"has {len(rows)} rows whose {key} is {names[0]}; expected one")
         return {str(column): str(text) for column, text in rows.iloc[0].items()}
@@ -342,12 +342,13 @@ class Reading:
             np.sum([match(a).sum(axis=(1, 2)) for a in labels], axis=0)
             for match in (lambda a: a == RV, lambda a: a > 0)
         )
-        third = np.array_split(np.flatnonzero(shown), 3) if labels and rv.any() else None
-        lean = (rv[third[0]].sum() - rv[third[2]].sum()) / rv.sum() if third else 0.0
-        if abs(lean) < 0.1 and told:
-            lean = directions[:, 2] @ (-1, 1, -1) / 3**0.5 / 5
+        labelled = np.flatnonzero(shown)
+        third = len(labelled) // 3
+        lean = (rv[labelled[:third]].sum() - rv[labelled[-third:]].sum()) / rv.sum() if third and rv.any() else 0.0
+        to_apex = directions[:, 2] @ (-1, 1, -1) / 3**0.5 if told else 0.0
+        reverse = lean < 0 if abs(lean) >= 0.1 else to_apex < -0.5
         columns, rows = -directions.sum(axis=0)[:2] < -0.5 if told else (False, False)
-        turns = ((0, lean <= -0.1, "slices ran from apex to base"), (1, rows, "rows up"), (2, columns, "columns left"))
+        turns = ((0, reverse, "slices ran from apex to base"), (1, rows, "rows up"), (2, columns, "columns left"))
         axes = tuple(axis for axis, turn, _ in turns if turn)
         if not axes:
             return tuple(volumes)
@@ -371,7 +372,7 @@ def _within(values: Sequence[float], ranges: Sequence[tuple[float, float]]) -> b
 
 
 def _within_wall(labels: np.ndarray, structure: int) -> float:
-    """Share of a structure's in-plane neighbours that are myocardium: ACDC's LVs have 98 % or more, RVs 41 % or less."""
+    """Share of a structure's in-plane neighbours that are myocardium: ACDC's LVs have 0.98 or more, RVs 0.41 or less."""
     cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
     inside = labels == structure
     around = ndimage.binary_dilation(inside, cross) & ~inside
