@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cardiac_ldm.cohort import check as module
-from cardiac_ldm.cohort.check import check, summarise
+from cardiac_ldm.cohort.check import check, main, summarise
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 from tests import miniatures as mini
@@ -98,24 +98,27 @@ def test_summaries_hold_no_pictures(tmp_path):
     assert len(repr(summary)) < 3000
 
 
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "cardiac_ldm.cohort", *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
-def test_the_command_line_ends_with_0_1_or_2(tmp_path):
+def test_exit_codes_are_0_for_sound_1_for_problems_and_2_for_wrong_usage(tmp_path, capsys):
     mini.make_table(tmp_path / "data", PATIENTS)
     mini.manifest(tmp_path, "table", root=None)
-    manifest = str(tmp_path / "mini.yaml")
-    sound = _run("check", manifest, "--data-root", str(tmp_path / "data"))
-    assert (sound.returncode, "all sound" in sound.stdout) == (0, True)
+    manifest, root = str(tmp_path / "mini.yaml"), ["--data-root", str(tmp_path / "data")]
+    assert main(["check", manifest, *root]) == 0
     (tmp_path / "data/anna/ED.nii.gz").unlink()
-    broken = _run("check", manifest, "--data-root", str(tmp_path / "data"))
-    assert (broken.returncode, "1 with problems" in broken.stdout) == (1, True)
-    rootless = _run("check", manifest)
-    assert rootless.returncode == 1
-    assert "no data folder is named" in rootless.stderr
-    assert _run("chekc").returncode == 2
-    for run in (sound, broken, rootless):
-        assert "Traceback" not in run.stdout + run.stderr
+    assert main(["check", manifest, *root]) == 1
+    assert main(["check", manifest]) == 1
+    assert "no data folder is named" in capsys.readouterr().err
+    for wrong in ([], ["chekc"], ["check"], ["check", manifest, "--root", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+
+
+def test_the_module_runs_in_processes_of_its_own(tmp_path):
+    mini.make_table(tmp_path / "data", PATIENTS)
+    (tmp_path / "data/anna/ED.nii.gz").unlink()
+    mini.manifest(tmp_path, "table")
+    command = [sys.executable, "-m", "cardiac_ldm.cohort", "check", str(tmp_path / "mini.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "mini: 3 patients, 1 with problems" in run.stdout
+    assert "Traceback" not in run.stdout + run.stderr

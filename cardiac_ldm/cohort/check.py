@@ -1,8 +1,10 @@
 """Checking a cohort before anything is computed: every file of every patient is read, every problem is printed."""
 
+import argparse
 import os
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from cardiac_ldm.cohort.attributes import ATTRIBUTES, measure_attributes
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest, load_manifest
 from cardiac_ldm.cohort.readers import list_patients, read_patient
-from cardiac_ldm.errors import CohortError
+from cardiac_ldm.errors import CohortError, StudyError
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -126,3 +128,19 @@ def _table(split_of: dict[str, str], summaries: dict[str, Summary]) -> None:
                 rows[f"{attribute.name} {attribute.unit}".strip()] = f"{_range(values)} (of {len(values)})"
         columns[split] = rows
     print("\n" + pd.DataFrame(columns, dtype=object).fillna("").to_string())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 if all is sound, else 1. Wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(prog="python -m cardiac_ldm.cohort", description="Look after a cohort's files.")
+    command = parser.add_subparsers(required=True).add_parser(
+        "check", help="read every patient; print what is there, missing, wrong or mended"
+    )
+    command.add_argument("manifest", help="path of a manifest, or its name in data_manifests/")
+    command.add_argument("--data-root", type=Path, help="the data folder, where it's another than the manifest's")
+    given = parser.parse_args(arguments)
+    try:
+        return 0 if check(given.manifest, given.data_root) else 1
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 1

@@ -1,10 +1,12 @@
 """The files of one patient: hashed, opened, read and examined, so that every problem of every file is known at once."""
 
+import csv
 import gzip
 import hashlib
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +36,7 @@ EXTENT_MM = ((50.0, 1000.0), (50.0, 1000.0), (20.0, 300.0))
 """What a short-axis stack's voxels and field measure along columns, rows and slices."""
 MAX_VOXELS = 2**28
 """More than any cine has: a header that claims more is damaged, which is found before memory is asked for."""
-_UNITS = {0: ("unknown units", 1.0), 1: ("metres", 1000.0), 2: ("mm", 1.0), 3: ("micrometres", 0.001)}
+_UNITS = {2: ("mm", 1.0), 1: ("metres", 1000.0), 3: ("micrometres", 0.001), 0: ("(no unit)", 1.0)}
 _UNKNOWN = ("", "nan", "na", "n/a")
 _SEXES = {"f": 0.0, "female": 0.0, "m": 1.0, "male": 1.0}
 
@@ -372,7 +374,7 @@ def _within(values: Sequence[float], ranges: Sequence[tuple[float, float]]) -> b
 
 
 def _within_wall(labels: np.ndarray, structure: int) -> float:
-    """Share of a structure's in-plane neighbours that are myocardium: ACDC's LVs have 0.98 or more, RVs 0.41 or less."""
+    """Share of a structure's in-plane neighbours that are myocardium: at least 98 % of ACDC's LVs, at most 41 % of RVs."""
     cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
     inside = labels == structure
     around = ndimage.binary_dilation(inside, cross) & ~inside
@@ -403,24 +405,32 @@ def _table(
 ) -> pd.DataFrame:
     """Raises ValueError saying what is wrong. modified: when the file was, so that a mended one is read again."""
     wanted = (key, *needed, *optional)
-    read = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+    rows = []
     try:
-        with warnings.catch_warnings(action="error"):
-            header = list(pd.read_csv(place, nrows=0, **read).columns.str.strip())  # type: ignore[call-overload]
-            table = pd.read_csv(place, usecols=lambda name: name.strip() in wanted, **read)  # type: ignore[call-overload]
-    except Exception as error:
-        raise ValueError(f"can't be read as CSV ({_line(error)}); save it as UTF-8, cells between commas") from error
-    if missing := [name for name in (key, *needed) if name not in header]:
-        hint = "put commas between columns" if ";" in "".join(header) else "is the first line the header?"
-        raise ValueError(f"has no column {', '.join(missing)}, but {_line(', '.join(header))}; {hint}")
-    if not others and (unknown := [name for name in header if name not in wanted]):
+        with place.open(newline="", encoding="utf-8-sig") as stream:
+            lines = csv.reader(stream, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            kept = [index for index, name in enumerate(header) if name in wanted]
+            for line in lines:
+                cells = [cell.strip() for cell in line]
+                if any(cells) and (len(cells) < len(header) or any(cells[len(header) :])):
+                    raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
+                if any(cells):
+                    rows.append([cells[index] for index in kept])
+    except (csv.Error, ValueError) as error:
         raise ValueError(
-            f"has the unknown column {', '.join(unknown)}; remove it, or name it one of {', '.join(wanted)}"
-        )
-    table = table.rename(columns=str.strip).fillna("").map(str.strip)
-    table = table[(table != "").any(axis=1)]
-    if table.empty:
+            f"can't be read as CSV ({_line(error)}); save it as UTF-8 with commas between cells"
+        ) from error
+    if missing := [name for name in (key, *needed) if name not in header]:
+        hint = "put commas between cells" if ";" in "".join(header) else "is the first line the header?"
+        raise ValueError(f"has no column {', '.join(missing)}, but {_line(', '.join(header) or 'none')}; {hint}")
+    unknown = [name for name in header if name not in wanted and not others]
+    if twice := unknown or [name for name, n in Counter(header).items() if n > 1 and name in wanted]:
+        said = "an unknown column" if unknown else "twice the column"
+        raise ValueError(f"has {said} {twice[0]!r}; remove it, or name it one of {', '.join(wanted)}")
+    if not rows:
         raise ValueError("has no rows; add the patients")
-    if (table[key] == "").any():
-        raise ValueError(f"has {int((table[key] == '').sum())} rows without {key}; fill them in")
+    table = pd.DataFrame(rows, columns=[header[index] for index in kept], dtype=object)
+    if n := int((table[key] == "").sum()):
+        raise ValueError(f"has {n} rows without {key}; fill them in")
     return table.set_index(key).sort_index()
