@@ -374,7 +374,7 @@ def _within(values: Sequence[float], ranges: Sequence[tuple[float, float]]) -> b
 
 
 def _within_wall(labels: np.ndarray, structure: int) -> float:
-    """Share of a structure's in-plane neighbours that are myocardium: at least 98 % of ACDC's LVs, at most 41 % of RVs."""
+    """Share of a structure's neighbours in-plane that are myocardium. ACDC: LVs 98 % or more, RVs 41 % or less."""
     cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
     inside = labels == structure
     around = ndimage.binary_dilation(inside, cross) & ~inside
