@@ -358,6 +358,7 @@ def test_a_checksum_that_differs_is_told_with_both_values(root):
     _checksums(root, "".join(f"{digest} *./{name}\n" for name, digest in files.items()))
     assert read_patient(manifest, root, "anna").files == files
     array(ED, lambda image: image + 1)(root)
+    os.utime(root / ED, ns=(1, 1))  # a change within one tick of the clock is still a change
     message = read(root, checksums="mini.sha256")
     assert files[ED] in message
     assert "ED.nii.gz: its SHA-256 is " in message
@@ -432,7 +433,13 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
         "acdc",
         "patient007",
         acdc(lambda f: (f / "Info.cfg").write_text("ED: 1\n")),
-        "Info.cfg: ES is ''; expected a line 'ES: <frame number>'",
+        "Info.cfg: ES is ''; expected the number of a frame",
+    ),
+    "ACDC with a frame of 5000 digits": (
+        "acdc",
+        "patient007",
+        acdc(lambda f: (f / "Info.cfg").write_text("ED: 1\nES: " + "9" * 5000)),
+        "expected the number of a frame",
     ),
     "ACDC with a binary Info.cfg": (
         "acdc",

@@ -114,13 +114,14 @@ class Reading:
                 raise self.error(file, "is no file but a folder or the like; put the file in its place")
             name = place.relative_to(self.root).as_posix()
             if name not in self.files:
-                with place.open("rb") as stream:
-                    self.files[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                self.files[name] = _digest(place, _modified(place))
         except (OSError, ValueError) as error:
             raise self.error(file, f"can't be opened ({_line(error)}); mend its name or permissions") from error
-        if self._checksums and self.files[name] != (listed := _checksums(self._checksums).get(name, "not listed")):
-            sums = f"its SHA-256 is {self.files[name]}, in {self._checksums.name} {listed}"
-            raise self.error(file, f"{sums}; fetch it again, or correct the checksums")
+        if self._checksums:
+            listed = _checksums(self._checksums, _modified(self._checksums)).get(name, "not listed")
+            if listed != self.files[name]:
+                sums = f"its SHA-256 is {self.files[name]}, in {self._checksums.name} {listed}"
+                raise self.error(file, f"{sums}; fetch it again, or correct the checksums")
         return place
 
     def text(self, file: str) -> str:
@@ -139,7 +140,7 @@ class Reading:
         """
         place = self.file(file)
         try:
-            return _table(place, place.stat().st_mtime_ns, key, tuple(needed), tuple(optional), others)
+            return _table(place, _modified(place), key, tuple(needed), tuple(optional), others)
         except ValueError as error:
             raise self.error(file, str(error)) from error
 
@@ -160,7 +161,7 @@ class Reading:
             if number < 0 or not number.is_integer():
                 raise ValueError
         except ValueError as error:
-            raise self.error(where, f"{column} is {text!r}; expected the number of a frame") from error
+            raise self.error(where, f"{column} is {_line(repr(text))}; expected the number of a frame") from error
         return int(number)
 
     def attributes(self, said: Iterable[tuple[str, str, object]]) -> dict[str, float]:
@@ -177,7 +178,9 @@ class Reading:
                 try:
                     known[name] = _SEXES[word] if name == "SEX" and word in _SEXES else float(word)
                 except ValueError as error:
-                    raise self.error(where, f"{name} is {text!r}; expected a number, decimals after a point") from error
+                    raise self.error(
+                        where, f"{name} is {_line(repr(text))}; expected a number, decimals after a point"
+                    ) from error
                 if problem := implausible(name, known[name]):
                     raise self.error(where, problem)
         return known
@@ -381,8 +384,20 @@ def _within_wall(labels: np.ndarray, structure: int) -> float:
     return float((labels[around] == MYOCARDIUM).mean()) if around.any() else 0.0
 
 
+def _modified(path: Path) -> int:
+    """When a file was last changed, ns; part of what results about it are cached by."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@lru_cache(maxsize=64)
+def _digest(place: Path, modified: int) -> str:
+    """SHA-256 of a file; cached, because all patients share the tables."""
+    with place.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @lru_cache(maxsize=4)
-def _checksums(path: Path) -> dict[str, str]:
+def _checksums(path: Path, modified: int) -> dict[str, str]:
     """SHA-256 by path, from a file in sha256sum's format. Raises CohortError if it's none."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -403,7 +418,7 @@ def _checksums(path: Path) -> dict[str, str]:
 def _table(
     place: Path, modified: int, key: str, needed: tuple[str, ...], optional: tuple[str, ...], others: bool
 ) -> pd.DataFrame:
-    """Raises ValueError saying what is wrong. modified: when the file was, so that a mended one is read again."""
+    """Raises ValueError that says what is wrong."""
     wanted = (key, *needed, *optional)
     rows = []
     try:

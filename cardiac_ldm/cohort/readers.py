@@ -131,9 +131,7 @@ def read_acdc(reading: Reading, patient: str) -> Found:
     stacks = []
     for phase in PHASES:
         with reading.noting():
-            if not (frame := info.get(phase, "")).isdecimal():
-                raise reading.error(file, f"{phase} is {frame!r}; expected a line '{phase}: <frame number>'")
-            stem = f"{folder}/{patient}_frame{int(frame):02d}"
+            stem = f"{folder}/{patient}_frame{reading.frame(file, phase, info.get(phase, '')):02d}"
             stacks.append(Stack(phase, f"{stem}.nii.gz", f"{stem}_gt.nii.gz"))
     return Found(
         info.get("Group"), stacks, reading.body_mass_index(file, info.get("Height", ""), info.get("Weight", ""))
