@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, measure_attributes
-from cardiac_ldm.cohort.attributes import wall_thickness
+from cardiac_ldm.cohort.attributes import implausible, wall_thickness
 
 SPACING = (10.0, 0.5, 1.0)
 
@@ -59,3 +59,33 @@ def test_open_slices_above_the_valve_do_not_thin_the_wall():
 
 def test_no_slice_with_a_cavity_has_no_thickness():
     assert np.isnan(wall_thickness(np.empty(0), np.empty(0)))
+
+
+def test_limits_enclose_the_ranges_and_the_values_of_hearts():
+    for attribute in ATTRIBUTES:
+        low, high = attribute.limits
+        assert low <= attribute.low < attribute.high <= high
+        for value in (low, attribute.low, high):
+            assert implausible(attribute.name, value) is None
+        for value in (low - 0.01, high + 0.01, float("nan"), float("inf")):
+            assert implausible(attribute.name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("LVEDV", 0.15, "LVEDV is 0.15, expected 10 to 900 mL; it looks like litres: give 150"),
+        ("RVEF", 0.58, "RVEF is 0.58, expected 2 to 95 %; it looks like a fraction: give 58"),
+        ("AGE", 650, "AGE is 650, expected 1 to 120 years; it looks like months: give 54.17"),
+        ("AGE", 22000, "AGE is 22000, expected 1 to 120 years; it looks like days: give 60.23"),
+        ("MYOEDTHICK", 0.9, "MYOEDTHICK is 0.9, expected 2 to 50 mm; it looks like centimetres: give 9"),
+        ("MYOESTHICK", 0.012, "MYOESTHICK is 0.012, expected 2 to 60 mm; it looks like metres: give 12"),
+        ("BMI", 2.45, "BMI is 2.45, expected 8 to 100 kg/m2; it looks like g/cm2: give 24.5"),
+        ("BMI", 0.035, "BMI is 0.035, expected 8 to 100 kg/m2; it looks like lb/in2: give 24.61"),
+        ("ANGLE", -90, "ANGLE is -90, expected 0 to 360 degrees; correct it"),
+        ("SEX", 0.5, "SEX is 0.5; expected 0 or F for female, 1 or M for male"),
+        ("AGE", -3, "AGE is -3, expected 1 to 120 years; correct it"),
+    ],
+)
+def test_a_value_beyond_the_limits_is_told_with_the_unit_it_seems_to_be_in(name, value, told):
+    assert implausible(name, value) == told

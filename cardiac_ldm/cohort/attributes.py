@@ -8,32 +8,49 @@ import numpy as np
 RV, MYOCARDIUM, LV = 1, 2, 3
 
 
+_LITRES = (("litres", 1000.0),)
+_FRACTION = (("a fraction", 100.0),)
+_LENGTHS = (("centimetres", 10.0), ("metres", 1000.0))
+
+
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute with its unit and the FIXED, public range (low, high) that maps it to 0..1 for the networks."""
+    """An attribute with its unit, and the FIXED, public range (low, high) that maps it to 0..1 for the networks.
+
+    A value outside limits is no patient's: it's an error. slips: units that such values often turn out to be in, each
+    with the factor to ours.
+    """
 
     name: str
     unit: str
     low: float
     high: float
     description: str
+    limits: tuple[float, float]
+    slips: tuple[tuple[str, float], ...] = ()
 
 
 ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute("LVEDV", "mL", 60, 350, "left ventricular volume at end-diastole"),
-    Attribute("LVESV", "mL", 15, 280, "left ventricular volume at end-systole"),
-    Attribute("LVEF", "%", 10, 80, "left ventricular ejection fraction"),
-    Attribute("RVEDV", "mL", 50, 350, "right ventricular volume at end-diastole"),
-    Attribute("RVESV", "mL", 10, 250, "right ventricular volume at end-systole"),
-    Attribute("RVEF", "%", 10, 80, "right ventricular ejection fraction"),
-    Attribute("MYOESTHICK", "mm", 4, 24, "mean thickness of the left ventricle's wall at end-systole"),
-    Attribute("MYOEDTHICK", "mm", 3, 18, "mean thickness of the left ventricle's wall at end-diastole"),
-    Attribute("AGE", "years", 18, 90, "age at the scan"),
-    Attribute("SEX", "", 0, 1, "0 female, 1 male"),
-    Attribute("BMI", "kg/m2", 15, 45, "body mass index"),
-    Attribute("ESED", "", 0, 1, "phase of the volume: 0 end-systole, 1 end-diastole"),
-    Attribute("ANGLE", "degrees", 90, 270, "direction from the LV's to the RV's centre; 0 right, 90 up, 180 left"),
-    Attribute("DEPTH", "slices", 4, 13, "slices that show the ventricles; the others are zero padding"),
+    Attribute("LVEDV", "mL", 60, 350, "left ventricular volume at end-diastole", (10, 900), _LITRES),
+    Attribute("LVESV", "mL", 15, 280, "left ventricular volume at end-systole", (2, 850), _LITRES),
+    Attribute("LVEF", "%", 10, 80, "left ventricular ejection fraction", (2, 95), _FRACTION),
+    Attribute("RVEDV", "mL", 50, 350, "right ventricular volume at end-diastole", (10, 900), _LITRES),
+    Attribute("RVESV", "mL", 10, 250, "right ventricular volume at end-systole", (2, 850), _LITRES),
+    Attribute("RVEF", "%", 10, 80, "right ventricular ejection fraction", (2, 95), _FRACTION),
+    Attribute(
+        "MYOESTHICK", "mm", 4, 24, "mean thickness of the left ventricle's wall at end-systole", (2, 60), _LENGTHS
+    ),
+    Attribute(
+        "MYOEDTHICK", "mm", 3, 18, "mean thickness of the left ventricle's wall at end-diastole", (2, 50), _LENGTHS
+    ),
+    Attribute("AGE", "years", 18, 90, "age at the scan", (1, 120), (("months", 1 / 12), ("days", 1 / 365.25))),
+    Attribute("SEX", "", 0, 1, "0 female, 1 male", (0, 1)),
+    Attribute("BMI", "kg/m2", 15, 45, "body mass index", (8, 100), (("g/cm2", 10.0), ("lb/in2", 703.07))),
+    Attribute("ESED", "", 0, 1, "phase of the volume: 0 end-systole, 1 end-diastole", (0, 1)),
+    Attribute(
+        "ANGLE", "degrees", 90, 270, "direction from the LV's to the RV's centre; 0 right, 90 up, 180 left", (0, 360)
+    ),
+    Attribute("DEPTH", "slices", 4, 13, "slices that show the ventricles; the others are zero padding", (1, 300)),
 )
 """In the order of Daum et al., arXiv 2407.16405.
 
@@ -43,6 +60,18 @@ beyond that of healthy men to diseased hearts (Kawel-Boehm et al., JCMR 22:87, 2
 """
 
 ATTRIBUTE_NAMES: tuple[str, ...] = tuple(attribute.name for attribute in ATTRIBUTES)
+
+
+def implausible(name: str, value: float) -> str | None:
+    """What is wrong with a value given for an attribute, with the unit it's likely in; None for one within limits."""
+    attribute = ATTRIBUTES[ATTRIBUTE_NAMES.index(name)]
+    low, high = attribute.limits
+    if name == "SEX" and value not in (0, 1):
+        return f"SEX is {value:g}; expected 0 or F for female, 1 or M for male"
+    if low <= value <= high:
+        return None
+    units = (f"; it looks like {unit}: give {value * f:.4g}" for unit, f in attribute.slips if low <= value * f <= high)
+    return f"{name} is {value:g}, expected {low:g} to {high:g} {attribute.unit}".rstrip() + next(units, "; correct it")
 
 
 def wall_thickness(myocardial_areas: np.ndarray, cavity_areas: np.ndarray) -> float:

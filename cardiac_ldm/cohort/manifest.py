@@ -1,14 +1,18 @@
 """Manifests: one YAML file per cohort says what it is, how it's read, who may see it and who belongs to which split."""
 
+import hashlib
+import math
 import os
+import reprlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from cardiac_ldm.errors import CohortError
+from cardiac_ldm.errors import CohortError, PrivacyError
 
 MANIFEST_FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SPLITS = ("train", "validation", "test")
@@ -27,21 +31,78 @@ class PhantomReader(_Strict):
 
 
 class AcdcReader(_Strict):
-    """The ACDC challenge's own folder layout."""
+    """The ACDC challenge's own folder layout, as it's downloaded (training/patient001) or without its outer folder."""
 
     kind: Literal["acdc"]
 
 
-class Splits(_Strict):
-    """Who belongs where: patients' names, or for simulated cohorts how many are drawn."""
+class MnmsReader(_Strict):
+    """The M&Ms challenge's own folder layout; table is its CSV, below the data root."""
 
-    train: PositiveInt | Annotated[tuple[str, ...], Field(min_length=1)]
-    validation: PositiveInt | Annotated[tuple[str, ...], Field(min_length=1)]
-    test: PositiveInt | Annotated[tuple[str, ...], Field(min_length=1)]
+    kind: Literal["mnms"]
+    table: str = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
+
+
+class Mnms2Reader(_Strict):
+    """The M&Ms-2 challenge's own folder layout; table is its CSV, below the data root."""
+
+    kind: Literal["mnms2"]
+    table: str = "dataset_information.csv"
+
+
+class UkbbReader(_Strict):
+    """UK Biobank in the layout of the converter ukbb_cardiac; table is a CSV of the fields, below the data root."""
+
+    kind: Literal["ukbb"]
+    table: str | None = None
+
+
+class TableReader(_Strict):
+    """Any folder of NIfTI files; table is the CSV that lists them, labels maps the files' label values to ours."""
+
+    kind: Literal["table"]
+    table: str
+    labels: dict[int, Annotated[int, Field(ge=0, le=3)]] | None = None
+
+
+Reader = PhantomReader | AcdcReader | MnmsReader | Mnms2Reader | UkbbReader | TableReader
+
+
+def _members(value: Any) -> int | float | tuple[str, ...]:  # noqa: ANN401
+    match value:
+        case bool():
+            pass
+        case int() if value > 0:
+            return value
+        case float() if 0 < value < 1:
+            return value
+        case list() | tuple() if value and all(isinstance(name, str) and name for name in value):
+            return tuple(value)
+    raise ValueError(
+        f"{_SHORT.repr(value)} won't do; give a list of patients' names (quote those that look like numbers), a share "
+        "between 0 and 1, or for a phantom how many are drawn"
+    )
+
+
+class Splits(_Strict):
+    """Who belongs where: patients' names, or shares that sum to 1, or for simulated cohorts how many are drawn."""
+
+    train: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
+    validation: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
+    test: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The splits' shares; empty where members are named or counted."""
+        return tuple(v for name in SPLITS if isinstance(v := getattr(self, name), float))
 
     @model_validator(mode="after")
     def _each_patient_once(self) -> Self:
-        named = {name: value for name in SPLITS if not isinstance(value := getattr(self, name), int)}
+        if len({type(getattr(self, name)) for name in SPLITS}) > 1:
+            raise ValueError("numbers, shares and lists of names are mixed; give all three splits in one way")
+        if self.shares and not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
+            raise ValueError(f"the shares sum to {sum(self.shares):g}; expected 1")
+        named = {name: value for name in SPLITS if isinstance(value := getattr(self, name), tuple)}
         times = Counter(patient for patients in named.values() for patient in patients)
         repeated = [
             f"{patient} is listed {n} times ({', '.join(s for s in named if patient in named[s])})"
@@ -54,16 +115,23 @@ class Splits(_Strict):
 
 
 class Manifest(_Strict):
-    """A cohort: its name, whether it's public or private, simulated or real, its terms of use, reader and splits."""
+    """A cohort: its name, whether it's public or private, simulated or real, its terms of use, reader and splits.
+
+    obtain: how to get the data, and what of it is public. checksums: a file in sha256sum's format, paths below the data
+    root, against which everything that is read is compared.
+    """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     role: Literal["public", "private"]
     simulated: bool
     licence: str
     citation: str
+    obtain: str = ""
     root: Path | None = None
-    reader: Annotated[PhantomReader | AcdcReader, Field(discriminator="kind")]
+    checksums: Path | None = Field(default=None, exclude=True)
+    reader: Annotated[Reader, Field(discriminator="kind")]
     splits: Splits
+    _folder: Path = PrivateAttr(default=MANIFEST_FOLDER)
 
     @model_validator(mode="after")
     def _reader_fits(self) -> Self:
@@ -72,8 +140,10 @@ class Manifest(_Strict):
             raise ValueError(
                 f"simulated is {self.simulated} but the reader is {self.reader.kind}: phantoms alone are simulated"
             )
-        if any(isinstance(getattr(self.splits, name), int) != phantom for name in SPLITS):
-            raise ValueError("splits of a phantom are numbers of patients, splits of files are lists of their names")
+        if isinstance(self.splits.train, int) != phantom:
+            raise ValueError(
+                "splits of a phantom are numbers of patients, splits of files are lists of their names, or shares"
+            )
         return self
 
     @property
@@ -81,24 +151,45 @@ class Manifest(_Strict):
         """Whether it holds real private patients."""
         return self.role == "private" and not self.simulated
 
-    def patient_ids(self, split: str) -> tuple[str, ...]:
-        """Names of a split's patients, in order. Simulated ones are p000000, p000001, ..., each in one split."""
+    def patient_ids(self, split: str, found: Sequence[str] = ()) -> tuple[str, ...]:
+        """Names of a split's patients, in order. Simulated ones are p000000, p000001, ..., each in one split.
+
+        found: the patients that are there (readers.list_patients); where splits are shares, a hash of the cohort's and
+        the patient's name puts each of them in one. So one patient more or fewer moves nobody else, which is what the
+        adjacency of the privacy guarantee needs. Raises CohortError for an unknown split, and one that stays empty.
+        """
         if split not in SPLITS:
             raise CohortError(f"{self.name}: there's no split {split!r}; the splits are {', '.join(SPLITS)}")
         members = getattr(self.splits, split)
-        if not isinstance(members, int):
+        if isinstance(members, tuple):
             return members
-        first = sum(getattr(self.splits, name) for name in SPLITS[: SPLITS.index(split)])
-        return tuple(f"p{index:06d}" for index in range(first, first + members))
+        if isinstance(members, int):
+            first = sum(getattr(self.splits, name) for name in SPLITS[: SPLITS.index(split)])
+            return tuple(f"p{index:06d}" for index in range(first, first + members))
+        low = sum(self.splits.shares[: SPLITS.index(split)])
+        high = 1.0 if split == SPLITS[-1] else low + members
+        drawn = tuple(patient for patient in found if low <= self._draw(patient) < high)
+        if not drawn:
+            raise CohortError(
+                f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {members:g}; "
+                "enlarge it, or name its patients"
+            )
+        return drawn
+
+    def _draw(self, patient: str) -> float:
+        """A number in [0, 1) that this patient of this cohort always gets."""
+        digest = hashlib.sha256(f"{self.name}/{patient}".encode(errors="backslashreplace")).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48
 
     def data_root(self, given: Path | None = None) -> Path | None:
         """Folder of the cohort's files: the one given, else the environment's, else the manifest's; None for phantoms.
 
-        Raises CohortError where none is named, or the one named isn't there.
+        Raises CohortError where none is named, or the one named isn't there; PrivacyError where a public cohort's
+        folder is, contains or lies in that of a real private one (manifests beside this one and in data_manifests/).
         """
         if isinstance(self.reader, PhantomReader):
             return None
-        variable = f"CARDIAC_LDM_ROOT_{self.name.upper()}"
+        variable = _variable(self.name)
         named = {"the parameter data_root": given, f"the environment variable {variable}": os.environ.get(variable)}
         named["the manifest's field root"] = self.root
         source, place = next(((s, Path(p)) for s, p in named.items() if p), (None, None))
@@ -107,7 +198,32 @@ class Manifest(_Strict):
             raise CohortError(f"{self.name}: no data folder is named; {ways}")
         if not place.is_dir():
             raise CohortError(f"{self.name}: {place}, which {source} names, is no folder; {ways}")
+        for other, private in _private_roots({MANIFEST_FOLDER, self._folder}) if self.role == "public" else ():
+            here = place.resolve()
+            if here.is_relative_to(private) or private.is_relative_to(here):
+                raise PrivacyError(
+                    f"{self.name} is public, but its data folder {place} shares files with {private}, which holds the "
+                    f"private patients of {other}; keep the two apart, or correct the one that is wrong"
+                )
         return place
+
+
+def _variable(name: object) -> str:
+    return f"CARDIAC_LDM_ROOT_{str(name).upper()}"
+
+
+def _private_roots(folders: set[Path]) -> Iterator[tuple[Path, Path]]:
+    """Manifests of real private cohorts, sound or not, each with every folder that it or the environment names."""
+    for path in sorted({p for folder in folders for suffix in ("yaml", "yml") for p in folder.glob(f"*.{suffix}")}):
+        try:
+            content = _parsed(path)
+        except CohortError:
+            continue
+        if "role" not in content or content["role"] == "public" or content.get("simulated") is True:
+            continue
+        for root in (os.environ.get(_variable(content.get("name"))), content.get("root")):
+            if isinstance(root, (str, Path)) and root:
+                yield path, Path(os.path.realpath(root))
 
 
 def load_manifest(name_or_path: str | Path) -> Manifest:
@@ -122,29 +238,55 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in MANIFEST_FOLDER.glob("*.yaml")))
         raise CohortError(f"{path}: there's no such manifest; give the path of one, or a name: {known}")
+    content = _parsed(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CohortError(f"{path.name}: this isn't YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise CohortError(f"{path.name}: expected fields (name: ..., role: ...), found {content!r}")
-    if isinstance(content.get("root"), str):
-        content["root"] = path.parent / Path(content["root"]).expanduser()
-    try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         problems = "\n".join(f"  {_explained(problem)}" for problem in error.errors())
         raise CohortError(f"{path.name}: {error.error_count()} problem(s)\n{problems}") from error
+    manifest._folder = path.parent
+    return manifest
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a field that is given twice; YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key, n in Counter(keys).items() if n > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The manifest's fields, paths made absolute. Raises CohortError if it's no YAML of fields."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise CohortError(f"{path.name}: this isn't YAML that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CohortError(f"{path.name}: expected fields (name: ..., role: ...), found {_SHORT.repr(content)}")
+    for field in ("root", "checksums"):
+        if isinstance(content.get(field), str):
+            try:
+                content[field] = path.parent.absolute() / Path(content[field]).expanduser()
+            except RuntimeError as error:
+                raise CohortError(f"{path.name}: {field}: {error}; write the path in full") from error
+    return content
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _explained(problem: Any) -> str:  # noqa: ANN401
-    field = ".".join(str(part) for part in problem["loc"])
+    field, value = ".".join(str(part) for part in problem["loc"]), _SHORT.repr(problem["input"])
     match problem["type"]:
         case "missing":
             return f"{field}: is missing; add it"
         case "extra_forbidden":
-            return f"{field}: no such field (its value is {problem['input']!r}); remove it, or correct its spelling"
+            return f"{field}: no such field (its value is {value}); remove it, or correct its spelling"
         case "value_error":
             return f"{field}: {problem['ctx']['error']}".removeprefix(": ")
         case _:
-            return f"{field}: {problem['input']!r} won't do; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            return f"{field}: {value} won't do; {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -1,81 +1,243 @@
-"""Readers: from a manifest and a patient's name to that patient's volumes as acquired."""
+"""Readers: from a manifest and a patient's name to that patient's volumes as acquired.
 
-import hashlib
-from contextlib import suppress
+A reader is one function that knows a layout: which files hold a patient's phases, and what the tables say of them. What
+follows is the same for all: files are hashed, read, checked, labels brought to ours, stacks turned base first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+import pandas as pd
 
-from cardiac_ldm.cohort.manifest import AcdcReader, Manifest, PhantomReader
+from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
+from cardiac_ldm.cohort.files import LV_FIRST, OURS, Reading, Stack
+from cardiac_ldm.cohort.manifest import (
+    AcdcReader,
+    Manifest,
+    Mnms2Reader,
+    MnmsReader,
+    PhantomReader,
+    TableReader,
+    UkbbReader,
+)
 from cardiac_ldm.cohort.phantom import simulate
-from cardiac_ldm.cohort.volumes import Patient, Phase, Volume
-from cardiac_ldm.errors import CohortError
+from cardiac_ldm.cohort.volumes import Patient, Phase
+
+PHASES: tuple[Phase, Phase] = ("ED", "ES")
+UKBB_FIELDS = {
+    "31-0.0": "SEX",
+    "21003-2.0": "AGE",
+    "21001-2.0": "BMI",
+    "22421-2.0": "LVEDV",
+    "22422-2.0": "LVESV",
+    "22420-2.0": "LVEF",
+    "24100-2.0": "LVEDV",
+    "24101-2.0": "LVESV",
+    "24103-2.0": "LVEF",
+    "24106-2.0": "RVEDV",
+    "24107-2.0": "RVESV",
+    "24109-2.0": "RVEF",
+}
+"""UK Biobank's fields at the imaging visit (biobank.ndph.ox.ac.uk/showcase); a later line goes before an earlier one.
+
+22420 to 22422 are the scanner's inline analysis, 24100 to 24109 those of Bai et al., Nature Medicine 26:1654, 2020.
+"""
+_ACDC_FOLDERS = ("", "training", "testing")
+_MNMS_FOLDERS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
+_TABLE_COLUMNS = ("phase", "path"), ("labels", "frame", "group")
+_TABLE_ATTRIBUTES = tuple(name for name in ATTRIBUTE_NAMES if name not in ("ESED", "DEPTH"))
+
+
+def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
+    """Names of the patients that are under root, by the layout's folders or by the table, sorted; none for phantoms.
+
+    Raises CohortError if there are none.
+    """
+    if isinstance(manifest.reader, PhantomReader):
+        return ()
+    reading = Reading(manifest, root)
+    folders: tuple[str, ...]
+    match manifest.reader:
+        case AcdcReader():
+            pattern, folders = "patient[0-9]*", _ACDC_FOLDERS
+        case MnmsReader():
+            pattern, folders = "[!.]*", _MNMS_FOLDERS
+        case Mnms2Reader():
+            pattern, folders = "[0-9]*", ("dataset",)
+        case UkbbReader():
+            pattern, folders = "[0-9]*", ("",)
+        case TableReader(table=table):
+            return tuple(dict.fromkeys(_listed(reading, table).index))
+    found = sorted({p.name for folder in folders for p in (reading.root / folder).glob(pattern) if p.is_dir()})
+    if not found:
+        raise reading.error("", f"there are no folders of the layout {manifest.reader.kind}; is this the data root?")
+    return tuple(found)
 
 
 def read_patient(manifest: Manifest, root: Path | None, patient_id: str) -> Patient:
     """Read one patient of a cohort whose files lie under root (None for phantoms).
 
-    Raises CohortError naming the file and what to do.
+    Raises CohortError with every problem of every file of this patient, one a line: file, what is wrong, remedy.
     """
+    if isinstance(manifest.reader, PhantomReader):
+        return simulate(manifest.reader.population, manifest.reader.seed, int(patient_id.removeprefix("p")))
+    reading, found = Reading(manifest, root), Found(None, ())
+    with reading.noting():
+        found = _found(reading, manifest, patient_id)
+    attributes = reading.attributes(found.attributes)
+    volumes = [volume for stack in found.stacks if (volume := reading.volume(stack))]
+    reading.raise_problems()
+    reading.compare(found.stacks, volumes)
+    turned = reading.turned(found.stacks[0], volumes)
+    return Patient(patient_id, found.group, turned, attributes, reading.files, tuple(reading.repairs))
+
+
+def _found(reading: Reading, manifest: Manifest, patient: str) -> "Found":
     match manifest.reader:
-        case PhantomReader(population=population, seed=seed):
-            return simulate(population, seed, int(patient_id.removeprefix("p")))
-        case AcdcReader() if root is not None:
-            return read_acdc(root / patient_id)
-    raise CohortError(f"{manifest.name}: the reader {manifest.reader.kind} needs a data folder")
+        case AcdcReader():
+            return read_acdc(reading, patient)
+        case MnmsReader(table=table):
+            return read_mnms(reading, table, patient)
+        case Mnms2Reader(table=table):
+            return read_mnms2(reading, table, patient)
+        case UkbbReader(table=optional):
+            return read_ukbb(reading, optional, patient)
+        case TableReader(table=table, labels=labels):
+            return read_table(reading, table, labels or OURS, patient)
+    raise TypeError(f"{manifest.reader.kind} has no files")
 
 
-def read_acdc(folder: Path) -> Patient:
-    """Read one patient of the ACDC challenge (Bernard et al., IEEE TMI 37(11), 2018, doi:10.1109/TMI.2018.2837502).
+@dataclass(frozen=True)
+class Found:
+    """What a layout says of a patient: stacks of ED and ES; attributes as (where it's said, our name, the text)."""
 
-    The folder holds Info.cfg (ED and ES frame numbers, Group), patientNNN_frameFF.nii.gz and, beside each,
-    patientNNN_frameFF_gt.nii.gz (0 background, 1 RV, 2 myocardium, 3 LV), stored (x, y, z). Height and weight, where
-    Info.cfg has them (cm, kg), become the body mass index. The picture's orientation is the files'.
+    group: str | None
+    stacks: Sequence[Stack]
+    attributes: Sequence[tuple[str, str, object]] = ()
+
+
+def read_acdc(reading: Reading, patient: str) -> Found:
+    """One patient of the ACDC challenge (Bernard et al., IEEE TMI 37(11), 2018, doi:10.1109/TMI.2018.2837502).
+
+    patientNNN, under training or testing as it's downloaded, holds Info.cfg (ED and ES frame numbers, Group),
+    patientNNN_frameFF.nii.gz and, beside each, patientNNN_frameFF_gt.nii.gz (labels as ours), stored (x, y, z). Height
+    and weight, where Info.cfg has them (cm, kg), become the body mass index.
     """
-    info_file = folder / "Info.cfg"
-    if not info_file.is_file():
-        raise CohortError(
-            f"{info_file}: there's no such file; is {folder.parent} the folder of ACDC's patientNNN folders?"
-        )
-    info = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info_file.read_text().splitlines())}
-    volumes, read = [], []
-    for phase in ("ED", "ES"):
-        if not info.get(phase, "").isdigit():
-            raise CohortError(f"{info_file}: {phase} is {info.get(phase)!r}; expected a line '{phase}: <frame number>'")
-        image_file = folder / f"{folder.name}_frame{int(info[phase]):02d}.nii.gz"
-        labels_file = folder / f"{folder.name}_frame{int(info[phase]):02d}_gt.nii.gz"
-        volumes.append(_read_nifti(phase, image_file, labels_file))
-        read += [image_file, labels_file]
-    if len({(v.image.shape, v.spacing_mm) for v in volumes}) > 1:
-        raise CohortError(
-            f"{folder}: the ED and ES frames differ in shape or spacing; expected one geometry per patient"
-        )
-    attributes = {}
-    with suppress(KeyError, ValueError, ZeroDivisionError):
-        attributes["BMI"] = float(info["Weight"]) / (float(info["Height"]) / 100) ** 2
-    files = {f"{folder.name}/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in (info_file, *read)}
-    return Patient(folder.name, info.get("Group"), tuple(volumes), attributes, files)
+    folder = reading.folder(patient, _ACDC_FOLDERS)
+    file = f"{folder}/Info.cfg"
+    info = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in reading.text(file).splitlines())}
+    stacks = []
+    for phase in PHASES:
+        with reading.noting():
+            stem = f"{folder}/{patient}_frame{reading.frame(file, phase, info.get(phase, '')):02d}"
+            stacks.append(Stack(phase, f"{stem}.nii.gz", f"{stem}_gt.nii.gz"))
+    return Found(
+        info.get("Group"), stacks, reading.body_mass_index(file, info.get("Height", ""), info.get("Weight", ""))
+    )
 
 
-def _read_nifti(phase: Phase, image_file: Path, labels_file: Path) -> Volume:
-    arrays = {}
-    for file in (image_file, labels_file):
-        if not file.is_file():
-            raise CohortError(f"{file}: there's no such file, and {phase} needs it; expected it beside Info.cfg")
-        try:
-            nifti = nib.load(file)
-            arrays[file] = np.asarray(nifti.dataobj, dtype=np.float32)
-        except Exception as error:
-            raise CohortError(f"{file}: can't be read as NIfTI ({error}); fetch this file again") from error
-        if arrays[file].ndim != 3 or not np.isfinite(arrays[file]).all():
-            raise CohortError(f"{file}: expected a 3D volume of finite numbers, shape (x, y, z); fetch this file again")
-    image, labels = arrays[image_file], arrays[labels_file]
-    if image.shape != labels.shape:
-        raise CohortError(
-            f"{labels_file}: its shape {labels.shape} isn't its image's, {image.shape}; pair the right files"
-        )
-    if not np.isin(labels, (0, 1, 2, 3)).all() or not labels.any():
-        raise CohortError(f"{labels_file}: expected labels 0, 1, 2, 3 and not all 0, found {np.unique(labels)[:8]}")
-    dx, dy, dz = (float(v) for v in nib.load(image_file).header.get_zooms())
-    return Volume(phase, image.T, labels.T.astype(np.uint8), (dz, dy, dx))
+def read_mnms(reading: Reading, table: str, patient: str) -> Found:
+    """One patient of the M&Ms challenge (Campello et al., IEEE TMI 40(12), 2021, doi:10.1109/TMI.2021.3090082).
+
+    The table has External code, Pathology, ED and ES (frames, from 0), Age, Sex, Height (cm) and Weight (kg). The
+    folder <code> under Training/Labeled, Training/Unlabeled, Validation or Testing holds the cine <code>_sa.nii.gz,
+    stored (x, y, z, t), and <code>_sa_gt.nii.gz, labelled at ED and ES alone. The unlabelled ones' is empty: it's left.
+    """
+    columns = ("Pathology", "ED", "ES", "Age", "Sex", "Height", "Weight")
+    row, where = reading.row(table, "External code", (patient,), columns), f"{table}: {patient}"
+    folder = reading.folder(patient, _MNMS_FOLDERS)
+    labels = None if "Unlabeled" in folder else f"{folder}/{patient}_sa_gt.nii.gz"
+    stacks = []
+    for phase in PHASES:
+        with reading.noting():
+            frame = reading.frame(where, phase, row[phase])
+            stacks.append(Stack(phase, f"{folder}/{patient}_sa.nii.gz", labels, frame, LV_FIRST))
+    said = [(where, "AGE", row["Age"]), (where, "SEX", row["Sex"])]
+    return Found(
+        row["Pathology"] or None, stacks, [*said, *reading.body_mass_index(where, row["Height"], row["Weight"])]
+    )
+
+
+def read_mnms2(reading: Reading, table: str, patient: str) -> Found:
+    """One patient of the M&Ms-2 challenge (Martin-Isla et al., IEEE JBHI 27(7), 2023, doi:10.1109/JBHI.2023.3267857).
+
+    The table has SUBJECT_CODE and DISEASE. dataset/NNN holds NNN_SA_ED.nii.gz, NNN_SA_ED_gt.nii.gz, ES likewise.
+    """
+    number = patient.lstrip("0")
+    row = reading.row(table, "SUBJECT_CODE", (patient, number, f"{number}.0"), ("DISEASE",))
+    stem = f"{reading.folder(patient, ('dataset',))}/{patient}_SA"
+    files = {phase: (f"{stem}_{phase}.nii.gz", f"{stem}_{phase}_gt.nii.gz") for phase in PHASES}
+    return Found(row["DISEASE"] or None, [Stack(p, *pair, values=LV_FIRST) for p, pair in files.items()])
+
+
+def read_ukbb(reading: Reading, table: str | None, patient: str) -> Found:
+    """One participant of UK Biobank, converted by ukbb_cardiac (Bai et al., JCMR 20:65, 2018; baiwenjia on GitHub).
+
+    <eid>/sa.nii.gz is the cine, stored (x, y, z, t). Labels are by hand (label) or else the network's (seg): two files
+    label_sa_ED.nii.gz, label_sa_ES.nii.gz with the images sa_ED.nii.gz, sa_ES.nii.gz, or one of all frames,
+    label_sa.nii.gz, of which ED is frame 0, as in that code, and ES where the LV cavity is smallest. Without labels ES
+    is where the image differs most from ED, which is a repair. table: a CSV with eid and UKBB_FIELDS; what it says goes
+    before what the labels measure, and a participant may be missing in it.
+    """
+    folder = reading.folder(patient, ("",))
+    cine, said = f"{folder}/sa.nii.gz", []
+    if table:
+        with reading.noting():
+            rows = reading.table(table, "eid", (), tuple(UKBB_FIELDS))
+            row = reading.row(table, "eid", (patient,), (), tuple(UKBB_FIELDS)) if patient in rows.index else {}
+            said = [(f"{table}: {patient}: {f}", ours, row[f]) for f, ours in UKBB_FIELDS.items() if f in row]
+    for prefix in ("label", "seg"):
+        files = {p: (f"{folder}/sa_{p}.nii.gz", f"{folder}/{prefix}_sa_{p}.nii.gz") for p in PHASES}
+        labels = f"{folder}/{prefix}_sa.nii.gz"
+        if any(reading.exists(labels_of_phase) for _, labels_of_phase in files.values()):
+            return Found(None, [Stack(p, *pair, values=LV_FIRST) for p, pair in files.items()], said)
+        if reading.exists(labels):
+            areas = (reading.cine(labels) == 1).sum(axis=(0, 1, 2))
+            labelled = np.flatnonzero(areas)
+            if len(labelled) < 2 or labelled[0] != 0:
+                raise reading.error(
+                    labels, "the LV cavity (1) isn't labelled in frame 0 and a later one; label ED and ES"
+                )
+            es = int(labelled[areas[labelled].argmin()])
+            return Found(
+                None, [Stack(p, cine, labels, f, LV_FIRST) for p, f in zip(PHASES, (0, es), strict=True)], said
+            )
+    frames = reading.cine(cine)
+    es = int(np.abs(frames - frames[..., :1]).mean(axis=(0, 1, 2)).argmax())
+    reading.mend(cine, f"has no labels: frame {es}, which differs most from frame 0, was taken as ES")
+    return Found(None, [Stack(p, cine, None, f) for p, f in zip(PHASES, (0, es), strict=True)], said)
+
+
+def read_table(reading: Reading, table: str, values: Mapping[int, int], patient: str) -> Found:
+    """One patient of any folder of NIfTI files, (x, y, z) or cines (x, y, z, t), that a CSV lists, a row per phase.
+
+    Columns: patient, phase (ED or ES), path, and where there are any labels (a path), frame (from 0, of files that are
+    4D), group, and attributes by our names. Paths count from the data root. values maps label values to ours. Cells
+    may be empty.
+    """
+    where, rows = f"{table}: {patient}", _listed(reading, table)
+    rows = rows.loc[rows.index == patient].sort_values("phase")
+    if list(rows["phase"]) != list(PHASES):
+        met = ", ".join(rows["phase"]) or "none"
+        raise reading.error(where, f"the phases of its rows are {met}; expected one row of ED and one of ES")
+    stacks = []
+    for row in rows.to_dict("records"):
+        with reading.noting():
+            frame = reading.frame(where, "frame", row["frame"]) if row.get("frame") else None
+            stacks.append(Stack(row["phase"], row["path"], row.get("labels") or None, frame, values))
+    said = {}
+    for name in ("group", *(column for column in rows if column in _TABLE_ATTRIBUTES)):
+        with reading.noting():
+            cells = sorted(set(rows.get(name, ())) - {""})
+            if len(cells) > 1:
+                raise reading.error(where, f"{name} is {' and '.join(cells)}; expected one value a patient")
+            said[name] = "".join(cells)
+    group = said.pop("group", "") or None
+    return Found(group, stacks, [(where, name, text) for name, text in said.items()])
+
+
+def _listed(reading: Reading, table: str) -> pd.DataFrame:
+    needed, optional = _TABLE_COLUMNS
+    return reading.table(table, "patient", needed, (*optional, *_TABLE_ATTRIBUTES), others=False)

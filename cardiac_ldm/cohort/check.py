@@ -1,0 +1,146 @@
+"""Checking a cohort before anything is computed: every file of every patient is read, every problem is printed."""
+
+import argparse
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from cardiac_ldm.cohort.attributes import ATTRIBUTES, measure_attributes
+from cardiac_ldm.cohort.manifest import SPLITS, Manifest, load_manifest
+from cardiac_ldm.cohort.readers import list_patients, read_patient
+from cardiac_ldm.errors import CohortError, StudyError
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is kept of a patient, images left out: problems (then nothing else), or what the table counts."""
+
+    problems: str = ""
+    repairs: tuple[str, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    group: str | None = None
+    labelled: tuple[bool, ...] = ()
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    attributes: tuple[tuple[str, float], ...] = ()
+
+
+def summarise(manifest: Manifest, root: Path | None, patient_id: str) -> Summary:
+    """Read a patient, keep a few numbers. Raises nothing of what is wrong with the files: that's in the summary."""
+    try:
+        patient = read_patient(manifest, root, patient_id)
+    except CohortError as error:
+        return Summary(problems=str(error))
+    first = patient.volumes[0]
+    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in patient.volumes if v.labels is not None}
+    known = (measure_attributes(labels, first.spacing_mm) if labels else {}) | dict(patient.attributes)
+    labelled = tuple(v.labels is not None for v in patient.volumes)
+    return Summary(
+        repairs=patient.repairs,
+        files=tuple((name, digest) for name, digest in patient.files.items() if ".nii" in name),
+        group=patient.group,
+        labelled=labelled,
+        shape=first.image.shape,
+        spacing_mm=first.spacing_mm,
+        attributes=tuple((name, value) for name, value in known.items() if value == value),
+    )
+
+
+def check(name_or_path: str | Path, data_root: Path | None = None) -> bool:
+    """Print what a cohort's files hold, every problem and repair; return whether all is sound.
+
+    Raises CohortError or PrivacyError where the manifest, its table or its data folder can't be used at all.
+    """
+    manifest = load_manifest(name_or_path)
+    root = manifest.data_root(data_root)
+    if root is None:
+        raise CohortError(f"{manifest.name}: it's simulated; there are no files to check")
+    if manifest.secret:
+        print(f"{manifest.name} holds real private patients: what is printed here is for its holder's eyes alone.")
+    found = list_patients(manifest, root)
+    split_of = {patient: split for split in SPLITS for patient in manifest.patient_ids(split, found)}
+    workers = min(os.cpu_count() or 1, len(split_of))
+    summaries: dict[str, Summary] = {}
+    with patch.dict(os.environ, ONE_THREAD), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        read = pool.map(partial(summarise, manifest, root), split_of, chunksize=4)
+        for patient, summary in zip(split_of, tqdm(read, f"checking {manifest.name}", len(split_of)), strict=True):
+            summaries[patient] = summary
+    problems = [(p, line) for p, s in summaries.items() for line in s.problems.splitlines()]
+    problems += [(", ".join(p), f"share the file {files}; remove one") for p, files in _shared(summaries)]
+    _list("problems", problems)
+    _list("repairs, made anew at each reading", [(p, line) for p, s in summaries.items() for line in s.repairs])
+    _list("under the data root, but in no split", [(p, "") for p in found if p not in split_of])
+    _table(split_of, summaries)
+    n_wrong = len({patient for patient, _ in problems})
+    print(f"\n{manifest.name}: {len(split_of)} patients, " + (f"{n_wrong} with problems" if problems else "all sound"))
+    return not problems
+
+
+def _shared(summaries: dict[str, Summary]) -> list[tuple[tuple[str, ...], str]]:
+    """Patients with the very same image, and its names."""
+    owners: dict[str, dict[str, str]] = defaultdict(dict)
+    for patient, summary in summaries.items():
+        for name, digest in summary.files:
+            owners[digest][patient] = name
+    return [(tuple(o), " = ".join(o.values())) for o in owners.values() if len(o) > 1]
+
+
+def _list(title: str, entries: list[tuple[str, str]]) -> None:
+    if entries:
+        print(f"\n{title}:")
+        print("\n".join(f"  {patient}: {line}" if line else f"  {patient}" for patient, line in entries))
+
+
+def _range(values: Iterable[float]) -> str:
+    low, high = min(values := list(values)), max(values)
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def _table(split_of: dict[str, str], summaries: dict[str, Summary]) -> None:
+    """Print the cohort, a column per split."""
+    columns = {}
+    for split in SPLITS:
+        sound = [s for p, s in summaries.items() if split_of[p] == split and not s.problems]
+        rows: dict[str, int | str] = {
+            "patients": sum(of == split for of in split_of.values()),
+            "read without problems": len(sound),
+        }
+        rows["volumes"], rows["with labels"] = (sum(map(f, (s.labelled for s in sound))) for f in (len, sum))
+        if sound:
+            rows |= {f"group {g or 'unknown'}": n for g, n in sorted(Counter(s.group for s in sound).items(), key=str)}
+            rows |= {"slices": _range(s.shape[0] for s in sound)}
+            rows |= {f"spacing {a} (mm)": _range(s.spacing_mm[i] for s in sound) for i, a in enumerate("zyx")}
+        for attribute in ATTRIBUTES:
+            if values := [dict(s.attributes)[attribute.name] for s in sound if attribute.name in dict(s.attributes)]:
+                rows[f"{attribute.name} {attribute.unit}".strip()] = f"{_range(values)} (of {len(values)})"
+        columns[split] = rows
+    print("\n" + pd.DataFrame(columns, dtype=object).fillna("").to_string())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 if all is sound, else 1. Wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(prog="python -m cardiac_ldm.cohort", description="Look after a cohort's files.")
+    command = parser.add_subparsers(required=True).add_parser(
+        "check", help="read every patient; print what is there, missing, wrong or mended"
+    )
+    command.add_argument("manifest", help="path of a manifest, or its name in data_manifests/")
+    command.add_argument("--data-root", type=Path, help="the data folder, where it's another than the manifest's")
+    given = parser.parse_args(arguments)
+    try:
+        return 0 if check(given.manifest, given.data_root) else 1
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 1
