@@ -1,3 +1,4 @@
+import base64
 import json
 import math
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
+from _plotly_utils import png  # type: ignore[import-untyped]
 
 from cardiac_ldm.cohort import ATTRIBUTES, Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError, StudyError
@@ -24,6 +26,11 @@ class FewPatients(Patients):
 
     def images(self, volumes):
         return np.random.default_rng(0).random((2, 13, 96, 96), dtype=np.float32)[list(volumes)]
+
+    def labels(self, volumes):
+        labels = np.zeros((2, 13, 96, 96), np.uint8)
+        labels[0, 4, 10:20, 30:40] = 3
+        return labels[list(volumes)]
 
 
 def rows(metric, points):
@@ -47,6 +54,27 @@ def test_a_figure_shows_both_in_the_book_and_in_a_live_notebook():
     payload = html.split('<script type="application/json">')[1].split("</script>")[0]
     assert json.loads(payload)["data"][0]["name"] == "</script>"
     assert pio.renderers.default == "book"
+
+
+def test_whole_stacks_lie_in_rows_from_base_to_apex_with_their_labels_outlined():
+    figure = figures.stack_wall(FewPatients("public", False), [0, 1], ["first", "second"])
+    picture = read_picture(figure.data[0].source)
+    assert picture.shape == (2 * 96, 13 * 96, 3)
+    red = (picture == [0xD5, 0x5E, 0x00]).all(axis=2)
+    expected = np.zeros((2 * 96, 13 * 96), bool)
+    expected[10:20, 4 * 96 + 30 : 4 * 96 + 40] = True
+    expected[11:19, 4 * 96 + 31 : 4 * 96 + 39] = False
+    assert np.array_equal(red, expected)
+    assert list(figure.data[1].text) == ["first", "second"]
+    with pytest.raises(ParameterError, match="one caption per volume"):
+        figures.stack_wall(FewPatients("public", False), [0, 1], ["first"])
+    with pytest.raises(PrivacyError):
+        figures.stack_wall(FewPatients("private", False), [0], ["first"])
+
+
+def read_picture(uri):
+    _, _, rows, _ = png.Reader(bytes=base64.b64decode(uri.partition(",")[2])).asRGB8()
+    return np.vstack([np.asarray(row, np.uint8) for row in rows]).reshape(2 * 96, -1, 3)
 
 
 def test_a_mosaic_shows_the_middle_of_the_slices_that_are_not_padding_tile_by_tile():

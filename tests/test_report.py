@@ -4,18 +4,22 @@ import base64
 import csv
 import json
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
 from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
-from cardiac_ldm.report.tables import metrics_table, source, tradeoff_table
+from cardiac_ldm.report.tables import attributes_table, metrics_table, quality_table, source, tradeoff_table
 
 PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
 
@@ -24,6 +28,89 @@ def ledger(epsilon: float, *, simulated: bool = True, **changes: object) -> Ledg
     randomness = Randomness(0 if simulated else None, simulated=simulated)
     plan = PrivatePlan.for_budget(epsilon, **PLAN | changes)  # type: ignore[arg-type]
     return plan.ledger(randomness, stage="denoiser", tuned="all", private_data="hospital", public_data="acdc")
+
+
+class Records(Patients):
+    """Patients that need no store."""
+
+    def __init__(self, records: list[PatientRecord], role: str = "public") -> None:
+        secret = role == "private"
+        self._manifest = SimpleNamespace(name="few", role=role, simulated=False, secret=secret)  # type: ignore[assignment]
+        self.records = records
+        self.groups = tuple(record.group for record in records)
+        self.attributes = np.concatenate([record.attributes for record in records])
+        self.owners = np.repeat(np.arange(len(records)), 2)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[PatientRecord]:
+        return iter(self.records)
+
+
+def heart(**changes: Any) -> PatientRecord:
+    """A patient about whom nothing is odd."""
+    labels = np.zeros((2, *GRID.shape), np.uint8)
+    labels[:, 3:11, 30:60, 30:60], labels[:, 3:11, 40:50, 10:30] = 2, 1
+    labels[0, 3:11, 35:55, 35:55], labels[1, 3:11, 40:50, 40:50] = 3, 3
+    images = 0.1 + 0.2 * labels.astype(np.float32)
+    attributes = np.full((2, len(ATTRIBUTE_NAMES)), 60, np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = 1, 0
+    attributes[:, ATTRIBUTE_NAMES.index("BMI")] = np.nan
+    return replace(PatientRecord("a", "NOR", images, labels, attributes), **changes)
+
+
+def odd() -> dict[str, PatientRecord]:
+    """A patient for every oddity."""
+    sound = heart()
+
+    def with_labels(change: Callable[[np.ndarray], None]) -> PatientRecord:
+        labels = sound.labels.copy()
+        change(labels)
+        return heart(labels=labels)
+
+    blank, phaseless = sound.images.copy(), sound.attributes.copy()
+    blank[0, 5], phaseless[1] = 0, 1
+    return {
+        "nobody has labelled the heart": heart(labelled=False),
+        "something was mended in reading or preparing": heart(repairs=("turned",)),
+        "a phase is missing": heart(attributes=phaseless),
+        "the heart reaches the edge of the field": with_labels(lambda a: a[0, 5, 45].__setitem__(slice(0, 10), 1)),
+        "a slice within the heart is blank": heart(images=blank),
+        "a slice within the heart is unlabelled": with_labels(lambda a: a[0, 5].fill(0)),
+        "fewer than 6 slices show the ventricles": with_labels(lambda a: a[:, 7:].fill(0)),
+        "the right ventricle is missing": with_labels(lambda a: np.copyto(a[1], 0, where=a[1] == 1)),
+        "the left ventricle doesn't get smaller": heart(labels=sound.labels[::-1]),
+        "blood is hardly brighter than muscle": heart(images=0.5 + 0 * sound.images),
+        "a tenth of the voxels is saturated": heart(
+            images=np.maximum(sound.images, np.arange(96) < 20).astype(np.float32)
+        ),
+    }
+
+
+def test_nothing_is_odd_about_a_sound_heart_and_every_rule_finds_its_patient() -> None:
+    sound = quality_table({"few": Records([heart(), heart()])})
+    assert list(sound) == ["few (2 patients)"]
+    assert not sound.to_numpy().any()
+    assert set(sound.index) == set(odd())
+    for rule, patient in odd().items():
+        assert quality_table({"few": Records([heart(), patient])}).at[rule, "few (2 patients)"] == 1, rule
+
+
+def test_attributes_are_told_by_group_with_what_is_missing() -> None:
+    table = attributes_table({"few": Records([heart(), heart(), heart(group="DCM")])})
+    assert list(table) == [("few", "DCM", "1 patients"), ("few", "NOR", "2 patients")]
+    assert list(table.loc["LVEDV (mL)"]) == ["60 ± 0", "60 ± 0"]
+    assert list(table.loc["BMI (kg/m2)"]) == ["missing", "missing"]
+    half = heart()
+    half.attributes[0, 0] = np.nan
+    assert list(attributes_table({"few": Records([half])}).loc["LVEDV (mL)"]) == ["60 ± 0 (50% missing)"]
+
+
+def test_tables_tell_nothing_of_real_private_patients() -> None:
+    for table in (attributes_table, quality_table):
+        with pytest.raises(PrivacyError):
+            table({"hospital": Records([heart()], role="private")})
 
 
 def metrics(epsilon: float | str, value: float | None) -> dict[str, object]:

@@ -135,7 +135,7 @@ def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[st
     picture = np.round(255 * np.clip(rows, 0, 1)).astype(np.uint8)
     for label, colour in ((1, SKY), (2, GREEN), (3, VERMILLION)):
         inside = labels[:, shown] == label
-        edge = inside & ~ndimage.binary_erosion(inside, np.ones((1, 1, 3, 3)))
+        edge = inside & ~ndimage.binary_erosion(inside, np.ones((1, 1, 3, 3), bool))
         picture[rearrange(edge, "n d h w -> (n h) (d w)")] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     height, width = picture.shape[:2]
     figure = go.Figure(go.Image(source=png(picture), hoverinfo="skip"))

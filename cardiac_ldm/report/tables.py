@@ -72,8 +72,8 @@ def quality_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
 
 def _oddities(record: PatientRecord) -> dict[str, bool]:
     images, labels = record.images, record.labels
-    heart = labels > 0
-    depth = heart.any(axis=(2, 3))
+    heart = np.asarray(labels > 0)
+    depth = np.asarray(heart.any(axis=(2, 3)))
     span = [np.ptp(np.flatnonzero(d)) + 1 if d.any() else 0 for d in depth]
     volume = dict(
         zip(record.attributes[:, ATTRIBUTE_NAMES.index("ESED")], (labels == LV).sum(axis=(1, 2, 3)), strict=True)
