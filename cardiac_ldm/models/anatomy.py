@@ -17,6 +17,7 @@ from cardiac_ldm.cohort.grid import scaled
 
 N_LABELS = 4
 """Background, right ventricle, myocardium, left ventricle."""
+_LOOKS = 6
 
 
 class Segmenter(nn.Module):
@@ -61,8 +62,10 @@ class PhaseClassifier(nn.Module):
 class HeartFinder:
     """Labels whole fields of view with a saved segmenter: what `cohort.prepare` takes as its localiser.
 
-    The segmenter knows hearts in the middle of a field of GRID's size: so it looks there first, then twice where it saw
-    one. Shown the whole field at once it finds hearts in the chest wall. key: of what trained it, on public patients.
+    The segmenter knows hearts in the middle of a field of GRID's size: so it looks there first, then where it saw one,
+    until it stays. Shown the whole field at once it finds hearts in the chest wall.
+
+    key: of the run that trained it, on public patients.
     """
 
     weights: Path
@@ -77,13 +80,15 @@ class HeartFinder:
         segmenter, margin = _saved_segmenter(self.weights), GRID.size
         padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)))
         corner = (np.array(image.shape[1:]) + margin) // 2
-        for _ in range(3):
+        for _ in range(_LOOKS):
             field = np.s_[:, corner[0] : corner[0] + GRID.size, corner[1] : corner[1] + GRID.size]
             found = _largest_part(segmenter, scaled(padded[field]))
-            looked_at, seen = field, np.argwhere(found)
+            looked_at, last, seen = field, corner, np.argwhere(found)
             if len(seen):
                 centre = corner + seen[:, 1:].mean(axis=0)
                 corner = np.clip(np.round(centre).astype(int) - GRID.size // 2, 0, np.array(image.shape[1:]) + margin)
+            if np.abs(corner - last).max() <= 2:
+                break
         labels = np.zeros(padded.shape, np.uint8)
         labels[looked_at] = found
         return labels[:, margin:-margin, margin:-margin]
