@@ -143,6 +143,13 @@ def test_resampling_keeps_volumes_and_centres_the_heart(n_slices, spacing):
     assert np.isnan(record.attributes[0, ATTRIBUTE_NAMES.index("BMI")])
 
 
+def test_what_a_table_says_goes_before_what_labels_tell_except_for_the_slices_shown():
+    known = place_on_grid(replace(tissue(9, (10.0, 1.5, 1.5)), attributes={"LVEDV": 123.0, "DEPTH": 99.0})).attributes[
+        0
+    ]
+    assert (known[EDV], known[DEPTH]) == (123, 9)
+
+
 def test_slices_of_ten_millimetres_stay_slices():
     patient = tissue(11, (10.0, 1.5, 1.5))
     marked = patient.volumes[0].image
@@ -528,6 +535,7 @@ def test_the_store_knows_whose_labels_were_given_and_by_what_the_others_were_fou
     with pytest.warns(UserWarning, match="labels"):
         assert prepared(Bright(key="another")).key not in (middle.key, found.key)
     assert require_labelled(found.split("train"), "Dice").ids == ("patient001",)
+    assert found.split("train").subset([1, 0]).labelled.tolist() == [True, False]
     with pytest.raises(CohortError, match="school: no patient \\(test\\) has labels; Dice needs"):
         require_labelled(found.split("test"), "Dice")
 
