@@ -39,6 +39,7 @@ from cardiac_ldm.cohort.patients import read_rows
 from cardiac_ldm.cohort.prepare import _salt
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
+from tests import miniatures
 from tests.conftest import store_patients
 
 ROOM = sys.modules["cardiac_ldm.cohort.prepare"]
@@ -413,6 +414,23 @@ def test_a_file_of_private_patients_in_a_public_cohort_is_refused(ward, tmp_path
 def test_cohorts_of_one_role_may_share_patients(ward, tmp_path):
     for name in ("one", "two"):
         prepare(hospital(name), store=tmp_path / "store", data_root=ward)
+
+
+def test_shares_say_who_is_in_which_split_and_limit_real_private_patients_by_themselves(tmp_path, threads):
+    names = tuple(f"n{i:02d}" for i in range(12))
+    miniatures.make_table(tmp_path / "data", names)
+    shares = {"train": 0.5, "validation": 0.25, "test": 0.25}
+    private = miniatures.manifest(tmp_path, "table", splits=shares)
+    cohort = prepare(private, store=tmp_path / "store")
+    members = {split: cohort.split(split).ids for split in cohort.splits}
+    assert sorted(sum(members.values(), ())) == list(names)
+    assert members == {split: private.patient_ids(split, names) for split in members}
+    n = len(members["train"])
+    with pytest.raises(CohortError, match=rf"a share of 0.5 is {n} patients, more than the 1 .* or list their names"):
+        prepare(private, store=tmp_path / "store", limits={"train": 1})
+    prepare(private, store=tmp_path / "store", limits={"train": n, "validation": 1, "test": 1})
+    public = miniatures.manifest(tmp_path, "table", splits=shares, role="public", name="elsewhere")
+    assert len(prepare(public, store=tmp_path / "other", limits={"train": 1}).split("train")) == 1
 
 
 def test_files_are_kept_with_their_checksums(ward, tmp_path):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cardiac_ldm.cohort.grid import Localiser, place_on_grid
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest
 from cardiac_ldm.cohort.patients import Cohort, open_split, read_rows, write_patient
-from cardiac_ldm.cohort.readers import read_patient
+from cardiac_ldm.cohort.readers import list_patients, read_patient
 from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import CohortError, PrivacyError
 
@@ -62,7 +62,7 @@ def prepare(
     """Prepare a cohort under store/<name>-<key>, go on with it, or return at once where it's done.
 
     data_root: where the cohort's files are; else the environment or the manifest says so. limits: at most this many
-    patients of each split, the manifest's first ones. localiser: finds the hearts of patients without labels; without
+    patients of each split, the first ones. localiser: finds the hearts of patients without labels; without
     it the middle of the field of view is taken for the heart, with a warning. The key hashes the manifest, who is in
     it, the grid, the content of the files and the code of this room; of real private patients with a salt that never
     leaves `store`, because keys of runs are published and a bare hash would let anybody test who is in the cohort.
@@ -79,7 +79,7 @@ def prepare(
     if wrong := {k: n for k, n in limits.items() if k not in SPLITS or n < 1}:
         raise CohortError(f"{manifest.name}: limits {wrong}: expected at least 1 patient for {', '.join(SPLITS)}")
     root = manifest.data_root(data_root)
-    members = {split: manifest.patient_ids(split)[: limits.get(split)] for split in SPLITS}
+    members = _members(manifest, root, limits)
     plan = _plan(manifest, members, _salt(store) if manifest.secret else "")
     work = store / f".{manifest.name}-{plan[:12]}"
     store.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,24 @@ def prepare(
             _warn(path, manifest, localiser)
         shutil.rmtree(work, ignore_errors=True)
     return Cohort(manifest, path, path.name.rpartition("-")[2])
+
+
+def _members(manifest: Manifest, root: Path | None, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Who is in which split.
+
+    Where a folder's content says who is there, a limit would let the next patient in for one who's taken out: that's a
+    change of two, and the guarantee is for one. So real private patients to learn from are limited by their share.
+    """
+    found = list_patients(manifest, root) if manifest.splits.shares else ()
+    members = {split: manifest.patient_ids(split, found) for split in SPLITS}
+    n, most = len(members["train"]), limits.get("train", len(members["train"]))
+    if manifest.secret and manifest.splits.shares and n > most:
+        share = manifest.splits.shares[0]
+        raise CohortError(
+            f"{manifest.name}: splits.train: a share of {share:g} is {n} patients, more than the {most} that are "
+            f"wanted; give a share of about {0.95 * share * most / n:.2g}, or list their names"
+        )
+    return {split: members[split][: limits.get(split)] for split in SPLITS}
 
 
 @contextmanager
