@@ -43,12 +43,15 @@ def make_acdc_patient(tmp_path) -> Callable[..., Path]:
         folder.mkdir(parents=True)
         (folder / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: HCM\nHeight: 180.0\nNbFrame: 30\nWeight: 81.0\n")
         x, y = np.indices(shape[:2])
-        for frame, radius in ((1, 9), (12, 6)):
+        number = int(name[-3:])  # no two patients have the same file
+        y = y - 18 - number % 5
+        for frame, radius in ((1, 9 + number // 5 % 5), (12, 6 + number // 5 % 5)):
             labels = np.zeros(shape, np.uint8)
-            labels[np.hypot(x - 14, y - 20) < 9] = 1
-            labels[np.hypot(x - 30, y - 20) < radius + 5] = 2
-            labels[np.hypot(x - 30, y - 20) < radius] = 3
-            image = np.random.default_rng(frame).integers(0, 99, shape).astype(np.int16) + 300 * labels.astype(np.int16)
+            labels[np.hypot(x - 14, y) < 9] = 1
+            labels[np.hypot(x - 30, y) < radius + 5] = 2
+            labels[np.hypot(x - 30, y) < radius] = 3
+            noise = np.random.default_rng([frame, number]).integers(0, 99, shape)
+            image = (noise + 300 * labels.astype(int)).astype(np.int16)
             affine = np.diag([*zooms, 1])
             stem = folder / f"{name}_frame{frame:02d}"
             nib.save(nib.Nifti1Image(image, affine), f"{stem}.nii.gz")

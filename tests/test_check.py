@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cardiac_ldm.cohort import check as module
+from cardiac_ldm.cohort import prepare
 from cardiac_ldm.cohort.check import check, main, summarise
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
@@ -68,12 +69,25 @@ def test_everything_that_is_wrong_or_mended_is_printed_file_by_file(tmp_path, ca
     assert left.splitlines()[1:] == ["  dora"]
 
 
-def test_two_patients_with_one_picture_are_a_problem(tmp_path, capsys):
-    mini.make_table(tmp_path / "data", PATIENTS)
-    (tmp_path / "data/carl/ES.nii.gz").write_bytes((tmp_path / "data/anna/ES.nii.gz").read_bytes())
-    mini.manifest(tmp_path, "table")
-    assert not check(tmp_path / "mini.yaml")
-    assert "anna, carl: share the file anna/ES.nii.gz = carl/ES.nii.gz" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("role", "second", "wrong"), [("private", "anna2", True), ("public", "carl", True), ("public", "anna2", False)]
+)
+def test_a_picture_with_two_names_is_a_problem_across_splits_and_among_private_patients(
+    tmp_path, capsys, role, second, wrong
+):
+    mini.make_table(tmp_path / "data", ("anna", "anna2", *PATIENTS[1:]))
+    (tmp_path / f"data/{second}/ES.nii.gz").write_bytes((tmp_path / "data/anna/ES.nii.gz").read_bytes())
+    splits = {"train": ["anna", "anna2"], "validation": ["berta"], "test": ["carl"]}
+    cohort = mini.manifest(tmp_path, "table", role=role, splits=splits)
+    same = f"anna/ES.nii.gz = {second}/ES.nii.gz"
+    assert check(tmp_path / "mini.yaml") is not wrong
+    said = f"anna, {second}: share the file {same}; remove one" if wrong else f"one split:\n  anna, {second}: {same}"
+    assert said in capsys.readouterr().out
+    if wrong:
+        with pytest.raises(CohortError, match=f"anna .train. and {second} .* share the file {same}; take one of them"):
+            prepare(cohort, store=tmp_path / "store")
+    else:
+        prepare(cohort, store=tmp_path / "store")
 
 
 def test_simulated_cohorts_have_nothing_to_check():

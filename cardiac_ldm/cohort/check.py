@@ -79,8 +79,10 @@ def check(name_or_path: str | Path, data_root: Path | None = None) -> bool:
         for patient, summary in zip(split_of, tqdm(read, f"checking {manifest.name}", len(split_of)), strict=True):
             summaries[patient] = summary
     problems = [(p, line) for p, s in summaries.items() for line in s.problems.splitlines()]
-    problems += [(", ".join(p), f"share the file {files}; remove one") for p, files in _shared(summaries)]
+    shared = [(p, files, manifest.secret or len({split_of[one] for one in p}) > 1) for p, files in _shared(summaries)]
+    problems += [(", ".join(p), f"share the file {files}; remove one") for p, files, wrong in shared if wrong]
     _list("problems", problems)
+    _list("the same file twice, within one split", [(", ".join(p), files) for p, files, wrong in shared if not wrong])
     _list("repairs, made anew at each reading", [(p, line) for p, s in summaries.items() for line in s.repairs])
     _list("under the data root, but in no split", [(p, "") for p in found if p not in split_of])
     _table(split_of, summaries)

@@ -291,6 +291,7 @@ def _accept(work: Path, store: Path, manifest: Manifest, plan: str) -> Path:
     about = {"plan": plan} | manifest.model_dump(mode="json", include={"name", "role", "simulated"})
     (built / _ABOUT).write_text(json.dumps(about))
     path = store / f"{manifest.name}-{digest.hexdigest()[:12]}"
+    _refuse_twins(built, manifest)
     with FileLock(store / ".accept.lock"):
         _refuse_copies(built, manifest, store)
         os.sync()
@@ -307,6 +308,23 @@ def _files(path: Path) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         for row in read_rows(path, split):
             yield from ((sha256, file) for file, sha256 in row["files"].items() if not file.endswith(".cfg"))
+
+
+def _refuse_twins(built: Path, manifest: Manifest) -> None:
+    """Raise CohortError where one picture has two patients' names: in two splits, or of real private patients at all.
+
+    The guarantee is for one patient: somebody with two names would have half of it.
+    """
+    owners: dict[str, tuple[str, str, str]] = {}
+    for split in SPLITS:
+        for row in read_rows(built, split):
+            for file, sha256 in row["files"].items():
+                name, its_split, other = owners.setdefault(sha256, (row["id"], split, file))
+                if ".nii" in file and name != row["id"] and (manifest.secret or its_split != split):
+                    raise CohortError(
+                        f"{manifest.name}: {name} ({its_split}) and {row['id']} ({split}) share the file {other} = "
+                        f"{file}; take one of them out of the cohort"
+                    )
 
 
 def _refuse_copies(built: Path, manifest: Manifest, store: Path) -> None:
