@@ -507,6 +507,12 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
         ukbb(lambda f: mini.save(mini.cine()[1] * (np.arange(4) == 0), f / "seg_sa.nii.gz")),
         "seg_sa.nii.gz: the LV cavity (1) isn't labelled in frame 0 and a later one",
     ),
+    "UK Biobank labelled after ED": (
+        "ukbb",
+        "1000011",
+        ukbb(lambda f: mini.save(mini.cine()[1][..., [1, 0, 2, 3]], f / "seg_sa.nii.gz")),
+        "seg_sa.nii.gz: the LV cavity (1) isn't labelled in frame 0 and a later one",
+    ),
     "UK Biobank with half its labels": (
         "ukbb",
         "1000011",
