@@ -507,6 +507,12 @@ LAYOUTS: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
         ukbb(lambda f: mini.save(mini.cine()[1] * (np.arange(4) == 0), f / "seg_sa.nii.gz")),
         "seg_sa.nii.gz: the LV cavity (1) isn't labelled in frame 0 and a later one",
     ),
+    "UK Biobank labelled after ED": (
+        "ukbb",
+        "1000011",
+        ukbb(lambda f: mini.save(mini.cine()[1][..., [1, 0, 2, 3]], f / "seg_sa.nii.gz")),
+        "seg_sa.nii.gz: the LV cavity (1) isn't labelled in frame 0 and a later one",
+    ),
     "UK Biobank with half its labels": (
         "ukbb",
         "1000011",
@@ -528,8 +534,9 @@ def test_a_layout_that_is_incomplete_is_named_with_what_to_do(tmp_path, name):
 @pytest.mark.parametrize("kind", ["acdc", "mnms", "mnms2", "ukbb"])
 def test_a_root_without_the_layout_is_refused(tmp_path, kind):
     (tmp_path / "data/other").mkdir(parents=True)
-    with pytest.raises(CohortError, match=f"no folders of the layout {kind}; is this the data root"):
-        list_patients(mini.manifest(tmp_path, kind), tmp_path / "data")
+    manifest = mini.manifest(tmp_path, kind, splits={"train": 0.8, "validation": 0.1, "test": 0.1})
+    with pytest.raises(CohortError, match=f"mini: no patients of the layout {kind} are there; is the root right"):
+        manifest.patient_ids("train", list_patients(manifest, tmp_path / "data"))
 
 
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -170,6 +170,13 @@ def test_a_public_cohort_cannot_point_at_a_private_ones_files(write, open_cohort
         open_cohort(root)()
 
 
+def test_a_private_cohorts_folder_may_be_named_through_a_link(write, open_cohort, tmp_path):
+    (tmp_path / "link").symlink_to("private")
+    write(root="link")
+    with pytest.raises(PrivacyError, match="open is public"):
+        open_cohort("private")()
+
+
 def test_a_public_cohort_cannot_be_given_a_private_ones_files_as_parameter(write, open_cohort, tmp_path):
     write(root="private")
     with pytest.raises(PrivacyError, match="open is public"):
@@ -177,7 +184,7 @@ def test_a_public_cohort_cannot_be_given_a_private_ones_files_as_parameter(write
 
 
 def test_a_private_manifest_with_mistakes_still_guards_its_files(write, open_cohort):
-    write(root="private", rolle="x", splits={})
+    write(root="private", role="Private", rolle="x", splits={})
     with pytest.raises(PrivacyError, match="open is public"):
         open_cohort("private")()
 

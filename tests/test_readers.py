@@ -179,6 +179,14 @@ def test_metres_and_micrometres_are_brought_to_mm_which_is_a_repair(tmp_path):
         assert "brought to mm" in patient.repairs[0]
 
 
+def test_labels_in_metres_lie_on_their_image_in_mm(tmp_path):
+    mini.make_table(tmp_path / "data")
+    scaled = nib.Nifti1Image(mini.heart("ED")[1], np.diag([0.002, 0.002, 0.01, 1]))
+    scaled.header.set_xyzt_units("meter")
+    nib.save(scaled, tmp_path / "data/anna/ED_gt.nii.gz")
+    assert_is_the_heart(read_patient(mini.manifest(tmp_path, "table"), tmp_path / "data", "anna"))
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("axes", [(), (2,), (1,), (0, 1), (0, 1, 2)])
 def test_an_oblique_affine_tells_how_a_stack_is_turned(tmp_path, axes, labelled):

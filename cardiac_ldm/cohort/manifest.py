@@ -166,6 +166,10 @@ class Manifest(_Strict):
         if isinstance(members, int):
             first = sum(getattr(self.splits, name) for name in SPLITS[: SPLITS.index(split)])
             return tuple(f"p{index:06d}" for index in range(first, first + members))
+        if not found:
+            raise CohortError(
+                f"{self.name}: no patients of the layout {self.reader.kind} are there; is the root right?"
+            )
         low = sum(self.splits.shares[: SPLITS.index(split)])
         high = 1.0 if split == SPLITS[-1] else low + members
         drawn = tuple(patient for patient in found if low <= self._draw(patient) < high)

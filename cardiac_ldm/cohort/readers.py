@@ -53,7 +53,7 @@ _TABLE_ATTRIBUTES = tuple(name for name in ATTRIBUTE_NAMES if name not in ("ESED
 def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
     """Names of the patients that are under root, by the layout's folders or by the table, sorted; none for phantoms.
 
-    Raises CohortError if there are none.
+    Raises CohortError if the table can't be read.
     """
     if isinstance(manifest.reader, PhantomReader):
         return ()
@@ -70,10 +70,8 @@ def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
             pattern, folders = "[0-9]*", ("",)
         case TableReader(table=table):
             return tuple(dict.fromkeys(_listed(reading, table).index))
-    found = sorted({p.name for folder in folders for p in (reading.root / folder).glob(pattern) if p.is_dir()})
-    if not found:
-        raise reading.error("", f"there are no folders of the layout {manifest.reader.kind}; is this the data root?")
-    return tuple(found)
+    there = (p for folder in folders for p in (reading.root / folder).glob(pattern) if p.is_dir())
+    return tuple(sorted({p.name for p in there}))
 
 
 def read_patient(manifest: Manifest, root: Path | None, patient_id: str) -> Patient:
