@@ -21,9 +21,9 @@ def heart(phase: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     x, y, z = np.indices(SHAPE)
     beat = 1.0 if phase == "ED" else 0.75
     labels = np.zeros(SHAPE, np.uint8)
-    row = 18 + seed % 5
+    row, column = 18 + seed % 5, 28 + seed // 5 % 5
     labels[np.hypot(x - 12, y - row) < beat * (9 - 2 * z)] = 1
-    from_lv = np.hypot(x - 28, y - row)
+    from_lv = np.hypot(x - column, y - row)
     labels[from_lv < beat * (9 - z) + 4] = 2
     labels[from_lv < beat * (9 - z)] = 3
     noise = np.random.default_rng([seed, PHASES.index(phase)]).integers(0, 99, SHAPE)

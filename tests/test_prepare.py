@@ -67,8 +67,11 @@ def acdc(store, acdc_root):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Threads in place of processes, so that what they call can be patched, and parts of two patients."""
-    monkeypatch.setattr(ROOM, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    """A thread in place of processes, so that what it calls can be patched, and parts of two patients.
+
+    One alone: `warnings.catch_warnings` of two threads at once loses what a test waits for.
+    """
+    monkeypatch.setattr(ROOM, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
     monkeypatch.setattr(ROOM, "_PART", 2)
 
 
