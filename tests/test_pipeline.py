@@ -147,10 +147,11 @@ def test_notebooks_are_paired_text_without_outputs(path: Path) -> None:
 
 def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, acdc_root: Path) -> None:
     """The whole flow on real hearts, public and private: nothing is measured on private ones and no seed is used."""
-    manifest = (ROOT / "data_manifests" / "acdc.yaml").read_text()
-    assert "role: public" in manifest
+    manifest = yaml.safe_load((ROOT / "data_manifests" / "acdc.yaml").read_text())
+    train = manifest["splits"]["train"]  # of which this profile takes the first few for the public cohort
+    others = {"train": train[30:], "validation": train[20:25], "test": train[25:30]}
     path, runs = tmp_path / "hospital.yaml", tmp_path / "runs"
-    path.write_text(manifest.replace("role: public", "role: private").replace("name: acdc", "name: hospital"))
+    path.write_text(yaml.safe_dump(manifest | {"name": "hospital", "role": "private", "splits": others}))
     cohorts = ("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", str(acdc_root))
     finished = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
     assert finished.returncode == 0, finished.stderr[-3000:]
