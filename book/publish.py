@@ -1,6 +1,7 @@
-"""Copy an executed notebook without the times that papermill notes: `python book/publish.py FROM TO`.
+"""Copy an executed notebook without times and without what went to stderr: `python book/publish.py FROM TO`.
 
-How long a private run took tells how large its lots were, which no guarantee covers; and a rerun's diff is smaller.
+How long a private run took tells how large its lots were, which no guarantee covers. Progress bars and warnings tell
+that too, and where things lie on this machine. Besides, a rerun's diff is smaller.
 """
 
 import sys
@@ -18,6 +19,9 @@ def publish(source: Path, target: Path) -> None:
         metadata.pop("execution", None)
         for name in TIMES:
             metadata.get("papermill", {}).pop(name, None)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     temporary = target.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     temporary.replace(target)

@@ -246,10 +246,11 @@ def test_tables_hold_what_benchmarks_measured(book: Path):
     assert "benchmarks.dp_step" in page
 
 
-def test_published_notebooks_do_not_tell_how_long_a_cell_took(tmp_path: Path):
+def test_published_notebooks_do_not_tell_how_long_a_cell_took_nor_what_went_to_stderr(tmp_path: Path):
     cell = new_code_cell(
         "1", metadata={"papermill": {"duration": 3.5, "status": "completed"}, "execution": {"iopub.status.busy": "now"}}
     )
+    cell.outputs = [new_output("stream", name=name, text=name) for name in ("stderr", "stdout")]
     times = {"duration": 4.5, "start_time": "now", "end_time": "then", "parameters": {"epsilon": 1}}
     executed = new_notebook(cells=[cell], metadata={"papermill": times})
     nbformat.write(executed, tmp_path / "executed.ipynb")
@@ -259,6 +260,8 @@ def test_published_notebooks_do_not_tell_how_long_a_cell_took(tmp_path: Path):
     published = nbformat.read(tmp_path / "published.ipynb", 4)
     assert published.metadata.papermill == {"parameters": {"epsilon": 1}}
     assert published.cells[0].metadata == {"papermill": {"status": "completed"}}
+    assert [output.text for output in published.cells[0].outputs] == ["stdout"]
+    assert not [p for p in (BOOK / "executed").glob("*.ipynb") if '"stderr"' in p.read_text()]
     assert not [p for p in (BOOK / "executed").glob("*.ipynb") if '"duration"' in p.read_text()]
 
 

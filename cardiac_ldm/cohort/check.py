@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTES, measure_attributes
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest, load_manifest
+from cardiac_ldm.cohort.prepare import ONE_THREAD
 from cardiac_ldm.cohort.readers import list_patients, read_patient
 from cardiac_ldm.errors import CohortError, StudyError
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

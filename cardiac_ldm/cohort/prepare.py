@@ -33,7 +33,7 @@ from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import CohortError, PrivacyError
 
 _PART = 16
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABOUT = "cohort.json"
 _PROSE = {"root", "licence", "citation", "obtain", "checksums"}
@@ -216,7 +216,7 @@ def _write(
         return
     problems: list[str] = []
     with (
-        patch.dict(os.environ, _ONE_THREAD),
+        patch.dict(os.environ, ONE_THREAD),
         ProcessPoolExecutor(min(os.cpu_count() or 1, len(left)), get_context("spawn")) as pool,
         tqdm(
             total=n_patients,
@@ -344,7 +344,16 @@ def _refuse_copies(built: Path, manifest: Manifest, store: Path) -> None:
 
 
 def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
-    """Say once what was mended and whose labels are missing; of real private patients their number alone."""
+    """Say once what was mended and whose labels are missing; of real private patients where to read it, and no more.
+
+    What a notebook catches may be published, and even a number would tell something of them.
+    """
+    where = f"{path.parent.name}/{path.name}/*.jsonl"
+    instead = "the middle of the field of view was" if localiser is None else "labels of a public segmenter were"
+    if manifest.secret:
+        said = f"{manifest.name}: what was mended is in {where}; where somebody has no labels, {instead} taken"
+        warnings.warn(said, stacklevel=3)
+        return
     unlabelled, n_repairs = 0, 0
     repairs: list[str] = []
     for split in SPLITS:
@@ -352,12 +361,10 @@ def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
             unlabelled += not row["labelled"]
             n_repairs += len(row["repairs"])
             repairs += row["repairs"][: 10 - len(repairs)]
-    said = []
+    found = []
     if unlabelled:
-        instead = "the middle of the field of view was" if localiser is None else "labels of a public segmenter were"
-        said.append(f"{unlabelled} patient(s) have no labels; {instead} taken")
+        found.append(f"{unlabelled} patient(s) have no labels; {instead} taken")
     if n_repairs:
-        shown = "" if manifest.secret else ": " + "; ".join(repairs)
-        said.append(f"{n_repairs} repair(s), all in {path.parent.name}/{path.name}/*.jsonl{shown}")
-    if said:
-        warnings.warn(f"{manifest.name}: {'; '.join(said)}", stacklevel=3)
+        found.append(f"{n_repairs} repair(s), all in {where}: {'; '.join(repairs)}")
+    if found:
+        warnings.warn(f"{manifest.name}: {'; '.join(found)}", stacklevel=3)

@@ -88,26 +88,36 @@ def png(picture: NDArray[np.uint8]) -> str:
 
 def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int) -> go.Figure:
     """Return the tiles of `mosaic` as a figure, each with its caption."""
-    if len(captions) != len(volumes) or len(volumes) == 0:
-        raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {len(volumes)} volumes")
+    _match(captions, len(volumes))
     columns = min(columns, len(volumes))
     height, width = volumes.shape[2] + 2, volumes.shape[3] + 2
-    row, column = np.divmod(np.arange(len(volumes)), columns)
-    figure = go.Figure(go.Image(source=png(mosaic(volumes, columns)), hoverinfo="skip", zsmooth="fast"))
+    corners = [(i % columns * width, i // columns * height) for i in range(len(volumes))]
+    return _captioned(mosaic(volumes, columns), corners, captions)
+
+
+def _match(captions: Sequence[str], n_volumes: int) -> None:
+    if len(captions) != n_volumes or n_volumes == 0:
+        raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {n_volumes} volumes")
+
+
+def _captioned(picture: NDArray[np.uint8], corners: Sequence[tuple[int, int]], captions: Sequence[str]) -> go.Figure:
+    """Return a picture as wide as the book's text, a caption in each of these corners (column, row)."""
+    height, width = picture.shape[:2]
+    figure = go.Figure(go.Image(source=png(picture), hoverinfo="skip", zsmooth="fast"))
+    column, row = np.transpose(corners)
     figure.add_scatter(
-        x=column * width + 3,
-        y=row * height + 3,
+        x=column + 3,
+        y=row + 3,
         text=list(captions),
         mode="text",
         textposition="bottom right",
         textfont={"color": "white", "size": 11, "shadow": "1px 1px 2px black"},
         hoverinfo="skip",
     )
-    rows = int(row[-1]) + 1
-    scale = 682 / (columns * width)  # the book's text column leaves about that many pixels
-    figure.update_xaxes(visible=False, range=[0, columns * width], constrain="domain")
-    figure.update_yaxes(visible=False, range=[rows * height, 0], scaleanchor="x", constrain="domain")
-    return figure.update_layout(height=round(rows * height * scale) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10})
+    scale = 682 / width  # the book's text column leaves about that many pixels
+    figure.update_xaxes(visible=False, range=[0, width], constrain="domain")
+    figure.update_yaxes(visible=False, range=[height, 0], scaleanchor="x", constrain="domain")
+    return figure.update_layout(height=round(height * scale) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10})
 
 
 def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str], columns: int = 6) -> go.Figure:
@@ -127,8 +137,7 @@ def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[st
     are private and not simulated.
     """
     require_releasable(patients, "what a patient's heart looks like")
-    if len(captions) != len(volumes) or len(volumes) == 0:
-        raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {len(volumes)} volumes")
+    _match(captions, len(volumes))
     images, labels = patients.images(volumes), patients.labels(volumes)
     shown = np.flatnonzero(images.any(axis=(0, 2, 3)))
     rows = rearrange(np.repeat(images[:, shown, :, :, None], 3, axis=4), "n d h w c -> (n h) (d w) c")
@@ -137,24 +146,7 @@ def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[st
         inside = labels[:, shown] == label
         edge = inside & ~ndimage.binary_erosion(inside, np.ones((1, 1, 3, 3), bool))
         picture[rearrange(edge, "n d h w -> (n h) (d w)")] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    height, width = picture.shape[:2]
-    figure = go.Figure(go.Image(source=png(picture), hoverinfo="skip"))
-    style = {"color": "white", "size": 11, "shadow": "1px 1px 2px black"}
-    at = np.arange(len(volumes)) * images.shape[2]
-    figure.add_scatter(
-        x=np.full(len(at), 4),
-        y=at + 4,
-        text=list(captions),
-        mode="text",
-        textposition="bottom right",
-        textfont=style,
-        hoverinfo="skip",
-    )
-    figure.update_xaxes(visible=False, range=[0, width], constrain="domain")
-    figure.update_yaxes(visible=False, range=[height, 0], scaleanchor="x", constrain="domain")
-    return figure.update_layout(
-        height=round(682 * height / width) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10}, showlegend=False
-    )
+    return _captioned(picture, [(0, i * images.shape[2]) for i in range(len(images))], captions)
 
 
 def synthetic_wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int = 6) -> go.Figure:
