@@ -20,8 +20,8 @@ def main() -> None:
     study = Study(parameters)
     losses = []
     for epsilon in parameters.budgets:
-        run = study.finetuned(epsilon)
-        loss = run.metrics["held_out_loss"]
+        run = study.held_out_loss(epsilon)
+        loss = run.metrics
         mean, half = loss["mean"], 1.96 * loss["standard_error"]
         row = {"metric": "denoising loss", "epsilon": epsilon, "value": mean, "low": mean - half, "high": mean + half}
         losses.append(row | {"n_patients": loss["n_patients"], "run": run.folder.name})

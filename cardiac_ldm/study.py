@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.metrics import Measured, compare, measure, measure_real
@@ -266,9 +267,11 @@ class Study:
 
     def _with_hearts_found(self, role: Role) -> Cohort:
         """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
+        if load_manifest(getattr(self.parameters, f"cohort_{role}")).simulated:
+            return self._cohort(role)  # they come with labels
         if not self._public_as_given.split("train").labelled.any():
             return self._cohort(role)
-        run = self._planned(*self._anatomy)
+        run = self._shipped("anatomy") or self._planned(*self._anatomy)
         finder = HeartFinder(run.folder / "segmenter.safetensors", run.key)
         try:
             return self._cohort(role, finder)
@@ -307,15 +310,15 @@ class Study:
     @cached_property
     def autoencoder(self) -> Run:
         """Stage: the autoencoder, trained on public patients."""
-        patients, settings = self.public.split("train"), self.profile.autoencoder
+        settings = self.profile.autoencoder
 
         def work(folder: Path) -> dict[str, Any]:
-            model, losses = train_autoencoder(patients, settings, self.seed, folder / "state.pt")
+            model, losses = train_autoencoder(self.public.split("train"), settings, self.seed, folder / "state.pt")
             save_weights(model, folder / "weights.safetensors")
             public_ledger(self.public.manifest.name).save(folder / "privacy.json")
             return {"losses": losses}
 
-        return self._run("autoencoder", settings, [self.public.key], work)
+        return self._shipped("autoencoder") or self._run("autoencoder", settings, [self.public.key], work)
 
     @property
     def _anatomy(self) -> tuple[str, AnatomySettings, list[str]]:
@@ -324,30 +327,55 @@ class Study:
     @cached_property
     def anatomy(self) -> Run:
         """Stage: the segmenter and the phase classifier, trained on public labels."""
-        patients, settings = self._public_as_given.split("train"), self.profile.anatomy
+        settings = self.profile.anatomy
 
         def work(folder: Path) -> dict[str, Any]:
+            patients = self._public_as_given.split("train")
             segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
             phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
             save_weights(segmenter, folder / "segmenter.safetensors")
             save_weights(phase, folder / "phase.safetensors")
+            public_ledger(self._public_as_given.manifest.name).save(folder / "privacy.json")
             return {"segmenter": dice, "phase": entropy}
 
-        return self._run(*self._anatomy, work)
+        return self._shipped("anatomy") or self._run(*self._anatomy, work)
 
     @cached_property
     def pretrained(self) -> Run:
         """Stage: the denoiser, pre-trained on public patients; the model of epsilon 0."""
-        patients, settings = self.public.split("train"), self.profile.pretrain
+        settings = self.profile.pretrain
 
         def work(folder: Path) -> dict[str, Any]:
+            patients = self.public.split("train")
             latents = self.latents(patients, self.public)
             model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt")
             save_weights(model, folder / "weights.safetensors")
             public_ledger(self.public.manifest.name).save(folder / "privacy.json")
-            return {"losses": losses, "held_out_loss": self._held_out(model)}
+            return {"losses": losses}
 
-        return self._run("pretrain", [settings, self.profile.denoiser], [self.autoencoder.key], work)
+        return self._shipped("pretrain") or self._run(
+            "pretrain", [settings, self.profile.denoiser], [self.autoencoder.key], work
+        )
+
+    def described(self, stage: str) -> dict[str, object]:
+        """What the weights of a public stage depend on, as shipped ones say it."""
+        profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
+        settings: dict[str, list[Settings | BaseModel]] = {
+            "anatomy": [profile.anatomy],
+            "autoencoder": [profile.autoencoder],
+            "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],
+        }
+        cohort = {
+            "name": manifest.name,
+            "reader": _plain(manifest.reader),
+            "patients": _plain(profile.patients["public"]),
+        }
+        return {"settings": _plain(settings[stage]), "cohort": cohort, "seed": self.seed}
+
+    def _shipped(self, stage: str) -> Run | None:
+        """The run of a public stage that came with the library, if it's the one that is asked for."""
+        found = shipped.find(stage, self.described(stage))
+        return found and Run(stage, *found)
 
     def finetuned(self, epsilon: float) -> Run:
         """Stage: the denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
@@ -367,7 +395,7 @@ class Study:
             randomness = Randomness(None if patients.secret else self.seed, simulated=patients.simulated)
             before: tuple[Mechanism, ...] = ()
             budget = (settings.delta, settings.unit, len(patients))
-            model, public_data = self.denoiser(self.pretrained), self.public.manifest.name
+            model, public_data = self.denoiser(self.pretrained), load_manifest(self.parameters.cohort_public).name
             if first := settings.decoder:
                 plan, autoencoder = first.plan(first.share * epsilon, *budget), self.load_autoencoder()
                 where = folder / "decoder"
@@ -375,10 +403,23 @@ class Study:
             latents, plan = self.latents(patients, self.private), settings.plan(epsilon, *budget, before)
             schedule = self.profile.denoiser.schedule
             finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
-            return {"epsilon": _plain(epsilon), "held_out_loss": self._held_out(model)} if is_first_process() else {}
+            return {"epsilon": _plain(epsilon)}
 
         upstream = [self.pretrained.key, self.private.key]
         return self._run("finetune", [settings, epsilon], upstream, work, together=True)
+
+    def held_out_loss(self, epsilon: float) -> Run:
+        """Stage: the denoising loss of a budget's model on the reference patients, with its standard error."""
+        model = self.finetuned(epsilon)
+
+        def work(folder: Path) -> dict[str, Any]:
+            cohort = self.private if self.reference.role == "private" else self.public
+            latents, schedule = self.latents(self.reference, cohort), self.profile.denoiser.schedule
+            losses = held_out_loss(self.denoiser(model), schedule, latents, self.reference)
+            error = losses.std(ddof=1) / math.sqrt(len(losses))
+            return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
+
+        return self._run("loss", "", [model.key, self._reference_key], work)
 
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's private patients, finished or not.
@@ -429,7 +470,8 @@ class Study:
         """Stage: the reference patients' own reconstructions, evaluated: the best that these latents allow."""
 
         def work(folder: Path) -> dict[str, Any]:
-            images = reconstruct(self.load_autoencoder(), self.reference.images(np.arange(len(self.reference.owners))))
+            volumes = self.reference.images(np.arange(len(self.reference.owners)))
+            images = reconstruct(self.load_autoencoder(), volumes, self.seed)
             cohort = SyntheticCohort(images, self.reference.attributes, self.reference.owners)
             cohort.save(folder / "synthetic.npz")
             return {"model": folder.name} | self._evaluate(cohort, folder)
@@ -488,14 +530,6 @@ class Study:
     @property
     def _reference_key(self) -> str:
         return self.private.key if self.reference.role == "private" else self.public.key
-
-    def _held_out(self, model: Denoiser) -> dict[str, float]:
-        """Mean denoising loss on the reference patients, with its standard error and their number."""
-        cohort = self.private if self.reference.role == "private" else self.public
-        latents = self.latents(self.reference, cohort)
-        losses = held_out_loss(model, self.profile.denoiser.schedule, latents, self.reference)
-        error = losses.std(ddof=1) / math.sqrt(len(losses))
-        return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
 
     def _planned(self, stage: str, settings: object, upstream: list[str]) -> Run:
         """The run of a stage, done or not."""

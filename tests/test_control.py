@@ -14,7 +14,7 @@ from torch import nn
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
+from cardiac_ldm.evaluation.control import agreement, phase_accuracy, phase_order, read_anatomy
 from cardiac_ldm.evaluation.metrics import Metrics, compare, measure, measure_real
 
 VOXEL_ML = np.prod(GRID.spacing_mm) / 1000
@@ -113,6 +113,24 @@ def test_phase_accuracy_counts_volumes_and_resamples_patients(table):
     accuracy, _ = phase_accuracy(wrong)
     assert accuracy(np.arange(10)) == pytest.approx(19 / 20)
     assert accuracy(np.array([3, 3])) == pytest.approx(1 / 2)
+
+
+def test_phase_order_compares_a_patient_with_itself(table):
+    esed = table.attribute == "ESED"
+    alike = table.copy()
+    alike.loc[esed, "measured"] = 0.6 + 0.2 * table.asked[esed]  # every volume looks like end-diastole
+    assert phase_accuracy(alike)[0](np.arange(10)) == 0.5
+    order, n_patients = phase_order(alike)
+    assert (order(np.arange(10)), n_patients) == (1, 10)
+    alike.loc[esed & (table.owner == 3), "measured"] = 0.6
+    order, _ = phase_order(alike)
+    assert order(np.arange(10)) == pytest.approx(0.9)
+    assert order(np.array([3, 3])) == 0
+
+
+def test_phase_order_leaves_out_who_has_one_phase(table):
+    one = table[~((table.attribute == "ESED") & (table.owner == 3) & (table.asked == 0))]
+    assert phase_order(one)[1] == 9
 
 
 def test_a_missing_phase_is_named():

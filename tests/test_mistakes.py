@@ -27,6 +27,7 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.metrics import measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.models.perception import Critic
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.report.card import privacy_statement, write_release
@@ -151,13 +152,15 @@ def test_mistake_02_one_patients_output_does_not_know_the_others(name: str) -> N
     size = GRID.size // autoencoder.reduction
     latents, others = torch.randn(2, 3, channels, GRID.n_slices, size, size)
     attributes, other_attributes = torch.rand(2, 3, len(ATTRIBUTES)) * 100
-    others[0], other_attributes[0] = latents[0], attributes[0]
+    noise, other_noise = torch.randn(2, 3, *GRID.shape)
+    others[0], other_attributes[0], other_noise[0] = latents[0], attributes[0], noise[0]
     with torch.no_grad():
         for model in (
-            lambda x, given: denoiser(x, torch.tensor([3, 70, 140]), given),
-            lambda x, given: autoencoder.decode(x),
+            lambda x, given, noise: denoiser(x, torch.tensor([3, 70, 140]), given),
+            lambda x, given, noise: autoencoder.decode(x, noise),
         ):
-            one, other = model(latents, attributes), model(100 * (others - latents) + latents, other_attributes)
+            one = model(latents, attributes, noise)
+            other = model(100 * (others - latents) + latents, other_attributes, other_noise)
             assert torch.allclose(one[0], other[0], atol=1e-5)
             assert not torch.allclose(one[1], other[1], atol=1e-2)
 
@@ -168,9 +171,11 @@ def test_mistake_02_only_the_decoder_learns_from_private_patients_and_no_discrim
     def judge(*_: object, **__: object) -> None:
         raise AssertionError("a discriminator would learn from private patients outside of the clipped gradient")
 
-    monkeypatch.setattr(PatchDiscriminator, "__init__", judge)
+    for critic in (PatchDiscriminator, Critic):
+        monkeypatch.setattr(critic, "__init__", judge)
     quantised = VQRegularisation(kind="vq", codes=20, weight=0.25)
     model = study.profile.autoencoder.model_copy(update={"regularisation": quantised}).build()
+    assert model.grain  # a decoder that draws texture learns without a critic too
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     patients, plan = study.private.split("train"), free_plan(24, 6, 2)
     settings = decoder_stage(study).model_copy(update={"steps": 2})
@@ -286,8 +291,7 @@ def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
     said = [line for line in said if "phantom_public" not in line]
     assert said == [f"finetune: not done yet with these settings; running it in {folder.name}"]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics) == {"epsilon", "held_out_loss"}
-    assert metrics["held_out_loss"]["n_patients"] == len(hospital.public.split("test"))
+    assert set(metrics) == {"epsilon"}
     ledger = json.loads((folder / "privacy.json").read_text())
     assert not [field for field in {**ledger, **ledger["mechanisms"][0]} if field in ("loss", "norm", "lot", "lots")]
 

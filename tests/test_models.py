@@ -1,13 +1,16 @@
-"""Networks at depth 13 and any other, the attribute path, and the diffusion arithmetic."""
+"""Networks at depth 13 and any other, the attribute path, texture, the diffusion arithmetic, and what is drawn."""
 
 from copy import deepcopy
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES
+from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import (
@@ -25,7 +28,7 @@ RANGE = torch.stack([torch.zeros(14), torch.full((14,), 10.0)])
 
 def small_denoiser(depth: int = 13) -> Denoiser:
     torch.manual_seed(0)
-    model = Denoiser(2, (8, 16), (False, True), 1, 2, 16, depth, RANGE)
+    model = Denoiser(2, (8, 16), (False, True), 1, 2, 16, 2, depth, RANGE)
     for parameter in model.parameters():  # what starts at zero would hide the paths behind it
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -34,7 +37,7 @@ def small_denoiser(depth: int = 13) -> Denoiser:
 @pytest.mark.parametrize("depth", [1, 12, 13])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8, 16)])
 def test_the_denoiser_keeps_the_shape_at_any_depth(depth: int, channels: tuple[int, ...]) -> None:
-    model = Denoiser(2, channels, (False,) + (True,) * (len(channels) - 1), 2, 2, 16, depth, RANGE)
+    model = Denoiser(2, channels, (False,) + (True,) * (len(channels) - 1), 2, 2, 16, 2, depth, RANGE)
     x = torch.randn(2, 2, depth, 12, 12)
     assert model(x, torch.tensor([0, 149]), torch.rand(2, 14)).shape == x.shape
 
@@ -84,16 +87,21 @@ def test_tuning_attention_leaves_convolutions_alone() -> None:
 
 Kind = Literal["kl", "vq"]
 BOTH = pytest.mark.parametrize("kind", ["kl", "vq"])
+WITH_AND_WITHOUT_GRAIN = pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
 
 
-def small_autoencoder(kind: Kind) -> Autoencoder:
+def small_autoencoder(
+    kind: Kind, grain: bool = False, channels: tuple[int, ...] = (16, 16), stem: int = 2
+) -> Autoencoder:
     torch.manual_seed(0)
-    return Autoencoder(2, (16, 16), 1, 2) if kind == "kl" else small_vq()
+    size = 2, channels, 1, stem, grain
+    return Autoencoder(*size) if kind == "kl" else VQAutoencoder(*size, 20)
 
 
-def small_vq(codes: int = 20) -> VQAutoencoder:
-    torch.manual_seed(0)
-    return VQAutoencoder(2, (16, 16), 1, 2, codes)
+def small_vq() -> VQAutoencoder:
+    model = small_autoencoder("vq")
+    assert isinstance(model, VQAutoencoder)
+    return model
 
 
 def nearest_codes(model: VQAutoencoder, latents: Tensor) -> Tensor:
@@ -106,11 +114,11 @@ def nearest_codes(model: VQAutoencoder, latents: Tensor) -> Tensor:
 @BOTH
 @pytest.mark.parametrize(("channels", "stem", "reduction"), [((16, 16), 1, 2), ((16, 16, 16), 2, 8)])
 def test_the_autoencoder_keeps_all_slices(kind: Kind, channels: tuple[int, ...], stem: int, reduction: int) -> None:
-    model = Autoencoder(3, channels, 1, stem) if kind == "kl" else VQAutoencoder(3, channels, 1, stem, 8)
+    model = small_autoencoder(kind, channels=channels, stem=stem)
     volumes = torch.rand(2, 13, 96, 96)
     latents = model.encode(volumes)
     assert model.reduction == reduction
-    assert latents.shape == (2, 3, 13, 96 // reduction, 96 // reduction)
+    assert latents.shape == (2, 2, 13, 96 // reduction, 96 // reduction)
     decoded = model.decode(latents)
     assert decoded.shape == volumes.shape
     assert 0 <= decoded.min() <= decoded.max() <= 1
@@ -135,9 +143,11 @@ def test_slices_never_mix(kind: Kind) -> None:
 
 
 @BOTH
-def test_exactly_what_decodes_is_what_a_decoder_can_tune(kind: Kind) -> None:
-    model = small_autoencoder(kind).requires_grad_(True)
-    model.decode(torch.randn(1, 2, 13, 8, 8)).sum().backward()
+@WITH_AND_WITHOUT_GRAIN
+def test_exactly_what_decodes_is_what_a_decoder_can_tune(kind: Kind, grain: bool) -> None:
+    model = small_autoencoder(kind, grain).requires_grad_(True)
+    model.decode(torch.randn(1, 2, 13, 8, 8), torch.randn(1, 13, 32, 32)).sum().backward()
+    assert any(name.startswith("grain.") for name in model.decoder_parameters()) == grain
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert set(model.decoder_parameters()) == reached
     for name, parameter in model.decoder_parameters().items():
@@ -145,12 +155,65 @@ def test_exactly_what_decodes_is_what_a_decoder_can_tune(kind: Kind) -> None:
 
 
 @BOTH
-def test_a_training_pass_reaches_encoder_and_decoder(kind: Kind) -> None:
-    model = small_autoencoder(kind)
+def test_a_training_pass_reaches_encoder_and_decoder_and_no_grain(kind: Kind) -> None:
+    model = small_autoencoder(kind, grain=True)
     drawn, _ = model.training_pass(torch.rand(4, 1, 32, 32), torch.Generator().manual_seed(0))
     drawn.square().mean().backward()
     for part in (model.net.encoder, model.net.decoder):
         assert sum(parameter.grad.abs().sum() for parameter in part.parameters()) > 0
+    assert {parameter.grad for parameter in model.grain.parameters()} == {None}
+
+
+@BOTH
+@WITH_AND_WITHOUT_GRAIN
+def test_noise_is_what_grain_alone_draws_from(kind: Kind, grain: bool) -> None:
+    model, latents = small_autoencoder(kind, grain), torch.randn(1, 2, 13, 8, 8)
+    one, other = torch.randn(2, 1, 13, 32, 32)
+    smooth, drawn = model.decode(latents), model.decode(latents, one)
+    assert torch.equal(model.decode(latents), smooth)
+    assert torch.equal(model.decode(latents, one), drawn)
+    assert torch.equal(drawn, smooth) != grain
+    assert torch.equal(drawn, model.decode(latents, other)) != grain
+
+
+@BOTH
+def test_without_noise_the_decoder_is_monais(kind: Kind) -> None:
+    model, latents = small_autoencoder(kind, grain=True), torch.randn(3, 2, 8, 8)
+    seen = nearest_codes(model, latents) if isinstance(model, VQAutoencoder) else latents
+    assert torch.allclose(model.draw(latents), model.expand(model.net.decode(seen)).sigmoid(), atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [(16,), (16, 16)])
+@pytest.mark.parametrize("stem", [1, 2, 4])
+def test_every_slice_has_the_texture_of_its_own_noise(kind: Kind, channels: tuple[int, ...], stem: int) -> None:
+    model = coarse(small_autoencoder(kind, True, channels, stem))
+    latents, noise = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 3, 4 * model.reduction, 4 * model.reduction)
+    other = noise.clone()
+    other[0, 2] = torch.randn(other[0, 2].shape)
+    drawn = model.decode(latents, noise)
+    change = (model.decode(latents, other) - drawn).abs().amax(dim=(2, 3))
+    assert change[0, 2] > 0.01
+    change[0, 2] = 0
+    assert change.max() < 1e-6
+    assert torch.allclose(model.decode(latents[:1, :, 2:], noise[:1, 2:]), drawn[:1, 2:], atol=1e-5)
+
+
+def coarse(model: Autoencoder) -> Autoencoder:
+    """The same autoencoder, its texture plain to see."""
+    for parameter in model.grain.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@BOTH
+def test_grain_leaves_everything_else_as_it_would_be_without(kind: Kind) -> None:
+    smooth, after = small_autoencoder(kind, grain=False).state_dict(), torch.rand(3)
+    grown, after_grain = small_autoencoder(kind, grain=True).state_dict(), torch.rand(3)
+    assert {name.split(".")[0] for name in set(grown) - set(smooth)} == {"grain"}
+    for name, tensor in smooth.items():
+        assert torch.equal(tensor, grown[name]), name
+    assert torch.equal(after, after_grain)
 
 
 def test_the_kl_penalty_is_the_divergence_from_the_standard_normal() -> None:
@@ -283,3 +346,68 @@ def test_dropping_attributes_hides_whole_rows() -> None:
     dropped = drop_attributes(torch.ones(4000, 14), 0.1, torch.Generator().manual_seed(0)).isnan()
     assert (dropped.all(1) == dropped.any(1)).all()
     assert dropped.any(1).float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+class Blind(nn.Module):
+    """Takes no notice of attributes, so that the volumes of a request have the same latents; remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, attributes: Tensor) -> Tensor:
+        self.seen.append(x)
+        return x / 2
+
+
+OWNERS = np.array([4, 4, 0, 0, 7])
+
+
+def synthetic_images(grain: bool = True, seed: int = 0, batch: int = 8, depth: float = np.nan) -> Tensor:
+    attributes = np.full((len(OWNERS), 14), np.nan, np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("DEPTH")] = depth
+    model = coarse(small_autoencoder("kl", grain)).eval()
+    given = {"steps": 2, "guidance": 0.0, "seed": seed, "batch": batch}
+    cohort = synthesise(model, Blind(), "modern", attributes, OWNERS, **given)  # type: ignore[arg-type]
+    return torch.from_numpy(cohort.images)
+
+
+def test_a_seed_gives_the_same_cohort_whatever_the_batch() -> None:
+    images = synthetic_images()
+    assert torch.equal(synthetic_images(), images)
+    assert (synthetic_images(seed=1) - images).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    for batch in (1, 2, 3):
+        assert torch.allclose(synthetic_images(batch=batch), images, atol=1e-5)
+
+
+@WITH_AND_WITHOUT_GRAIN
+def test_the_volumes_of_a_request_differ_in_texture(grain: bool) -> None:
+    images = synthetic_images(grain)
+    assert not torch.allclose(images[1], images[2], atol=0.01)
+    for ed, es in ((0, 1), (2, 3)):
+        assert torch.allclose(images[ed], images[es], atol=0.01) != grain
+
+
+def test_slices_beyond_the_depth_have_no_texture() -> None:
+    filled = synthetic_images(depth=9.0).amax(dim=(2, 3)) > 0
+    assert filled.tolist() == 5 * [2 * [False] + 9 * [True] + 2 * [False]]
+
+
+def test_no_latent_and_no_texture_starts_from_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    beginnings: list[tuple[float, ...]] = []
+
+    def remember(volumes: Tensor) -> None:
+        beginnings.extend(tuple(volume.flatten()[:9].tolist()) for volume in volumes)
+
+    def draw(model: Autoencoder, latents: Tensor, noise: Tensor) -> Tensor:
+        remember(noise)
+        return noise
+
+    monkeypatch.setattr(Autoencoder, "decode", draw)
+    model, attributes = small_autoencoder("kl", grain=True), np.zeros((len(OWNERS), 14), np.float32)
+    for seed in (0, 1):
+        blind = Blind()
+        synthesise(model, blind, "modern", attributes, OWNERS, steps=2, guidance=0.0, seed=seed)  # type: ignore[arg-type]
+        remember(blind.seen[0])
+    assert len(beginnings) == 2 * (len(OWNERS) + len(OWNERS))
+    assert len(set(beginnings)) == 2 * (len(OWNERS) + len(set(OWNERS)))  # a request's latents start alike

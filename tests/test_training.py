@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,18 @@ from torch import nn
 
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.models.autoencoder import VQAutoencoder
+from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.study import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
-from cardiac_ldm.training.autoencoder import AutoencoderSettings, VQRegularisation, reconstruct, train_autoencoder
-from cardiac_ldm.training.checkpoint import load_weights, save_state, save_weights, update_average
+from cardiac_ldm.training.autoencoder import (
+    AutoencoderSettings,
+    VQRegularisation,
+    _random_slices,
+    blurred_l1,
+    reconstruct,
+    train_autoencoder,
+)
+from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state, save_weights, update_average
 from cardiac_ldm.training.pretrain import cached_latents, held_out_loss, pretrain
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -41,9 +49,17 @@ def profile() -> Profile:
     return Profile.load(str(TINY))
 
 
-@pytest.fixture(params=["kl", "vq"])
+@pytest.fixture(scope="module", params=["kl", "vq"])
 def autoencoder(profile: Profile, request: pytest.FixtureRequest) -> AutoencoderSettings:
     return profile.autoencoder if request.param == "kl" else as_vq(profile)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    public: Cohort, autoencoder: AutoencoderSettings, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Autoencoder, list[dict[str, float]]]:
+    """An autoencoder that was trained without a break, and its losses."""
+    return train_autoencoder(public.split("train"), autoencoder, 0, tmp_path_factory.mktemp("trained") / "state.pt")
 
 
 def as_vq(profile: Profile) -> AutoencoderSettings:
@@ -70,23 +86,130 @@ def test_nothing_that_is_trained_without_noise_takes_private_patients(
             train(patients, steps=1, batch=1, learning_rate=1e-3, seed=0)
 
 
+@pytest.mark.parametrize(("steps", "first"), [(2, 0), (4, 0), (5, 4)], ids=["information", "between", "texture"])
 def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
-    public: Cohort, autoencoder: AutoencoderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: int,
+    first: int,
+    public: Cohort,
+    autoencoder: AutoencoderSettings,
+    trained: tuple[Autoencoder, list[dict[str, float]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, _ = train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "a.pt")
-
     def save_then_stop(path: Path, **state: list[object]) -> None:
         save_state(path, **state)
-        if len(state["losses"]) == 2:
+        if len(state["losses"]) == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("cardiac_ldm.training.autoencoder.save_state", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "b.pt", save_every=0)
-    resumed, losses = train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "b.pt")
-    assert [row["step"] for row in losses] == [0, 1, 2, 3]
-    for name, tensor in whole.state_dict().items():
+        train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "state.pt", save_every=0)
+    left = load_state(tmp_path / "state.pt")
+    assert left
+    assert (len(left["losses"]), left["first"]) == (steps, first)
+    taken: list[Patients] = []
+
+    def counted(patients: Patients, *given: Any) -> torch.Tensor:
+        taken.append(patients)
+        return _random_slices(patients, *given)
+
+    monkeypatch.setattr("cardiac_ldm.training.autoencoder._random_slices", counted)
+    resumed, losses = train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "state.pt")
+    assert len(taken) == 7 - steps  # none anew
+    assert [row["step"] for row in losses] == [0, 1, 2, 3, 4, 5, 6]
+    assert losses == trained[1]
+    for name, tensor in trained[0].state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_losses_are_told_by_the_terms_of_their_stage(
+    autoencoder: AutoencoderSettings, trained: tuple[Autoencoder, list[dict[str, float]]]
+) -> None:
+    information = ["step", "l1", "l2", autoencoder.regularisation.kind, "perceptual", "adversarial"]
+    texture = ["step", "blurred l1", "texture perceptual", "texture adversarial"]
+    assert [list(row) for row in trained[1]] == 4 * [information] + 3 * [texture]
+
+
+def test_texture_changes_the_decoder_and_no_latent(
+    public: Cohort,
+    autoencoder: AutoencoderSettings,
+    trained: tuple[Autoencoder, list[dict[str, float]]],
+    tmp_path: Path,
+) -> None:
+    patients, (model, _) = public.split("train"), trained
+    smooth, losses = train_autoencoder(patients, autoencoder.model_copy(update={"texture": None}), 0, tmp_path / "s.pt")
+    assert losses == trained[1][:4]
+    changed = {
+        name for name, tensor in smooth.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])
+    }
+    assert changed == set(smooth.decoder_parameters())  # not encoder, codebook nor scale
+    volumes = torch.from_numpy(patients.images([0, 1]))
+    with torch.no_grad():
+        assert torch.equal(smooth.encode(volumes), model.encode(volumes))
+    torch.manual_seed(0)
+    fresh = autoencoder.build()
+    for name, tensor in fresh.grain.state_dict().items():
+        assert not torch.equal(tensor, model.grain.state_dict()[name]), name
+
+
+def test_the_scale_of_latents_is_measured_on_the_same_volumes_with_texture_and_without(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+
+    def choose(model: Autoencoder, patients: Patients, rng: np.random.Generator) -> None:
+        chosen.append(int(rng.integers(2**62)))
+
+    monkeypatch.setattr("cardiac_ldm.training.autoencoder._set_latent_scale", choose)
+    for name, changes in (("grain", {}), ("smooth", {"texture": None})):
+        settings = profile.autoencoder.model_copy(update=changes)
+        train_autoencoder(public.split("train"), settings, 0, tmp_path / name)
+    assert chosen[0] == chosen[1]
+
+
+def test_the_deviation_of_a_vq_posterior_matters_to_no_stage(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, losses = train_autoencoder(public.split("train"), as_vq(profile), 0, tmp_path / "a.pt")
+    moments = VQAutoencoder.moments
+
+    def wide(model: VQAutoencoder, slices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = moments(model, slices)
+        return mean, 100 * std
+
+    monkeypatch.setattr(VQAutoencoder, "moments", wide)
+    assert train_autoencoder(public.split("train"), as_vq(profile), 0, tmp_path / "b.pt")[1] == losses
+
+
+def test_blurred_images_say_nothing_of_their_texture() -> None:
+    image = torch.rand(1, 2, 96, 96)
+    chequers = 0.2 * (-1.0) ** torch.arange(96) * (-1.0) ** torch.arange(96)[:, None]
+    assert blurred_l1(image + chequers, image).item() == pytest.approx(0, abs=1e-6)
+    assert blurred_l1(image + 0.2, image).item() == pytest.approx(0.2)
+    assert blurred_l1(image.roll(9, -1), image).item() > 0.05  # what is elsewhere is told
+
+
+def test_empty_slices_are_one_at_most_of_a_batch(public: Cohort) -> None:
+    patients = public.split("train")
+    n_filled = int(patients.images(np.arange(len(patients.owners))).any(axis=(2, 3)).sum())
+    assert n_filled < len(patients.owners) * 13 - 1
+    everything = _random_slices(patients, 99, 999, np.random.default_rng(0))
+    assert everything.shape == (n_filled + 1, 1, 96, 96)
+    assert everything.any(dim=-1).any(dim=-1).sum() == n_filled
+    assert _random_slices(patients, 2, 4, np.random.default_rng(0)).shape == (4, 1, 96, 96)
+
+
+@pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
+def test_the_seed_of_a_reconstruction_draws_its_texture_and_nothing_else(
+    grain: bool, public: Cohort, profile: Profile
+) -> None:
+    settings = profile.autoencoder.model_copy(update={} if grain else {"texture": None})
+    model, images = settings.build().eval(), np.repeat(public.split("train").images([0]), 9, axis=0)  # two batches
+    first = reconstruct(model, images, 0)
+    assert np.array_equal(reconstruct(model, images, 0), first)
+    assert np.allclose(reconstruct(model, images, 1), first, atol=1e-6) != grain
+    for other in first[1:]:
+        assert np.allclose(other, first[0], atol=1e-6) != grain
 
 
 def test_training_teaches_the_codebook_and_using_it_does_not(public: Cohort, profile: Profile, tmp_path: Path) -> None:
@@ -102,7 +225,7 @@ def test_training_teaches_the_codebook_and_using_it_does_not(public: Cohort, pro
     taught = {name: tensor.clone() for name, tensor in model.quantiser.state_dict().items()}
     for name, tensor in fresh.quantiser.state_dict().items():
         assert not torch.equal(tensor, taught[name]), name
-    reconstruct(model.train(), patients.images([0, 1]))
+    reconstruct(model.train(), patients.images([0, 1]), 0)
     for name, tensor in model.quantiser.state_dict().items():
         assert torch.equal(tensor, taught[name]), name
 
@@ -162,10 +285,9 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(
 
 
 def test_the_latent_scale_standardises_public_latents(
-    public: Cohort, autoencoder: AutoencoderSettings, tmp_path: Path
+    public: Cohort, trained: tuple[Autoencoder, list[dict[str, float]]], tmp_path: Path
 ) -> None:
-    patients = public.split("train")
-    model, _ = train_autoencoder(patients, autoencoder, 0, tmp_path / "state.pt")
+    patients, (model, _) = public.split("train"), trained
     latents = cached_latents(model, patients, tmp_path / "latents.npy")
     assert latents.shape == (len(patients.owners), 2, 13, 12, 12)
     assert latents.mean(axis=(0, 2, 3, 4)) == pytest.approx([0, 0], abs=1e-3)

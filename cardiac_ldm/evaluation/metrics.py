@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
+from cardiac_ldm.evaluation.control import agreement, phase_accuracy, phase_order, read_anatomy
 from cardiac_ldm.evaluation.diversity import mean_similarity, similarity_of_pairs
 from cardiac_ldm.evaluation.features import slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
@@ -28,6 +28,7 @@ JUDGEMENTS: dict[str, tuple[Kind, Better]] = {
     "KID": ("floor", "lower"),
     "MS-SSIM": ("level", "near real"),
     "phase accuracy": ("ceiling", "higher"),
+    "phase order": ("ceiling", "higher"),
     "correlation": ("ceiling", "higher"),
     "bias": ("ceiling", "near zero"),
     "mean absolute error": ("ceiling", "lower"),
@@ -212,6 +213,7 @@ def _readings(cohort: Measured, resamples: int, seed: int) -> Estimates:
     estimates: Estimates = {
         ("MS-SSIM", None): interval(lambda patients: mean_similarity(cohort.similarity, patients), cohort.n_patients),
         ("phase accuracy", None): interval(*phase_accuracy(cohort.anatomy)),
+        ("phase order", None): interval(*phase_order(cohort.anatomy)),
     }
     for attribute in (name for name in ATTRIBUTE_NAMES if name != "ESED" and name in set(cohort.anatomy.attribute)):
         statistics, n_known = agreement(cohort.anatomy, attribute)

@@ -1,10 +1,12 @@
 """Draw a synthetic cohort: volumes for the attributes that were asked for, and its file format."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
@@ -54,22 +56,31 @@ def synthesise(
 ) -> SyntheticCohort:
     """Sample one volume for each row of `attributes` (n, 14) by DDIM.
 
-    The volumes of one request start from the same noise, which depends on the seed and the request alone: models are
-    compared on the same requests and noise. Slices beyond the DEPTH that was asked for are empty, as in the data.
+    The volumes of one request start from the same noise, which depends on the seed and the request alone, and so does
+    the noise of their texture, which differs: models are compared on the same requests and noise. Slices beyond the
+    DEPTH that was asked for are empty, as in the data.
     """
     size = GRID.size // autoencoder.reduction
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)
-    rngs = (np.random.default_rng([seed, int(owner)]) for owner in owners)
-    noise = torch.stack([torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for rng in rngs])
+    noise = torch.stack([_normal([seed, owner], *shape) for owner in owners])
     asked, volumes = torch.from_numpy(attributes), []
     n_batches = len(range(0, len(asked), batch))
     with tqdm(total=n_batches * steps, desc="sample", unit="step") as bar:
         for rows in torch.arange(len(asked)).split(batch):
             latents = sample_ddim(denoiser, name, noise[rows], asked[rows], guidance, steps, bar.update)
-            volumes.append(autoencoder.decode(latents).numpy())
+            texture = torch.stack(
+                [_normal([seed, owners[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
+            )
+            volumes.append(autoencoder.decode(latents, texture).numpy())
     images = np.concatenate(volumes)
     for image, depth in zip(images, attributes[:, ATTRIBUTE_NAMES.index("DEPTH")], strict=True):
         if np.isfinite(depth):
             first = (GRID.n_slices - round(float(depth))) // 2
             image[:first], image[first + round(float(depth)) :] = 0, 0
     return SyntheticCohort(images, attributes, owners)
+
+
+def _normal(seed: Sequence[int], *shape: int) -> Tensor:
+    """White noise of this shape, which the seed alone tells."""
+    rng = np.random.default_rng([int(part) for part in seed])
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))

@@ -2,13 +2,18 @@
 
 The two ways to regularise a latent are those of Rombach et al. (arXiv 2112.10752, section 3.1). MONAI's 3D autoencoders
 silently lose a slice of 13; its 2D one applied to every slice can't. A pixel-unshuffle stem (Shi et al., arXiv
-1609.05158) halves the plane before the first convolution, which is most of the cost on a CPU.
+1609.05158) shrinks the plane before the first convolution, which is most of the cost on a CPU.
+
+Texture is not information: a latent that held the grain of a slice would have no room for its heart. So the decoder is
+given white noise beside the latent (after Karras et al., arXiv 1812.04948) and draws the grain from that.
 """
 
 import torch
 from einops import rearrange
+from monai.networks.blocks.upsample import UpSample
 from monai.networks.layers.vector_quantizer import EMAQuantizer
 from monai.networks.nets import AutoencoderKL
+from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
 
@@ -20,12 +25,15 @@ class Autoencoder(nn.Module):
         channels: width at each level; every level after the first halves the plane.
         residual_blocks: residual blocks a level.
         stem: factor of the pixel-unshuffle stem (1 for none).
+        grain: whether the decoder draws from noise too; else it pays no heed to the noise.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int) -> None:
+    def __init__(
+        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, grain: bool
+    ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
         self.reduction = stem * 2 ** (len(channels) - 1)
@@ -42,6 +50,7 @@ class Autoencoder(nn.Module):
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
         )
+        self.grain = nn.ModuleDict(_grains(self.net.decoder.blocks, self.reduction) if grain else {})
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -50,24 +59,38 @@ class Autoencoder(nn.Module):
         mean, std = self.net.encode(self.squeeze(2 * slices - 1))
         return mean, std
 
-    def draw(self, latents: Tensor) -> Tensor:
-        """Slices (b, 1, h, w) in [0, 1] from latents (b, c, h/r, w/r) as `moments` gives them."""
-        return self.expand(self.net.decode(latents)).sigmoid()
+    def draw(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Slices (b, 1, h, w) in [0, 1] from latents (b, c, h/r, w/r) as `moments` gives them.
+
+        noise: white, (b, 1, h, w), from which texture is drawn; without it there is none.
+        """
+        return self._render(latents, noise)
+
+    def _render(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = self.net.post_quant_conv(latents)
+        for number, block in enumerate(self.net.decoder.blocks):
+            x = block(x)
+            if noise is not None and str(number) in self.grain:
+                x = x + self.grain[str(number)](noise)
+        x = self.expand(x)
+        if noise is not None and self.grain:
+            x = x + self.grain["finish"](torch.cat([x, noise], dim=1))
+        return x.sigmoid()
 
     def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1].
+        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1], with no noise for the decoder.
 
         Returns:
             The slices as drawn from a sample of their posterior, and its KL divergence from the standard normal
             (Kingma and Welling, arXiv 1312.6114), in nats, averaged over the numbers of the latent.
         """
         mean, std = self.moments(slices)
-        drawn = self.draw(mean + std * torch.randn(mean.shape, generator=generator))
+        drawn = self._render(mean + std * torch.randn(mean.shape, generator=generator))
         return drawn, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
 
     def decoder_parameters(self) -> dict[str, nn.Parameter]:
         """What turns latents into slices, by the names of `named_parameters`: nothing of encoder or codebook."""
-        decoder = ("net.post_quant_conv.", "net.decoder.")
+        decoder = ("net.post_quant_conv.", "net.decoder.", "grain.")
         return {name: parameter for name, parameter in self.named_parameters() if name.startswith(decoder)}
 
     def encode(self, volumes: Tensor) -> Tensor:
@@ -76,11 +99,32 @@ class Autoencoder(nn.Module):
         mean = (mean - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
         return rearrange(mean, "(b d) c h w -> b c d h w", b=len(volumes))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Volumes (b, d, h, w) in [0, 1] from standardised latents (b, c, d, h/r, w/r)."""
+    def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Volumes (b, d, h, w) in [0, 1] from standardised latents (b, c, d, h/r, w/r) and white noise (b, d, h, w)."""
         flat = rearrange(latents, "b c d h w -> (b d) c h w")
         flat = flat * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-        return rearrange(self.draw(flat), "(b d) 1 h w -> b d h w", b=len(latents))
+        slices = self.draw(flat, None if noise is None else rearrange(noise, "b d h w -> (b d) 1 h w"))
+        return rearrange(slices, "(b d) 1 h w -> b d h w", b=len(latents))
+
+
+@torch.random.fork_rng(devices=())  # everything else starts as it would without grain
+def _grains(blocks: nn.ModuleList, reduction: int) -> dict[str, nn.Module]:
+    """By the number of each residual block of a decoder, what turns a noise image into what is added to its output.
+
+    "finish" works on the slice itself, where no trace is left of the grid of the pixel-shuffle.
+    """
+    grains: dict[str, nn.Module] = {}
+    for number, block in enumerate(blocks):
+        if isinstance(block, UpSample):
+            reduction //= 2
+        if isinstance(block, AEKLResBlock):
+            mixed = nn.Conv2d(reduction**2, block.out_channels, 1, bias=False)
+            nn.init.normal_(mixed.weight, std=0.03 / reduction)
+            grains[str(number)] = nn.Sequential(nn.PixelUnshuffle(reduction), mixed)
+    last = nn.Conv2d(16, 1, 3, padding=1)
+    nn.init.normal_(last.weight, std=0.003)
+    grains["finish"] = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.SiLU(), last)
+    return grains
 
 
 class VQAutoencoder(Autoencoder):
@@ -97,19 +141,19 @@ class VQAutoencoder(Autoencoder):
     """
 
     def __init__(
-        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, codes: int
+        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, grain: bool, codes: int
     ) -> None:
-        super().__init__(latent_channels, channels, residual_blocks, stem)
+        super().__init__(latent_channels, channels, residual_blocks, stem, grain)
         self.quantiser = EMAQuantizer(2, codes, latent_channels, commitment_cost=1.0)
         # MONAI starts from counts of zero, which sends every code that the first batch misses 1e5 times as far away.
         self.quantiser.ema_cluster_size.fill_(1)
 
-    def draw(self, latents: Tensor) -> Tensor:
-        """Slices (b, 1, h, w) in [0, 1] from latents (b, c, h/r, w/r), quantised first; gradients pass straight on."""
+    def draw(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As the KL autoencoder's, the latents quantised first; gradients pass straight on."""
         # `quantize` and `embed` leave the codebook alone in every mode; a few slices at a time, because MONAI spells
         # out the distance of each vector to each code.
         nearest = [self.quantiser.embed(self.quantiser.quantize(few)[2]) for few in latents.split(8)]
-        return super().draw(latents + (torch.cat(nearest) - latents).detach())
+        return self._render(latents + (torch.cat(nearest) - latents).detach(), noise)
 
     def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1]; in train mode it moves the codebook.
@@ -119,4 +163,4 @@ class VQAutoencoder(Autoencoder):
             number, of the latents from their codes. Nothing is drawn from `generator`.
         """
         quantised, commitment, _ = self.quantiser(self.moments(slices)[0])
-        return super().draw(quantised), commitment
+        return self._render(quantised), commitment

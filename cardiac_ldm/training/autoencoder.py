@@ -1,8 +1,14 @@
-"""Train an autoencoder, KL or VQ, on public patients, and measure the scale of its latents on them."""
+"""Train an autoencoder, KL or VQ, on public patients, and measure the scale of its latents on them.
+
+Information comes first: encoder and decoder learn what is where. Then, where the settings say so, texture: the decoder
+alone learns to draw what no latent holds, from noise and against a critic. The latents are the same after as before.
+"""
 
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -10,14 +16,17 @@ from einops import rearrange
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import Patients, require_public
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
-from cardiac_ldm.models.perception import PerceptionEncoder
+from cardiac_ldm.models.perception import Critic, PerceptionEncoder
 from cardiac_ldm.training.checkpoint import load_state, save_state
+
+_MOVES = 9
+"""Places at which the texture's window may start, along each axis."""
 
 
 class KLRegularisation(BaseModel):
@@ -39,8 +48,23 @@ class VQRegularisation(BaseModel):
     weight: float = Field(ge=0)
 
 
+class TextureSettings(BaseModel):
+    """Training of the decoder alone; weights are relative to the L1 term, which sees slices blurred to 4 pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int
+    learning_rate: float
+    perceptual: float
+    adversarial: float
+
+
 class AutoencoderSettings(BaseModel):
-    """Architecture and training of the autoencoder; weights of the loss are relative to the L1 term."""
+    """Architecture and training of the autoencoder; weights of the loss are relative to the L1 term.
+
+    adversarial: of a critic of pixels in the first stage, as in the paper. texture: the second stage, whose decoder
+    draws from noise, or nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,13 +80,29 @@ class AutoencoderSettings(BaseModel):
     regularisation: Annotated[KLRegularisation | VQRegularisation, Field(discriminator="kind")]
     perceptual: float
     adversarial: float
+    texture: TextureSettings | None
 
     def build(self) -> Autoencoder:
         """A fresh autoencoder of the kind that `regularisation` names."""
-        size = self.latent_channels, self.channels, self.residual_blocks, self.stem
+        size = self.latent_channels, self.channels, self.residual_blocks, self.stem, self.texture is not None
         if isinstance(self.regularisation, VQRegularisation):
             return VQAutoencoder(*size, self.regularisation.codes)
         return Autoencoder(*size)
+
+
+@dataclass
+class _Stage:
+    """What learns, by which terms of the loss, against which critic.
+
+    terms: slices, generator -> the terms, and what gives the critic's own loss afterwards.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    parameters: Iterable[nn.Parameter]
+    terms: Callable[[Tensor, torch.Generator], tuple[dict[str, Tensor], Callable[[], Tensor] | None]]
+    critic: nn.Module
 
 
 def train_autoencoder(
@@ -79,74 +119,162 @@ def train_autoencoder(
     require_public(patients, "private patients through the autoencoder's weights and the scale of its latents")
     torch.manual_seed(seed)
     model, perception = settings.build(), PerceptionEncoder()
-    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, settings.steps, pct_start=0.1)
+    losses: list[dict[str, float]] = []
+    _descend(model, _information(model, settings, perception), 0, patients, settings, seed, state, losses, save_every)
+    _set_latent_scale(model.eval(), patients, np.random.default_rng([seed, settings.steps]))
+    if settings.texture:
+        stage = _texture(model.train(), settings.texture, perception)
+        _descend(model, stage, settings.steps, patients, settings, seed, state, losses, save_every)
+    return model.eval(), losses
+
+
+def _information(model: Autoencoder, settings: AutoencoderSettings, perception: PerceptionEncoder) -> _Stage:
+    """The first stage: everything learns to reproduce what was there."""
     critic = PatchDiscriminator(spatial_dims=2, channels=32, in_channels=1, num_layers_d=3)
-    critic_optimiser = torch.optim.Adam(critic.parameters(), settings.learning_rate)
     judge = PatchAdversarialLoss(criterion="least_squares")
-    parts = {
+
+    def terms(slices: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
+        drawn, penalty = model.training_pass(slices, generator)
+        found = {
+            "l1": functional.l1_loss(drawn, slices),
+            "l2": settings.l2 * functional.mse_loss(drawn, slices),
+            settings.regularisation.kind: settings.regularisation.weight * penalty,
+        }
+        if settings.perceptual:
+            with torch.no_grad():
+                real = perception.perceptual_features(slices)
+            found["perceptual"] = settings.perceptual * _unlikeness(perception.perceptual_features(drawn), real)
+        if not settings.adversarial:
+            return found, None
+        critic.requires_grad_(False)
+        found["adversarial"] = settings.adversarial * judge(critic(drawn)[-1], True, for_discriminator=False)
+        critic.requires_grad_(True)
+
+        def of_critic() -> Tensor:
+            real, fake = critic(slices)[-1], critic(drawn.detach())[-1]
+            return 0.5 * (judge(real, True, for_discriminator=True) + judge(fake, False, for_discriminator=True))
+
+        return found, of_critic
+
+    return _Stage("autoencoder", settings.steps, settings.learning_rate, model.parameters(), terms, critic)
+
+
+def _texture(model: Autoencoder, settings: TextureSettings, perception: PerceptionEncoder) -> _Stage:
+    """The second stage: the decoder learns to draw from noise what the latents don't hold (hinge loss)."""
+    critic = Critic()
+
+    def terms(slices: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
+        with torch.no_grad():
+            mean, std = model.moments(slices)
+        latents = mean if isinstance(model, VQAutoencoder) else torch.normal(mean, std, generator=generator)
+        drawn = model.draw(latents, torch.randn(slices.shape, generator=generator))
+        # A window that moves: the strides of the encoder would else leave their grid in the texture.
+        top, left = torch.randint(_MOVES, (2,), generator=generator).tolist()
+        size = slices.shape[-1] - _MOVES + 1
+        drawn, slices = (x[..., top : top + size, left : left + size] for x in (drawn, slices))
+        with torch.no_grad():
+            real = perception.perceptual_features(slices)
+        fake = perception.perceptual_features(drawn)
+        critic.requires_grad_(False)
+        found = {
+            "blurred l1": blurred_l1(drawn, slices),
+            "texture perceptual": settings.perceptual * _unlikeness(fake[-2:], real[-2:]),
+            "texture adversarial": -settings.adversarial * _total(score.mean() for score in critic(drawn, fake)),
+        }
+        critic.requires_grad_(True)
+
+        def of_critic() -> Tensor:
+            on_real = critic(slices, real)
+            on_fake = critic(drawn.detach(), [seen.detach() for seen in fake])
+            pairs = zip(on_real, on_fake, strict=True)
+            return _total(functional.relu(1 - a).mean() + functional.relu(1 + b).mean() for a, b in pairs)
+
+        return found, of_critic
+
+    return _Stage("texture", settings.steps, settings.learning_rate, model.decoder_parameters().values(), terms, critic)
+
+
+def blurred_l1(drawn: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference of images (n, c, h, w) blurred to 4 pixels: says nothing of their texture."""
+    return functional.l1_loss(functional.avg_pool2d(drawn, 4, stride=2), functional.avg_pool2d(real, 4, stride=2))
+
+
+def _unlikeness(drawn: list[Tensor], real: list[Tensor]) -> Tensor:
+    """Mean distance of the directions of features, position by position, summed over maps: all maps weigh alike.
+
+    After LPIPS (Zhang et al., arXiv 1801.03924), the distance itself in place of its square.
+    """
+    unit = [[functional.normalize(seen, dim=1) for seen in maps] for maps in (drawn, real)]
+    return _total(((a - b).square().sum(dim=1) + 1e-8).sqrt().mean() for a, b in zip(*unit, strict=True))
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
+
+
+def _descend(
+    model: Autoencoder,
+    stage: _Stage,
+    first: int,
+    patients: Patients,
+    settings: AutoencoderSettings,
+    seed: int,
+    state: Path,
+    losses: list[dict[str, float]],
+    save_every: float,
+) -> None:
+    """Take a stage's steps, of which the first is number `first`; adds to `losses`."""
+    parameters = list(stage.parameters)
+    optimiser = torch.optim.Adam(parameters, stage.learning_rate, betas=(0.9, 0.99))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, stage.learning_rate, max(stage.steps, 2), pct_start=0.1)
+    of_critic = torch.optim.Adam(stage.critic.parameters(), stage.learning_rate, betas=(0.0, 0.99))
+    parts: dict[str, Any] = {
         "model": model,
         "optimiser": optimiser,
-        "schedule": schedule,
-        "critic": critic,
-        "critic_optimiser": critic_optimiser,
+        "rate": rate,
+        "critic": stage.critic,
+        "of_critic": of_critic,
     }
-    losses: list[dict[str, float]] = []
     if saved := load_state(state):
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        losses = saved["losses"]
+        if saved["first"] > first:
+            return
+        if saved["first"] == first:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            losses[:] = saved["losses"]
 
-    written = time.monotonic()
-    with tqdm(total=settings.steps, initial=len(losses), desc="autoencoder", unit="step") as bar:
-        for step in range(len(losses), settings.steps):
+    written, done = time.monotonic(), len(losses) - first
+    with tqdm(total=stage.steps, initial=done, desc=stage.name, unit="step") as bar:
+        for step in range(first + done, first + stage.steps):
             rng = np.random.default_rng([seed, step])
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             slices = _random_slices(patients, settings.volumes, settings.slices, rng)
-            drawn, penalty = model.training_pass(slices, generator)
-            terms = {
-                "l1": functional.l1_loss(drawn, slices),
-                "l2": settings.l2 * functional.mse_loss(drawn, slices),
-                settings.regularisation.kind: settings.regularisation.weight * penalty,
-            }
-            if settings.perceptual:
-                half = len(slices) // 2  # half of the slices teach as much for half of the cost
-                features = perception.perceptual_features(torch.cat([drawn[:half], slices[:half]]))
-                pairs = (feature.chunk(2) for feature in features)
-                terms["perceptual"] = settings.perceptual * sum(
-                    (functional.mse_loss(a, b, reduction="sum") / a[:, 0].numel() for a, b in pairs), torch.zeros(())
-                )
-            if settings.adversarial:
-                critic.requires_grad_(False)
-                terms["adversarial"] = settings.adversarial * judge(critic(drawn)[-1], True, for_discriminator=False)
-                critic.requires_grad_(True)
+            terms, critics_loss = stage.terms(slices, generator)
             optimiser.zero_grad()
-            torch.stack(list(terms.values())).sum().backward()
+            _total(terms.values()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
-            schedule.step()
-            if settings.adversarial:
-                real, fake = critic(slices)[-1], critic(drawn.detach())[-1]
-                critic_optimiser.zero_grad()
-                (
-                    0.5 * (judge(real, True, for_discriminator=True) + judge(fake, False, for_discriminator=True))
-                ).backward()
-                critic_optimiser.step()
+            rate.step()
+            if critics_loss:
+                of_critic.zero_grad()
+                critics_loss().backward()
+                of_critic.step()
             losses.append({"step": step} | {name: term.item() for name, term in terms.items()})
             bar.update()
-            bar.set_postfix(l1=f"{losses[-1]['l1']:.4f}")
+            bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses[-1].items())[1:2]})
             if time.monotonic() - written > save_every:
-                save_state(state, losses=losses, **{name: part.state_dict() for name, part in parts.items()})
+                saved_parts = {name: part.state_dict() for name, part in parts.items()}
+                save_state(state, first=first, losses=losses, **saved_parts)
                 written = time.monotonic()
-    model.eval()
-    _set_latent_scale(model, patients, np.random.default_rng([seed, settings.steps]))
-    return model, losses
 
 
 def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random.Generator) -> Tensor:
-    """(slices, 1, 96, 96) random slices, padding among them, of `volumes` random volumes."""
+    """(slices, 1, 96, 96) random slices of `volumes` random volumes; of the empty ones, which all look alike, one."""
     chosen = rng.choice(len(patients.owners), min(volumes, len(patients.owners)), replace=False)
-    stack = rearrange(torch.from_numpy(patients.images(chosen)), "v d h w -> (v d) 1 h w")
-    return stack[torch.from_numpy(rng.choice(len(stack), min(slices, len(stack)), replace=False))]
+    stack = rearrange(patients.images(chosen), "v d h w -> (v d) 1 h w")
+    filled = stack.any(axis=(1, 2, 3))
+    stack = np.concatenate([stack[filled], stack[~filled][:1]])
+    return torch.from_numpy(stack[rng.choice(len(stack), min(slices, len(stack)), replace=False)])
 
 
 @torch.no_grad()
@@ -159,7 +287,12 @@ def _set_latent_scale(model: Autoencoder, patients: Patients, rng: np.random.Gen
 
 
 @torch.no_grad()
-def reconstruct(model: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """What is left of float32 volumes (n, 13, 96, 96) after encoding and decoding."""
-    batches = torch.from_numpy(images).split(8)
-    return torch.cat([model.decode(model.encode(batch)) for batch in tqdm(batches, desc="reconstruct")]).numpy()
+def reconstruct(model: Autoencoder, images: np.ndarray, seed: int) -> np.ndarray:
+    """What is left of float32 volumes (n, 13, 96, 96) after encoding and decoding; `seed` draws their texture."""
+    batches, generator = torch.from_numpy(images).split(8), torch.Generator().manual_seed(seed)
+    return torch.cat(
+        [
+            model.decode(model.encode(batch), torch.randn(batch.shape, generator=generator))
+            for batch in tqdm(batches, desc="reconstruct")
+        ]
+    ).numpy()

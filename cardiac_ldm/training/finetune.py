@@ -9,7 +9,6 @@ import torch
 from einops import repeat
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
-from torch.nn.functional import l1_loss
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
@@ -19,6 +18,7 @@ from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attribute
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import random_loss
 from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
@@ -141,9 +141,10 @@ def finetune_decoder(
 ) -> Ledger:
     """Let the public autoencoder's decoder learn how private hearts look; leaves the same files as `finetune`.
 
-    The loss is the mean absolute error of reconstruction; there is no discriminator, which would learn from private
-    patients outside the clipped gradient. The encoder, its codebook and the latent scale stay public, so the latents
-    that the denoiser was pre-trained on stay what they were.
+    The loss is the mean absolute error of reconstruction, blurred so that the decoder keeps the texture that it has
+    learnt to draw; there is no critic, which would learn from private patients outside the clipped gradient. The
+    encoder, its codebook and the latent scale stay public, so the latents that the denoiser was pre-trained on stay
+    what they were.
 
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds another run.
@@ -171,7 +172,8 @@ def finetune_decoder(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             with torch.no_grad():
                 latents = model.encode(volumes)
-            return l1_loss(model.decode(latents).float(), volumes)
+            noise = torch.randn(volumes.shape, generator=generator).to(device)
+            return blurred_l1(model.decode(latents, noise).float(), volumes)
 
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
     _leave(model.cpu(), folder)

@@ -29,6 +29,7 @@ class DenoiserSettings(BaseModel):
     residual_blocks: int
     heads: int
     context: int
+    frequencies: int
 
     def build(self, latent_channels: int) -> Denoiser:
         """A fresh denoiser; attributes are scaled by the fixed public ranges of `cohort.ATTRIBUTES`."""
@@ -40,6 +41,7 @@ class DenoiserSettings(BaseModel):
             self.residual_blocks,
             self.heads,
             self.context,
+            self.frequencies,
             GRID.n_slices,
             ranges,
         )
