@@ -36,7 +36,7 @@ PACKAGES = {
 }
 
 PARTS = {
-    "Background": ["method", "mechanism", "recipe", "data", "phantom"],
+    "Background": ["method", "mechanism", "models", "recipe", "data", "phantom"],
     "The study": ["00_", "01_", "02_"],
     "Private models": ["03_"],
     "Evaluation": ["04_", "05_"],
@@ -92,6 +92,7 @@ def write_contents() -> None:
     files = [
         "method",
         "mechanism",
+        "models",
         "recipe",
         "data",
         "phantom",

@@ -1,0 +1,166 @@
+"""What an autoencoder loses: `python -m benchmarks.compression [--data DIR] [ROW ...]` (hours; resumable).
+
+Variants of the `laptop` profile's autoencoder, all trained for the same number of steps, a fifth of the profile's, are
+judged on public validation patients; so nothing is chosen on a test split. The profile's own (the one that is
+shipped, where it is) is judged on test patients, public and simulated private, and on real hearts.
+
+FD-EffNet and KID are those between patients and their own reconstructions. Beside them stand the distance between two
+halves of the patients (a floor at half their number) and that between public and private patients. A
+segmenter reads originals and reconstructions alike; its errors are means over patients of absolute differences.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import PSNRMetric
+from monai.metrics.regression import compute_ms_ssim
+
+from benchmarks import RESULTS, keep
+from benchmarks.acdc import RUNS, parser
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patients, load_manifest, measure_attributes, prepare
+from cardiac_ldm.evaluation.control import volume_dice
+from cardiac_ldm.evaluation.diversity import SCALE_WEIGHTS
+from cardiac_ldm.evaluation.features import SLICES, slice_features
+from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
+from cardiac_ldm.models.anatomy import Segmenter
+from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.study import Parameters, Study
+from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
+from cardiac_ldm.training.checkpoint import load_weights, save_weights
+
+READ = ("LVEDV", "LVESV", "RVEDV", "RVESV", "MYOEDTHICK", "MYOESTHICK")
+SHARE = 5
+"""Variants are trained for a fifth of the profile's steps."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "8x with 4 channels: the profile's": {},
+    "4x with 1 channel (the paper's latent)": {"latent_channels": 1, "channels": [64], "residual_blocks": 2},
+    "VQ, 1,024 codes": {"regularisation": {"kind": "vq", "codes": 1024, "weight": 0.25}},
+    "KL weight / 100": {"regularisation": {"kind": "kl", "weight": 1e-5}},
+    "KL weight x 10": {"regularisation": {"kind": "kl", "weight": 1e-2}},
+    "pixel-unshuffle stem of 2": {"stem": 2, "channels": [32, 64, 96]},
+    "pixel-unshuffle stem of 8": {"stem": 8, "channels": [128], "residual_blocks": 2},
+    "no perceptual term": {"perceptual": 0.0},
+    "no texture stage": {"texture": None},
+    "no texture stage, no perceptual term": {"texture": None, "perceptual": 0.0},
+    "no texture stage, critic of pixels": {"texture": None, "adversarial": 0.02},
+    "texture without a critic": {"texture": {"adversarial": 0.0}},
+}
+BANDS = {"coarse": (0.0, 1 / 8), "middle": (1 / 8, 1 / 4), "fine": (1 / 4, 1 / 2)}
+"""Cycles per voxel, between which the power of reconstructions is held against that of originals."""
+
+
+def settings_of(variant: str, profile: AutoencoderSettings) -> AutoencoderSettings:
+    """The profile's settings with what a variant changes, and its share of steps."""
+    said, changes = profile.model_dump(mode="json"), dict(VARIANTS[variant])
+    if changes.get("texture"):
+        changes["texture"] = said["texture"] | changes["texture"]
+    said |= {"steps": said["steps"] // SHARE} | changes
+    if said["texture"]:
+        said["texture"] = said["texture"] | {"steps": profile.model_dump()["texture"]["steps"] // SHARE}
+    return AutoencoderSettings.model_validate(said)
+
+
+def power(images: np.ndarray) -> dict[str, float]:
+    """Power of the middle slices of volumes (n, 13, 96, 96) between the frequencies of each band."""
+    spectrum = (np.abs(np.fft.fft2(images[:, SLICES])) ** 2).mean(axis=(0, 1))
+    frequency = np.hypot(*np.meshgrid(*2 * (np.fft.fftfreq(GRID.size),)))
+    return {name: float(spectrum[(low < frequency) & (frequency <= high)].sum()) for name, (low, high) in BANDS.items()}
+
+
+def read(segmenter: Segmenter, images: np.ndarray, patients: Patients) -> dict[str, np.ndarray]:
+    """Volumes (mL) and wall thickness (mm) of every patient, as the segmenter sees them in these images."""
+    batches = torch.from_numpy(images).split(8)
+    with torch.no_grad():
+        labels = torch.cat([segmenter(batch).argmax(dim=1).to(torch.uint8) for batch in batches]).numpy()
+    phase = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
+    found = []
+    for owner in range(len(patients)):
+        own = np.flatnonzero(patients.owners == owner)
+        found.append(measure_attributes({"ED" if phase[i] else "ES": labels[i] for i in own}, GRID.spacing_mm))
+    return {name: np.array([row[name] for row in found]) for name in READ}
+
+
+def judge(model: Autoencoder, patients: Patients, segmenter: Segmenter) -> dict[str, float]:
+    """All that is measured on these patients and their reconstructions."""
+    volumes = np.arange(len(patients.owners))
+    real, drawn = (images := patients.images(volumes)), reconstruct(model, images, seed=0)
+    drawn[~images.any(axis=(2, 3))] = 0  # beyond the stack, where synthetic cohorts are empty too
+    (x, owners), (y, _) = (slice_features(z, patients.owners) for z in (real, drawn))
+    everyone, half = np.arange(len(patients)), owners < len(patients) // 2
+    before, after = power(real), power(drawn)
+    a, b = (torch.from_numpy(z) for z in (drawn, real))
+    similar = [compute_ms_ssim(p, q, 2, weights=SCALE_WEIGHTS) for p, q in zip(a.split(16), b.split(16), strict=True)]
+    found = {
+        "n_patients": len(patients),
+        "fd": frechet_distance(x, y),
+        "fd_floor": frechet_distance(x[half], x[~half]),
+        "kid": KernelDistance(x, owners, y, owners)(everyone, everyone),
+        "psnr": float(PSNRMetric(max_val=1.0, reduction="mean")(a, b).mean()),
+        "ms_ssim": float(torch.cat(similar).mean()),
+        **{f"power_{band}": after[band] / before[band] for band in BANDS},
+    }
+    dice = [volume_dice(segmenter, images, patients.labels(volumes)).mean() for images in (real, drawn)]
+    found |= {f"dice_change_{name}": float(dice[1][name] - dice[0][name]) for name in dice[0].index}
+    originals, copies = (read(segmenter, images, patients) for images in (real, drawn))
+    for name in READ:
+        change = 100 * (copies[name] - originals[name]) / originals[name]
+        found |= {f"{name}_error": float(np.nanmean(np.abs(change))), f"{name}_bias": float(np.nanmean(change))}
+    return found
+
+
+def trained(settings: AutoencoderSettings, patients: Patients) -> Autoencoder:
+    """An autoencoder with these settings, trained now or before."""
+    key = hashlib.sha256((settings.model_dump_json() + patients.path.name).encode()).hexdigest()[:12]
+    folder = RUNS / "compression" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, model = folder / "weights.safetensors", settings.build()
+    if not weights.exists():
+        trained, _ = train_autoencoder(patients, settings, 0, folder / "state.pt")
+        save_weights(trained, weights)
+        (folder / "state.pt").unlink(missing_ok=True)
+    load_weights(model, weights)
+    return model.eval()
+
+
+def main() -> None:
+    """Train what has not been trained, judge, keep one row a variant and one for the profile's on each cohort."""
+    arguments = parser(__doc__)
+    arguments.add_argument("variants", nargs="*", choices=[*VARIANTS, "none", []], help="all unless told")
+    given = arguments.parse_args()
+    study = Study(Parameters(profile="laptop"))
+    public, private, (segmenter, _) = study.public, study.private, study.instruments
+    cohorts = {
+        "public": public.split("test"),
+        "private (simulated)": private.split("test")[: len(public.split("test"))],
+    }
+    between = frechet_distance(
+        *(slice_features(some.images(np.arange(len(some.owners))), some.owners)[0] for some in cohorts.values())
+    )
+    if given.data:
+        said = load_manifest("acdc").model_dump()
+        train, validation, test = (said["splits"][split] for split in ("train", "validation", "test"))
+        said["splits"] = {"train": train[:-1], "validation": train[-1:], "test": [*validation, *test]}
+        acdc = prepare(Manifest.model_validate(said), store=RUNS / "cohorts", data_root=given.data)
+        cohorts["ACDC"] = acdc.split("test")
+    chosen = []
+    for name, patients in cohorts.items():
+        chosen.append({"judged on": name, **judge(study.load_autoencoder(), patients, segmenter)})
+        print(chosen[-1], flush=True)
+    path = RESULTS / "compression.json"  # rows of variants that weren't asked for stay
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {row["variant"]: row for row in known if row["variant"] in VARIANTS}
+    for variant in [name for name in given.variants or VARIANTS if name in VARIANTS]:
+        model = trained(settings_of(variant, study.profile.autoencoder), public.split("train"))
+        side = GRID.size // model.reduction
+        about = {"variant": variant, "latent": f"{model.latent_channels} x {GRID.n_slices} x {side} x {side}"}
+        rows[variant] = about | judge(model, public.split("validation"), segmenter)
+        print(rows[variant], flush=True)
+    distances = {"public_to_private": between, "n_patients": len(public.split("test"))}
+    keep("compression", run=study.autoencoder.key, distances=distances, chosen=chosen, rows=list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
