@@ -267,11 +267,11 @@ class Study:
 
     def _with_hearts_found(self, role: Role) -> Cohort:
         """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
-        if load_manifest(getattr(self.parameters, f"cohort_{role}")).simulated:
-            return self._cohort(role)  # they come with labels
-        if not self._public_as_given.split("train").labelled.any():
-            return self._cohort(role)
-        run = self._shipped("anatomy") or self._planned(*self._anatomy)
+        run = self._shipped("anatomy")
+        if run is None:
+            if not self._public_as_given.split("train").labelled.any():
+                return self._cohort(role)
+            run = self._planned(*self._anatomy)
         finder = HeartFinder(run.folder / "segmenter.safetensors", run.key)
         try:
             return self._cohort(role, finder)

@@ -157,8 +157,8 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, ac
     assert finished.returncode == 0, finished.stderr[-3000:]
     (folder,) = runs.glob("finetune-*")
     assert Ledger.load(folder / "privacy.json").randomness == "ChaCha20, keyed by the operating system's entropy"
-    evaluated, *_ = runs.glob("evaluate-*")
-    assert json.loads((evaluated / "metrics.json").read_text())["n_real_patients"] == 8  # the public ones stand in
+    (drawn,) = runs.glob("synthesise-*")
+    assert json.loads((drawn / "metrics.json").read_text())["n_volumes"] == 2 * 8  # public test patients stand in
     (release,) = (runs / "release").iterdir()
     statement = (release / "STATEMENT.md").read_text()
     assert "(10, 1e-05)-differential privacy per patient" in statement
