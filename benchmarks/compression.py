@@ -1,4 +1,4 @@
-"""What an autoencoder loses: `python -m benchmarks.compression [--data DIR] [ROW ...]` (hours; resumable).
+"""What an autoencoder loses: `python -m benchmarks.compression [--data DIR] [VARIANT ... | none]` (hours; resumable).
 
 Variants of the `laptop` profile's autoencoder, all trained for the same number of steps, a fifth of the profile's, are
 judged on public validation patients; so nothing is chosen on a test split. The profile's own (the one that is

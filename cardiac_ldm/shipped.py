@@ -31,7 +31,7 @@ def find(stage: str, wanted: Mapping[str, object], weights: Path | None = None) 
     if os.environ.get("CARDIAC_LDM_SHIPPED") == "0" or not (folder / "settings.yaml").exists():
         return None
     about = yaml.safe_load((folder / "settings.yaml").read_text())
-    if any(about[name] != value for name, value in wanted.items()):
+    if any(about.get(name) != value for name, value in wanted.items()):
         return None
     _check(folder)
     return about["key"], folder

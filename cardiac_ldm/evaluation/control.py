@@ -70,7 +70,7 @@ def phase_accuracy(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], 
 def phase_order(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int]:
     """Share of requests for both phases whose end-diastole looks more like one: the statistic, and their number.
 
-    A dilated heart at end-systole looks like many another's end-diastole, even in real patients; never like its own.
+    A dilated heart at end-systole looks like many another's end-diastole, even in real patients; rarely like its own.
     """
     volumes = table[(table.attribute == "ESED") & table.asked.notna()]
     pairs = volumes.pivot_table(index="owner", columns="asked", values="measured").reindex(columns=[0.0, 1.0]).dropna()

@@ -56,9 +56,9 @@ def synthesise(
 ) -> SyntheticCohort:
     """Sample one volume for each row of `attributes` (n, 14) by DDIM.
 
-    The volumes of one request start from the same noise, which depends on the seed and the request alone, and so does
-    the noise of their texture, which differs: models are compared on the same requests and noise. Slices beyond the
-    DEPTH that was asked for are empty, as in the data.
+    The volumes of one request start from the same noise, which depends on the seed and the request alone; the noise of
+    their texture depends on the row too: models are compared on the same requests and noise. Slices beyond the DEPTH
+    that was asked for are empty, as in the data.
     """
     size = GRID.size // autoencoder.reduction
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)
