@@ -36,7 +36,7 @@ from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune, finetune_decoder
-from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings, cached_latents, held_out_loss, pretrain
+from cardiac_ldm.training.pretrain import DenoiserSettings, Latents, PretrainSettings, held_out_loss, pretrain
 from cardiac_ldm.training.private import is_first_process, shared_decision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,7 +288,8 @@ class Study:
             raise PrivacyError(f"cohort_public: {manifest.name} is private; pre-training would reveal its patients")
         root = Path(data_root) if data_root else None
         limits = self.profile.patients[role].model_dump()
-        return prepare(manifest, store=self.runs / "cohorts", data_root=root, limits=limits, localiser=localiser)
+        store, on_demand = self.runs / "cohorts", role == "private"
+        return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=on_demand)
 
     def beside(self, parameters: "CohortParameters") -> list[Cohort]:
         """The cohort to hold beside the study's own; none where none is named."""
@@ -347,7 +348,7 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             patients = self.public.split("train")
-            latents = self.latents(patients, self.public)
+            latents = self.latents(patients, self.public)[:]
             model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt")
             save_weights(model, folder / "weights.safetensors")
             public_ledger(self.public.manifest.name).save(folder / "privacy.json")
@@ -401,6 +402,8 @@ class Study:
                 where = folder / "decoder"
                 before = finetune_decoder(autoencoder, patients, plan, first, randomness, where, public_data).mechanisms
             latents, plan = self.latents(patients, self.private), settings.plan(epsilon, *budget, before)
+            if patients.secret:
+                _ = latents[:]  # else what had been encoded would tell who was in the lots
             schedule = self.profile.denoiser.schedule
             finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
             return {"epsilon": _plain(epsilon)}
@@ -522,10 +525,10 @@ class Study:
         load_weights(phase, self.anatomy.folder / "phase.safetensors")
         return segmenter.eval(), phase.eval()
 
-    def latents(self, patients: Patients, cohort: Cohort) -> np.ndarray:
+    def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""
-        path = self.runs / "latents" / f"{patients.name}-{patients.split}-{cohort.key}-{self.autoencoder.key}.npy"
-        return cached_latents(self.load_autoencoder(), patients, path)
+        path = self.runs / "latents" / f"{patients.name}-{patients.split}-{cohort.key}-{self.autoencoder.key}.zarr"
+        return Latents(self.load_autoencoder(), patients, path)
 
     @property
     def _reference_key(self) -> str:
@@ -573,7 +576,8 @@ class Study:
                 temporary = done.with_suffix(".tmp")
                 temporary.write_text(json.dumps(metrics, indent=1))
                 temporary.replace(done)
-                (run.folder / "state.pt").unlink(missing_ok=True)
+                for state in run.folder.glob("*.pt"):
+                    state.unlink()
         return run
 
 

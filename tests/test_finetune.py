@@ -598,7 +598,7 @@ def test_nothing_of_real_patients_is_shown_or_left(
 ) -> None:
     secret = made_up(cohorts / "secret", manifest=HOSPITAL)
     capfd.readouterr()
-    pretrain.cached_latents(PROFILE.autoencoder.build().eval(), secret, tmp_path / "latents.npy")
+    pretrain.Latents(PROFILE.autoencoder.build().eval(), secret, tmp_path / "latents.zarr")[:]
     stopped(tmp_path / "killed", secret, recipe(), monkeypatch)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["privacy.json", "progress.txt", "state.pt"]
     state = load_state(tmp_path / "killed" / "state.pt") or {}

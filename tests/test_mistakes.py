@@ -113,7 +113,7 @@ def test_mistake_01_statistics_of_private_patients_are_never_taken(
     study: Study, hospital: Study, tmp_path: Path
 ) -> None:
     simulated, real, profile = study.private.split("train"), hospital.private.split("train"), study.profile
-    latents = study.latents(simulated, study.private)
+    latents = study.latents(simulated, study.private)[:]
     with pytest.raises(PrivacyError, match="scale of its latents"):
         train_autoencoder(simulated, profile.autoencoder, 0, tmp_path / "state.pt")
     with pytest.raises(PrivacyError, match="trained with no noise"):
@@ -261,6 +261,27 @@ def test_mistake_07_the_noise_on_real_patients_has_no_seed(hospital: Study) -> N
     assert (again.folder / "weights.safetensors").read_bytes() != weights
 
 
+def test_mistake_08_what_has_been_encoded_tells_nothing_of_who_was_in_the_lots(
+    study: Study, hospital: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: dict[str, list[int]] = {}
+
+    def before_the_first_step(model: object, patients: Patients, *given: object) -> None:
+        folders = (study.runs / "latents").glob(f"{patients.name}-train-*.zarr")
+        encoded[patients.name] = [len(list(folder.glob("c.*"))) for folder in folders]
+        raise KeyboardInterrupt
+
+    for latents in (study.runs / "latents").glob("*-train-*"):
+        shutil.rmtree(latents) if latents.is_dir() else latents.unlink()
+    monkeypatch.setattr("cardiac_ldm.study.finetune", before_the_first_step)
+    for of in (study, hospital):
+        with pytest.raises(KeyboardInterrupt):
+            finetuned_afresh(of)
+    real, simulated = (of.private.split("train") for of in (hospital, study))
+    assert encoded[real.name] == [len(real.owners)]
+    assert encoded[simulated.name] == [0]  # drawn and encoded as they're met: nobody is exposed
+
+
 def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
     study: Study, hospital: Study, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +296,7 @@ def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
         return "".join(capfd.readouterr()), folder, during
 
     for latents in (study.runs / "latents").glob("hospital-*"):
-        latents.unlink()  # encoding them is part of the run
+        shutil.rmtree(latents) if latents.is_dir() else latents.unlink()  # encoding them is part of the run
     shown, _, _ = run(study)
     assert "private denoiser" in shown  # simulated patients: the bar, so that its absence below means something
     shown, folder, during = run(hospital)

@@ -91,10 +91,10 @@ WITH_AND_WITHOUT_GRAIN = pytest.mark.parametrize("grain", [False, True], ids=["s
 
 
 def small_autoencoder(
-    kind: Kind, grain: bool = False, channels: tuple[int, ...] = (16, 16), stem: int = 2
+    kind: Kind, grain: bool = False, channels: tuple[int, ...] = (16, 16), stem: int = 2, labelled: bool = False
 ) -> Autoencoder:
     torch.manual_seed(0)
-    size = 2, channels, 1, stem, grain
+    size = 2, channels, 1, stem, grain, labelled
     return Autoencoder(*size) if kind == "kl" else VQAutoencoder(*size, 20)
 
 
@@ -157,8 +157,8 @@ def test_exactly_what_decodes_is_what_a_decoder_can_tune(kind: Kind, grain: bool
 @BOTH
 def test_a_training_pass_reaches_encoder_and_decoder_and_no_grain(kind: Kind) -> None:
     model = small_autoencoder(kind, grain=True)
-    drawn, _ = model.training_pass(torch.rand(4, 1, 32, 32), torch.Generator().manual_seed(0))
-    drawn.square().mean().backward()
+    seen, _ = model.training_pass(torch.rand(4, 1, 32, 32), torch.Generator().manual_seed(0))
+    model.render(seen)[0].square().mean().backward()
     for part in (model.net.encoder, model.net.decoder):
         assert sum(parameter.grad.abs().sum() for parameter in part.parameters()) > 0
     assert {parameter.grad for parameter in model.grain.parameters()} == {None}
@@ -234,10 +234,24 @@ def test_the_decoder_sees_the_nearest_codes() -> None:
 def test_a_training_pass_draws_from_the_nearest_codes_and_tells_their_distance() -> None:
     model, slices = small_vq().eval(), torch.rand(3, 1, 32, 32)
     latents, _ = model.moments(slices)
-    drawn, commitment = model.training_pass(slices, torch.Generator().manual_seed(0))
+    seen, commitment = model.training_pass(slices, torch.Generator().manual_seed(0))
     distance = (latents - nearest_codes(model, latents)).square().mean()
     assert commitment.item() == pytest.approx(distance.item(), rel=1e-5)
-    assert torch.allclose(drawn, model.draw(latents), atol=1e-6)
+    assert torch.allclose(seen, nearest_codes(model, latents), atol=1e-6)
+
+
+@BOTH
+def test_the_anatomy_head_labels_every_pixel_and_changes_nothing_else(kind: Kind) -> None:
+    plain, model = small_autoencoder(kind, True, stem=4), small_autoencoder(kind, True, stem=4, labelled=True)
+    latents, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 1, 32, 32)
+    slices, logits = model.render(model.seen(latents), noise)
+    assert logits is not None
+    assert logits.shape == (3, 4, 32, 32)
+    assert torch.equal(slices, plain.draw(latents, noise))
+    assert plain.render(latents)[1] is None
+    logits.sum().backward()
+    assert model.net.decoder.blocks[0].conv.weight.grad.any()  # what draws the slice also tells what is in it
+    assert not any("anatomy" in name for name in model.decoder_parameters())  # no private label ever teaches it
 
 
 def test_latents_are_the_vectors_before_they_are_quantised() -> None:

@@ -36,7 +36,7 @@ from cardiac_ldm.cohort import (
     require_releasable,
 )
 from cardiac_ldm.cohort.grid import place_on_grid
-from cardiac_ldm.cohort.patients import read_rows
+from cardiac_ldm.cohort.patients import open_split, read_rows
 from cardiac_ldm.cohort.prepare import _salt
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
@@ -258,6 +258,53 @@ def test_a_prepared_cohort_is_returned_at_once(cohort, store, monkeypatch):
     again = prepare(load_manifest("phantom_private"), store=store, limits=LIMITS)
     assert (again.path, again.key) == (cohort.path, cohort.key)
     assert cohort.path == store / f"phantom_private-{cohort.key}"
+
+
+def test_patients_on_demand_are_drawn_when_they_are_read_and_are_the_same(cohort, tmp_path, monkeypatch):
+    manifest = load_manifest("phantom_private")
+    later = prepare(manifest, store=tmp_path, limits=LIMITS, on_demand=True)
+    assert later.key != cohort.key
+    for split in cohort.splits:
+        assert (later.path / f"{split}.jsonl").read_bytes() == (cohort.path / f"{split}.jsonl").read_bytes()
+    assert not list(later.path.rglob("c.*"))
+    drawn = []
+
+    def drawing(manifest, root, patient_id):
+        drawn.append(patient_id)
+        return read_patient(manifest, root, patient_id)
+
+    monkeypatch.setattr(ROOM, "read_patient", drawing)
+    patients, expected = later.split("train"), cohort.split("train")
+    few = patients.subset([7, 3])
+    assert np.array_equal(few.images([3, 0]), expected.subset([7, 3]).images([3, 0]))
+    assert np.array_equal(few.labels([0]), expected.labels([14]))
+    assert drawn == [patients.ids[3], patients.ids[7]]  # once each
+    again = prepare(manifest, store=tmp_path, limits=LIMITS, on_demand=True).split("train")
+    assert np.array_equal(again[3].images, expected[3].images)
+    assert len(drawn) == 2
+    every = np.arange(len(expected.owners))
+    assert np.array_equal(again.images(every), expected.images(every))
+    assert sorted(drawn) == sorted(expected.ids)
+    for split in ("validation", "test"):
+        assert np.array_equal(later.split(split)[0].labels, cohort.split(split)[0].labels)
+
+
+def test_a_patient_on_demand_whose_drawing_was_killed_is_drawn_again(cohort, tmp_path, monkeypatch):
+    later = prepare(load_manifest("phantom_private"), store=tmp_path, limits=LIMITS, on_demand=True)
+    monkeypatch.setattr(ROOM, "place_on_grid", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        later.split("train").images([0])
+    monkeypatch.undo()
+    arrays, record = open_split(later.path / "train"), cohort.split("train")[0]
+    arrays["images"][:1] = record.images[:1]  # killed between the two arrays
+    assert np.array_equal(later.split("train")[0].labels, record.labels)
+    assert np.array_equal(later.split("train")[0].images, record.images)
+
+
+def test_real_patients_are_never_left_for_later(ward, tmp_path, read):
+    at_once = prepare(hospital(), store=tmp_path / "store", data_root=ward)
+    assert prepare(hospital(), store=tmp_path / "store", data_root=ward, on_demand=True).path == at_once.path
+    assert at_once.draw is None
 
 
 def test_the_key_follows_who_is_in_the_cohort_and_what_their_files_hold(ward, tmp_path, read):

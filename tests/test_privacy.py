@@ -5,6 +5,7 @@ import math
 import runpy
 import secrets
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,33 @@ def test_who_else_is_in_the_lot_changes_no_ones_draws() -> None:
     assert 0 < len(few) < len(many)
     assert len(set(many.values())) == len(many)
     assert all(many[unit] == value for unit, value in few.items())
+
+
+def test_units_share_the_cores_of_a_cpu_and_the_gradient_is_the_same_on_any_number_of_them() -> None:
+    weights, before = torch.randn(50, requires_grad=True), torch.get_num_threads()
+
+    def on(cores: int) -> tuple[Tensor, set[int]]:
+        torch.set_num_threads(cores)
+        seen, together = set[int](), threading.Barrier(cores)
+
+        def loss(unit: int, generator: torch.Generator) -> Tensor:
+            if threading.get_ident() not in seen:
+                seen.add(threading.get_ident())
+                together.wait(timeout=60)
+            assert torch.get_num_threads() == 1
+            return (weights.sigmoid() * torch.randn(50, generator=generator)).sum()
+
+        gradient = plan(expected_batch=40).gradient(2, [weights], loss, SEEDED)
+        assert torch.get_num_threads() == cores
+        return gradient, seen
+
+    try:
+        (one, alone), (several, shared) = on(1), on(3)
+    finally:
+        torch.set_num_threads(before)
+    assert len(alone) == 1
+    assert len(shared) == 3
+    assert torch.equal(one, several)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -17,14 +17,16 @@ from cardiac_ldm.study import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import (
     AutoencoderSettings,
+    HeartSettings,
     VQRegularisation,
+    _Heart,
     _random_slices,
     blurred_l1,
     reconstruct,
     train_autoencoder,
 )
 from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state, save_weights, update_average
-from cardiac_ldm.training.pretrain import cached_latents, held_out_loss, pretrain
+from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -49,9 +51,9 @@ def profile() -> Profile:
     return Profile.load(str(TINY))
 
 
-@pytest.fixture(scope="module", params=["kl", "vq"])
+@pytest.fixture(scope="module", params=["kl", "vq", "heart"])
 def autoencoder(profile: Profile, request: pytest.FixtureRequest) -> AutoencoderSettings:
-    return profile.autoencoder if request.param == "kl" else as_vq(profile)
+    return {"kl": profile.autoencoder, "vq": as_vq(profile), "heart": with_heart(profile)}[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,11 @@ def trained(
 def as_vq(profile: Profile) -> AutoencoderSettings:
     quantised = VQRegularisation(kind="vq", codes=50, weight=0.25)
     return profile.autoencoder.model_copy(update={"regularisation": quantised})
+
+
+def with_heart(profile: Profile) -> AutoencoderSettings:
+    heart = HeartSettings(emphasis=4, labels=0.1, guide=0.2, guide_steps=2)
+    return profile.autoencoder.model_copy(update={"heart": heart})
 
 
 def random_latents(patients: Patients) -> np.ndarray:
@@ -98,7 +105,7 @@ def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
 ) -> None:
     def save_then_stop(path: Path, **state: list[object]) -> None:
         save_state(path, **state)
-        if len(state["losses"]) == steps:
+        if len(state.get("losses", ())) == steps:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("cardiac_ldm.training.autoencoder.save_state", save_then_stop)
@@ -109,7 +116,7 @@ def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
     assert (len(left["losses"]), left["first"]) == (steps, first)
     taken: list[Patients] = []
 
-    def counted(patients: Patients, *given: Any) -> torch.Tensor:
+    def counted(patients: Patients, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         taken.append(patients)
         return _random_slices(patients, *given)
 
@@ -127,6 +134,8 @@ def test_losses_are_told_by_the_terms_of_their_stage(
 ) -> None:
     information = ["step", "l1", "l2", autoencoder.regularisation.kind, "perceptual", "adversarial"]
     texture = ["step", "blurred l1", "texture perceptual", "texture adversarial"]
+    if autoencoder.heart:
+        information, texture = [*information[:-1], "labels", "guide", information[-1]], [*texture, "labels", "guide"]
     assert [list(row) for row in trained[1]] == 4 * [information] + 3 * [texture]
 
 
@@ -142,7 +151,9 @@ def test_texture_changes_the_decoder_and_no_latent(
     changed = {
         name for name, tensor in smooth.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])
     }
-    assert changed == set(smooth.decoder_parameters())  # not encoder, codebook nor scale
+    anatomy = {name for name in smooth.state_dict() if name.startswith("anatomy.")}
+    assert bool(anatomy) == bool(autoencoder.heart)
+    assert changed == set(smooth.decoder_parameters()) | anatomy  # not encoder, codebook nor scale
     volumes = torch.from_numpy(patients.images([0, 1]))
     with torch.no_grad():
         assert torch.equal(smooth.encode(volumes), model.encode(volumes))
@@ -193,10 +204,61 @@ def test_empty_slices_are_one_at_most_of_a_batch(public: Cohort) -> None:
     patients = public.split("train")
     n_filled = int(patients.images(np.arange(len(patients.owners))).any(axis=(2, 3)).sum())
     assert n_filled < len(patients.owners) * 13 - 1
-    everything = _random_slices(patients, 99, 999, np.random.default_rng(0))
+    everything, _ = _random_slices(patients, 99, 999, np.random.default_rng(0))
     assert everything.shape == (n_filled + 1, 1, 96, 96)
     assert everything.any(dim=-1).any(dim=-1).sum() == n_filled
-    assert _random_slices(patients, 2, 4, np.random.default_rng(0)).shape == (4, 1, 96, 96)
+
+
+def test_slices_come_with_their_own_labels(public: Cohort) -> None:
+    patients = public.split("train")
+    every = np.arange(len(patients.owners))
+    label_of = dict(
+        zip(
+            map(bytes, patients.images(every).reshape(-1, 96, 96)),
+            patients.labels(every).reshape(-1, 96, 96),
+            strict=True,
+        )
+    )
+    slices, labels = _random_slices(patients, 3, 9, np.random.default_rng(0))
+    assert slices.shape == labels.shape == (9, 1, 96, 96)
+    assert labels.any()
+    for one, its in zip(slices.numpy(), labels.numpy(), strict=True):
+        assert np.array_equal(label_of[bytes(one)], its[0])
+
+
+def test_the_heart_weighs_more_where_it_is_and_the_mean_weight_is_one(
+    public: Cohort, profile: Profile, tmp_path: Path
+) -> None:
+    settings = with_heart(profile).heart
+    assert settings
+    heart = _Heart(settings, public.split("train"), 0, tmp_path / "guide.pt")
+    labels = torch.zeros(1, 1, 96, 96, dtype=torch.uint8)
+    labels[..., 40:50, 40:50] = 2
+    weights = heart.weights(labels)[0, 0]
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights[45, 45] / weights[0, 0] == pytest.approx(4)
+    assert torch.equal((weights > weights.min()).nonzero().aminmax(dim=0).min, torch.tensor([36, 36]))  # 4 pixels: 7 mm
+    assert torch.equal((weights > weights.min()).nonzero().aminmax(dim=0).max, torch.tensor([53, 53]))
+
+
+def test_the_guide_is_another_than_the_judge_trained_once_and_never_taught_by_drawn_slices(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients, settings = public.split("train"), with_heart(profile).heart
+    assert settings
+    guide = _Heart(settings, patients, 0, tmp_path / "guide.pt").guide.state_dict()
+    judge, _ = train_segmenter(patients, steps=2, batch=4, learning_rate=5e-3, seed=0)
+    assert not any(torch.equal(tensor, judge.state_dict()[name]) for name, tensor in guide.items() if tensor.ndim == 4)
+    monkeypatch.setattr("cardiac_ldm.training.autoencoder.train_segmenter", None)  # it isn't trained again
+    again = _Heart(settings, patients, 0, tmp_path / "guide.pt")
+    labels = torch.from_numpy(patients.labels([0]))[0][:, None]
+    drawn = torch.rand(13, 1, 96, 96, requires_grad=True)
+    terms = again.terms(drawn, torch.zeros(13, 4, 96, 96), labels)
+    (gradient,) = torch.autograd.grad(terms["guide"], drawn)
+    assert gradient.any()
+    assert not any(p.requires_grad for p in again.guide.parameters())
+    for name, tensor in again.guide.state_dict().items():
+        assert torch.equal(tensor, guide[name]), name
 
 
 @pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
@@ -288,8 +350,10 @@ def test_the_latent_scale_standardises_public_latents(
     public: Cohort, trained: tuple[Autoencoder, list[dict[str, float]]], tmp_path: Path
 ) -> None:
     patients, (model, _) = public.split("train"), trained
-    latents = cached_latents(model, patients, tmp_path / "latents.npy")
-    assert latents.shape == (len(patients.owners), 2, 13, 12, 12)
+    stored = Latents(model, patients, tmp_path / "latents.zarr")
+    latents = stored[:]
+    assert latents.shape == stored.shape == (len(stored), 2, 13, 12, 12) == (len(patients.owners), 2, 13, 12, 12)
+    assert latents.dtype == np.float32
     assert latents.mean(axis=(0, 2, 3, 4)) == pytest.approx([0, 0], abs=1e-3)
     assert latents.std(axis=(0, 2, 3, 4)) == pytest.approx([1, 1], abs=1e-3)
     with torch.no_grad():
@@ -297,20 +361,62 @@ def test_the_latent_scale_standardises_public_latents(
     assert np.abs(latents[3] - again).max() < 1e-4
 
 
-def test_latents_asked_for_twice_at_once_are_encoded_once(public: Cohort, profile: Profile, tmp_path: Path) -> None:
-    patients, calls = public.split("train"), []
-    model = profile.autoencoder.build().eval()
+def counting(model: Autoencoder, calls: list[bytes]) -> Autoencoder:
+    """The model, which notes what it encodes."""
     encode = model.encode
 
     def counted(volumes: torch.Tensor) -> torch.Tensor:
-        calls.append(len(volumes))
+        calls.extend(bytes(volume.numpy()) for volume in volumes)
         return encode(volumes)
 
     model.encode = counted  # type: ignore[method-assign]
+    return model
+
+
+def test_latents_are_encoded_when_they_are_asked_for_and_once(public: Cohort, profile: Profile, tmp_path: Path) -> None:
+    patients, calls = public.split("train"), []  # type: tuple[Patients, list[bytes]]
+    model = counting(profile.autoencoder.build().eval(), calls)
+    latents = Latents(model, patients, tmp_path / "latents.zarr")
+    assert not calls
+    some = latents[[5, 2, 5]]
+    assert calls == [bytes(patients.images([row])) for row in (2, 5)]
+    assert np.array_equal(some[0], some[2])
+    again = Latents(model, patients, tmp_path / "latents.zarr")
+    assert np.array_equal(again[[2]], some[1:2])
+    assert len(calls) == 2
+    everything = again[:]
+    assert len(calls) == len(patients.owners)
+    assert np.array_equal(everything[[5, 2, 5]], some)
+    assert np.array_equal(latents[np.arange(3)], everything[:3])
+    whole = Latents(model, patients, tmp_path / "other.zarr")[:]
+    assert np.array_equal(whole, everything)  # in whatever order they were asked for
+
+
+def test_latents_asked_for_at_once_or_by_one_that_was_killed_are_whole(
+    public: Cohort, profile: Profile, tmp_path: Path
+) -> None:
+    patients, model = public.split("train"), profile.autoencoder.build().eval()
+    expected = Latents(model, patients, tmp_path / "alone.zarr")[:]
     with ThreadPoolExecutor(3) as pool:
-        arrays = list(pool.map(lambda _: cached_latents(model, patients, tmp_path / "latents.npy"), range(3)))
-    assert sum(calls) == len(patients.owners)
-    assert all(np.array_equal(arrays[0], array) for array in arrays)
+        arrays = list(pool.map(lambda _: Latents(model, patients, tmp_path / "latents.zarr")[:], range(3)))
+    assert all(np.array_equal(expected, array) for array in arrays)
+    calls: list[bytes] = []
+
+    def dies(volumes: torch.Tensor) -> torch.Tensor:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(b"")
+        return encode(volumes)
+
+    encode, model.encode = model.encode, dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        Latents(model, patients, tmp_path / "killed.zarr")[:]
+    model.encode = encode  # type: ignore[method-assign]
+    (tmp_path / "killed.zarr/c.3.0.0.0.0123.partial").write_bytes(b"torn")
+    after: list[bytes] = []
+    model = counting(model, after)
+    assert np.array_equal(Latents(model, patients, tmp_path / "killed.zarr")[:], expected)
+    assert len(after) == len(patients.owners) - 3
 
 
 def test_the_held_out_loss_is_one_number_a_patient_and_the_same_each_time(public: Cohort, profile: Profile) -> None:

@@ -5,7 +5,7 @@ Beside a split's arrays lies its table, a JSON object a line for every patient.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -63,13 +63,21 @@ def open_split(path: Path, n_patients: int | None = None) -> dict[str, Any]:
 
 
 def write_patient(arrays: Mapping[str, Any], number: int, record: PatientRecord) -> dict[str, Any]:
-    """Write patient `number` of a split; give what belongs in the table. Raises CohortError on too many volumes."""
+    """Write patient `number` of a split, labels last; give what belongs in the table.
+
+    Raises CohortError on too many volumes.
+    """
     if len(record.images) > MAX_VOLUMES:
         raise CohortError(f"{record.id}: has {len(record.images)} volumes; give at most {MAX_VOLUMES}")
     for name, volumes in (("images", record.images), ("labels", record.labels)):
         chunk = np.zeros((MAX_VOLUMES, *GRID.shape), arrays[name].dtype)
         chunk[: len(volumes)] = volumes
         arrays[name][number * MAX_VOLUMES : (number + 1) * MAX_VOLUMES] = chunk
+    return table_row(record)
+
+
+def table_row(record: PatientRecord) -> dict[str, Any]:
+    """What a split's table says of a patient."""
     return {
         "id": record.id,
         "group": record.group,
@@ -107,9 +115,20 @@ class _Table:
 class Patients(Sequence[PatientRecord]):
     """The patients of one split, or some of them: small tables in memory, volumes read when asked for."""
 
-    def __init__(self, manifest: Manifest, split: str, path: Path, members: np.ndarray | None = None) -> None:
-        """Open a split of a prepared cohort. members: int64 (n_patients,), rows of the stored split; None for all."""
-        self._manifest, self.split, self.path = manifest, split, path
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        path: Path,
+        members: np.ndarray | None = None,
+        draw: Callable[[str, int, str], None] | None = None,
+    ) -> None:
+        """Open a split of a prepared cohort.
+
+        members: int64 (n_patients,), rows of the stored split; None for all. draw: writes the patient of a split, row
+        and name who is in the table and not in the store yet.
+        """
+        self._manifest, self.split, self.path, self._draw = manifest, split, path, draw
         self._members = np.arange(len(self._table.ids)) if members is None else members
 
     @cached_property
@@ -189,6 +208,11 @@ class Patients(Sequence[PatientRecord]):
 
     def _read(self, array: str, volumes: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted, back = np.unique(self._volumes[np.asarray(volumes, np.int64)], return_inverse=True)
+        if self._draw:
+            stored_labels = self.path / self.split / "labels"  # what is written last
+            for m in np.unique(wanted // MAX_VOLUMES).tolist():
+                if not (stored_labels / f"c.{m}.0.0.0").exists():
+                    self._draw(self.split, m, self._table.ids[m])
         stored: Any = self._stored[array]
         first, end = (wanted[0], wanted[-1] + 1) if len(wanted) else (0, 0)
         if end - first <= MAX_VOLUMES * len(wanted):  # nearly all of them: one piece is read faster
@@ -197,7 +221,8 @@ class Patients(Sequence[PatientRecord]):
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Patients":
         """Only the patients with these indices, in this order."""
-        return Patients(self._manifest, self.split, self.path, self._members[np.asarray(indices, np.int64)])
+        members = self._members[np.asarray(indices, np.int64)]
+        return Patients(self._manifest, self.split, self.path, members, self._draw)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -230,11 +255,15 @@ class Patients(Sequence[PatientRecord]):
 
 @dataclass(frozen=True)
 class Cohort:
-    """A prepared cohort: its manifest, the folder that holds it, and the key of everything that shaped it."""
+    """A prepared cohort: its manifest, the folder that holds it, and the key of everything that shaped it.
+
+    draw: of one that is drawn on demand, writes the patient of a split, row and name.
+    """
 
     manifest: Manifest
     path: Path
     key: str
+    draw: Callable[[str, int, str], None] | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -245,7 +274,7 @@ class Cohort:
         """The patients of one split. Raises CohortError if there's none of that name."""
         if name not in SPLITS:
             raise CohortError(f"{self.manifest.name}: there's no split {name!r}; the splits are {', '.join(SPLITS)}")
-        return Patients(self.manifest, name, self.path)
+        return Patients(self.manifest, name, self.path, draw=self.draw)
 
 
 def require_public(patients: Patients, leak: str) -> None:

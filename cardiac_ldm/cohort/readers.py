@@ -74,13 +74,15 @@ def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
     return tuple(sorted({p.name for p in there}))
 
 
-def read_patient(manifest: Manifest, root: Path | None, patient_id: str) -> Patient:
+def read_patient(manifest: Manifest, root: Path | None, patient_id: str, imaged: bool = True) -> Patient:
     """Read one patient of a cohort whose files lie under root (None for phantoms).
+
+    imaged: False gives a phantom's labels in place of its images, quickly; the files of others are always read.
 
     Raises CohortError with every problem of every file of this patient, one a line: file, what is wrong, remedy.
     """
     if isinstance(manifest.reader, PhantomReader):
-        return simulate(manifest.reader.population, manifest.reader.seed, int(patient_id.removeprefix("p")))
+        return simulate(manifest.reader.population, manifest.reader.seed, int(patient_id.removeprefix("p")), imaged)
     reading, found = Reading(manifest, root), Found(None, ())
     with reading.noting():
         found = _found(reading, manifest, patient_id)

@@ -16,6 +16,8 @@ from monai.networks.nets import AutoencoderKL
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 
+from cardiac_ldm.models.anatomy import N_LABELS
+
 
 class Autoencoder(nn.Module):
     """KL autoencoder of short-axis volumes; `latent_mean` and `latent_std` standardise its latents channel by channel.
@@ -26,13 +28,20 @@ class Autoencoder(nn.Module):
         residual_blocks: residual blocks a level.
         stem: factor of the pixel-unshuffle stem (1 for none).
         grain: whether the decoder draws from noise too; else it pays no heed to the noise.
+        labelled: whether the decoder labels what it draws.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
     def __init__(
-        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, grain: bool
+        self,
+        latent_channels: int,
+        channels: tuple[int, ...],
+        residual_blocks: int,
+        stem: int,
+        grain: bool,
+        labelled: bool,
     ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
@@ -51,6 +60,7 @@ class Autoencoder(nn.Module):
             with_decoder_nonlocal_attn=False,
         )
         self.grain = nn.ModuleDict(_grains(self.net.decoder.blocks, self.reduction) if grain else {})
+        self.anatomy = _anatomy_head(channels[0], stem) if labelled else None
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -64,29 +74,39 @@ class Autoencoder(nn.Module):
 
         noise: white, (b, 1, h, w), from which texture is drawn; without it there is none.
         """
-        return self._render(latents, noise)
+        return self.render(self.seen(latents), noise)[0]
 
-    def _render(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
-        x = self.net.post_quant_conv(latents)
+    def seen(self, latents: Tensor) -> Tensor:
+        """What the decoder sees of latents (b, c, h/r, w/r) as `moments` gives them: all of it."""
+        return latents
+
+    def render(self, seen: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Slices as `draw` gives them, and the logits (b, 4, h, w) of their labels if the decoder has an anatomy head.
+
+        seen: latents (b, c, h/r, w/r) as `seen` gives them.
+        """
+        x = features = self.net.post_quant_conv(seen)
         for number, block in enumerate(self.net.decoder.blocks):
             x = block(x)
             if noise is not None and str(number) in self.grain:
                 x = x + self.grain[str(number)](noise)
+            if isinstance(block, AEKLResBlock):
+                features = x
         x = self.expand(x)
         if noise is not None and self.grain:
             x = x + self.grain["finish"](torch.cat([x, noise], dim=1))
-        return x.sigmoid()
+        return x.sigmoid(), self.anatomy(features) if self.anatomy else None
 
     def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1], with no noise for the decoder.
+        """The encoder's half of a training step, on public slices (b, 1, h, w) in [0, 1].
 
         Returns:
-            The slices as drawn from a sample of their posterior, and its KL divergence from the standard normal
+            What the decoder sees, a sample of the posterior, and the posterior's KL divergence from the standard normal
             (Kingma and Welling, arXiv 1312.6114), in nats, averaged over the numbers of the latent.
         """
         mean, std = self.moments(slices)
-        drawn = self._render(mean + std * torch.randn(mean.shape, generator=generator))
-        return drawn, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        return latents, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
 
     def decoder_parameters(self) -> dict[str, nn.Parameter]:
         """What turns latents into slices, by the names of `named_parameters`: nothing of encoder or codebook."""
@@ -127,6 +147,13 @@ def _grains(blocks: nn.ModuleList, reduction: int) -> dict[str, nn.Module]:
     return grains
 
 
+@torch.random.fork_rng(devices=())
+def _anatomy_head(channels: int, stem: int) -> nn.Module:
+    """From the decoder's last features to the logits of the labels."""
+    conv = nn.Conv2d(channels, N_LABELS * stem**2, 3, padding=1)
+    return nn.Sequential(nn.GroupNorm(16, channels), nn.SiLU(), conv, nn.PixelShuffle(stem))
+
+
 class VQAutoencoder(Autoencoder):
     """Autoencoder whose decoder sees each latent vector as the nearest of `codes` codes (arXiv 1711.00937).
 
@@ -141,26 +168,33 @@ class VQAutoencoder(Autoencoder):
     """
 
     def __init__(
-        self, latent_channels: int, channels: tuple[int, ...], residual_blocks: int, stem: int, grain: bool, codes: int
+        self,
+        latent_channels: int,
+        channels: tuple[int, ...],
+        residual_blocks: int,
+        stem: int,
+        grain: bool,
+        labelled: bool,
+        codes: int,
     ) -> None:
-        super().__init__(latent_channels, channels, residual_blocks, stem, grain)
+        super().__init__(latent_channels, channels, residual_blocks, stem, grain, labelled)
         self.quantiser = EMAQuantizer(2, codes, latent_channels, commitment_cost=1.0)
         # MONAI starts from counts of zero, which sends every code that the first batch misses 1e5 times as far away.
         self.quantiser.ema_cluster_size.fill_(1)
 
-    def draw(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
-        """As the KL autoencoder's, the latents quantised first; gradients pass straight on."""
+    def seen(self, latents: Tensor) -> Tensor:
+        """The nearest codes (b, c, h/r, w/r) of latents; gradients pass straight on."""
         # `quantize` and `embed` leave the codebook alone in every mode; a few slices at a time, because MONAI spells
         # out the distance of each vector to each code.
         nearest = [self.quantiser.embed(self.quantiser.quantize(few)[2]) for few in latents.split(8)]
-        return self._render(latents + (torch.cat(nearest) - latents).detach(), noise)
+        return latents + (torch.cat(nearest) - latents).detach()
 
     def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One pass of the training loop, on public slices (b, 1, h, w) in [0, 1]; in train mode it moves the codebook.
+        """The encoder's half of a training step, on public slices (b, 1, h, w); in train mode it moves the codebook.
 
         Returns:
-            The slices as drawn from their quantised latents, and the commitment: the mean squared distance, number by
-            number, of the latents from their codes. Nothing is drawn from `generator`.
+            What the decoder sees, the nearest codes, and the commitment: the mean squared distance, number by number,
+            of the latents from them. Nothing is drawn from `generator`.
         """
         quantised, commitment, _ = self.quantiser(self.moments(slices)[0])
-        return self._render(quantised), commitment
+        return quantised, commitment

@@ -14,7 +14,9 @@ clips or adds noise.
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,6 +77,21 @@ def gaussian(n: int, deviation: float, generator: np.random.Generator) -> np.nda
     for _ in range(3):
         total += generator.standard_normal(n)
     return total * (deviation / 2)
+
+
+@contextmanager
+def _a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Tensor | None]]]:
+    """A `map` whose calls run side by side, each on one core of a CPU; results come in the order of the arguments."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        yield map
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -199,8 +216,9 @@ class PrivatePlan:
         """The private gradient of one step: float32 (d,), the parameters' gradients end to end.
 
         `unit_loss(unit, generator)` is the scalar mean loss over all of one unit's volumes and noise draws, or None for
-        a unit without volumes. An empty lot gives noise alone. Under torch.distributed the first process draws lot and
-        noise, every process takes its share of the lot, and all get the same gradient.
+        a unit without volumes; on a CPU it is called from as many threads as torch uses, one core each, because one
+        patient is too little work for several cores. An empty lot gives noise alone. Under torch.distributed the first
+        process draws lot and noise, every process takes its share of the lot, and all get the same gradient.
 
         Raises:
             PrivacyError: `step` is not one of those that the plan accounts for.
@@ -213,10 +231,15 @@ class PrivatePlan:
         if several:
             distributed.broadcast(joins, 0)
         total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
-        for unit in joins.nonzero().flatten().tolist()[rank::processes]:
+
+        def of(unit: int) -> Tensor | None:
             loss = unit_loss(unit, randomness.draws(step, unit))
-            if loss is not None:
-                total += self.clipped(loss, parameters)
+            return None if loss is None else self.clipped(loss, parameters)
+
+        with _a_core_each(device) as spread:
+            for gradient in spread(of, joins.nonzero().flatten().tolist()[rank::processes]):
+                if gradient is not None:
+                    total += gradient
         if several:
             distributed.reduce(total, 0)
         if rank == 0 and self.noise_multiplier > 0:

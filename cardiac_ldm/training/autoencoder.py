@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from einops import rearrange
-from monai.losses import PatchAdversarialLoss
+from monai.losses import DiceCELoss, PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import Patients, require_public
+from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.perception import Critic, PerceptionEncoder
+from cardiac_ldm.training.anatomy import train_segmenter
 from cardiac_ldm.training.checkpoint import load_state, save_state
 
 _MOVES = 9
@@ -59,11 +61,27 @@ class TextureSettings(BaseModel):
     adversarial: float
 
 
+class HeartSettings(BaseModel):
+    """How much more the heart counts than what lies round it; learnt from the labels of public patients.
+
+    emphasis: how many times more the L1 terms weigh within 7 mm of the heart. labels: weight of the Dice and
+    cross-entropy of the decoder's own labels. guide: weight of those of what a segmenter sees in the drawn slices;
+    guide_steps: length of its training.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    emphasis: float = Field(ge=1)
+    labels: float = Field(ge=0)
+    guide: float = Field(ge=0)
+    guide_steps: int = Field(ge=1)
+
+
 class AutoencoderSettings(BaseModel):
     """Architecture and training of the autoencoder; weights of the loss are relative to the L1 term.
 
-    adversarial: of a critic of pixels in the first stage, as in the paper. texture: the second stage, whose decoder
-    draws from noise, or nothing.
+    adversarial: of a critic of pixels in the first stage, as in the paper. heart: what labels teach, in both stages, or
+    nothing. texture: the second stage, whose decoder draws from noise, or nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,28 +98,30 @@ class AutoencoderSettings(BaseModel):
     regularisation: Annotated[KLRegularisation | VQRegularisation, Field(discriminator="kind")]
     perceptual: float
     adversarial: float
+    heart: HeartSettings | None
     texture: TextureSettings | None
 
     def build(self) -> Autoencoder:
         """A fresh autoencoder of the kind that `regularisation` names."""
-        size = self.latent_channels, self.channels, self.residual_blocks, self.stem, self.texture is not None
+        size = self.latent_channels, self.channels, self.residual_blocks, self.stem
+        extras = self.texture is not None, self.heart is not None
         if isinstance(self.regularisation, VQRegularisation):
-            return VQAutoencoder(*size, self.regularisation.codes)
-        return Autoencoder(*size)
+            return VQAutoencoder(*size, *extras, self.regularisation.codes)
+        return Autoencoder(*size, *extras)
 
 
 @dataclass
 class _Stage:
     """What learns, by which terms of the loss, against which critic.
 
-    terms: slices, generator -> the terms, and what gives the critic's own loss afterwards.
+    terms: slices, their labels, generator -> the terms, and what gives the critic's own loss afterwards.
     """
 
     name: str
     steps: int
     learning_rate: float
     parameters: Iterable[nn.Parameter]
-    terms: Callable[[Tensor, torch.Generator], tuple[dict[str, Tensor], Callable[[], Tensor] | None]]
+    terms: Callable[[Tensor, Tensor, torch.Generator], tuple[dict[str, Tensor], Callable[[], Tensor] | None]]
     critic: nn.Module
 
 
@@ -120,23 +140,71 @@ def train_autoencoder(
     torch.manual_seed(seed)
     model, perception = settings.build(), PerceptionEncoder()
     losses: list[dict[str, float]] = []
-    _descend(model, _information(model, settings, perception), 0, patients, settings, seed, state, losses, save_every)
+    heart = _Heart(settings.heart, patients, seed, state.with_name("guide.pt")) if settings.heart else None
+    _descend(
+        model, _information(model, settings, perception, heart), 0, patients, settings, seed, state, losses, save_every
+    )
     _set_latent_scale(model.eval(), patients, np.random.default_rng([seed, settings.steps]))
     if settings.texture:
-        stage = _texture(model.train(), settings.texture, perception)
+        stage = _texture(model.train(), settings.texture, perception, heart)
         _descend(model, stage, settings.steps, patients, settings, seed, state, losses, save_every)
     return model.eval(), losses
 
 
-def _information(model: Autoencoder, settings: AutoencoderSettings, perception: PerceptionEncoder) -> _Stage:
+class _Heart:
+    """What the labels of public patients teach; a guide, who is not the judge of the evaluation, reads what was drawn.
+
+    The guide is trained once and kept at `path` until the autoencoder is done.
+    """
+
+    def __init__(self, settings: HeartSettings, patients: Patients, seed: int, path: Path) -> None:
+        self.settings, self.dice = settings, DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+        guide, saved = Segmenter(), load_state(path)
+        if saved is None:
+            # Another seed than the judge's: it starts elsewhere and sees other volumes.
+            steps = settings.guide_steps
+            trained, _ = train_segmenter(patients, steps=steps, batch=4, learning_rate=5e-3, seed=seed + 1)
+            saved = {"guide": trained.state_dict()}
+            save_state(path, **saved)
+        guide.load_state_dict(saved["guide"])
+        self.guide = guide.eval().requires_grad_(False)
+
+    def weights(self, labels: Tensor) -> Tensor:
+        """Of each pixel in the L1 terms, with mean 1: `emphasis` within 7 mm of the heart, one elsewhere."""
+        near = functional.max_pool2d((labels > 0).float(), 9, stride=1, padding=4)
+        weights = 1 + (self.settings.emphasis - 1) * near
+        return weights / weights.mean()
+
+    def terms(self, drawn: Tensor, logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """What the decoder's labels lack and what the guide misses in drawn slices (n, 1, h, w) of labels so shaped."""
+        assert logits is not None
+        seen = self.guide(drawn)[:, :, 0]
+        return {
+            "labels": self.settings.labels * self.dice(logits, labels),
+            "guide": self.settings.guide * self.dice(seen, labels),
+        }
+
+
+def _weighed_l1(drawn: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return functional.l1_loss(drawn, real)
+    return (weights * (drawn - real).abs()).mean()
+
+
+def _information(
+    model: Autoencoder, settings: AutoencoderSettings, perception: PerceptionEncoder, heart: _Heart | None
+) -> _Stage:
     """The first stage: everything learns to reproduce what was there."""
     critic = PatchDiscriminator(spatial_dims=2, channels=32, in_channels=1, num_layers_d=3)
     judge = PatchAdversarialLoss(criterion="least_squares")
 
-    def terms(slices: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
-        drawn, penalty = model.training_pass(slices, generator)
+    def terms(
+        slices: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
+        seen, penalty = model.training_pass(slices, generator)
+        drawn, logits = model.render(seen)
         found = {
-            "l1": functional.l1_loss(drawn, slices),
+            "l1": _weighed_l1(drawn, slices, heart.weights(labels) if heart else None),
             "l2": settings.l2 * functional.mse_loss(drawn, slices),
             settings.regularisation.kind: settings.regularisation.weight * penalty,
         }
@@ -144,6 +212,8 @@ def _information(model: Autoencoder, settings: AutoencoderSettings, perception: 
             with torch.no_grad():
                 real = perception.perceptual_features(slices)
             found["perceptual"] = settings.perceptual * _unlikeness(perception.perceptual_features(drawn), real)
+        if heart:
+            found |= heart.terms(drawn, logits, labels)
         if not settings.adversarial:
             return found, None
         critic.requires_grad_(False)
@@ -159,27 +229,35 @@ def _information(model: Autoencoder, settings: AutoencoderSettings, perception: 
     return _Stage("autoencoder", settings.steps, settings.learning_rate, model.parameters(), terms, critic)
 
 
-def _texture(model: Autoencoder, settings: TextureSettings, perception: PerceptionEncoder) -> _Stage:
+def _texture(
+    model: Autoencoder, settings: TextureSettings, perception: PerceptionEncoder, heart: _Heart | None
+) -> _Stage:
     """The second stage: the decoder learns to draw from noise what the latents don't hold (hinge loss)."""
     critic = Critic()
 
-    def terms(slices: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
+    def terms(
+        slices: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
         with torch.no_grad():
             mean, std = model.moments(slices)
         latents = mean if isinstance(model, VQAutoencoder) else torch.normal(mean, std, generator=generator)
-        drawn = model.draw(latents, torch.randn(slices.shape, generator=generator))
+        drawn, logits = model.render(model.seen(latents), torch.randn(slices.shape, generator=generator))
+        of_heart = heart.terms(drawn, logits, labels) if heart else {}
+        weights = heart.weights(labels) if heart else None
         # A window that moves: the strides of the encoder would else leave their grid in the texture.
         top, left = torch.randint(_MOVES, (2,), generator=generator).tolist()
         size = slices.shape[-1] - _MOVES + 1
-        drawn, slices = (x[..., top : top + size, left : left + size] for x in (drawn, slices))
+        window = np.s_[..., top : top + size, left : left + size]
+        drawn, slices, weights = drawn[window], slices[window], None if weights is None else weights[window]
         with torch.no_grad():
             real = perception.perceptual_features(slices)
         fake = perception.perceptual_features(drawn)
         critic.requires_grad_(False)
         found = {
-            "blurred l1": blurred_l1(drawn, slices),
+            "blurred l1": blurred_l1(drawn, slices, weights),
             "texture perceptual": settings.perceptual * _unlikeness(fake[-2:], real[-2:]),
             "texture adversarial": -settings.adversarial * _total(score.mean() for score in critic(drawn, fake)),
+            **of_heart,
         }
         critic.requires_grad_(True)
 
@@ -191,12 +269,17 @@ def _texture(model: Autoencoder, settings: TextureSettings, perception: Percepti
 
         return found, of_critic
 
-    return _Stage("texture", settings.steps, settings.learning_rate, model.decoder_parameters().values(), terms, critic)
+    learns = [*model.decoder_parameters().values(), *(model.anatomy.parameters() if model.anatomy else ())]
+    return _Stage("texture", settings.steps, settings.learning_rate, learns, terms, critic)
 
 
-def blurred_l1(drawn: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of images (n, c, h, w) blurred to 4 pixels: says nothing of their texture."""
-    return functional.l1_loss(functional.avg_pool2d(drawn, 4, stride=2), functional.avg_pool2d(real, 4, stride=2))
+def blurred_l1(drawn: Tensor, real: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean absolute difference of images (n, c, h, w) blurred to 4 pixels: says nothing of their texture.
+
+    weights: of the pixels, of the same shape; None for 1.
+    """
+    drawn, real = (functional.avg_pool2d(x, 4, stride=2) for x in (drawn, real))
+    return _weighed_l1(drawn, real, None if weights is None else functional.avg_pool2d(weights, 4, stride=2))
 
 
 def _unlikeness(drawn: list[Tensor], real: list[Tensor]) -> Tensor:
@@ -248,8 +331,8 @@ def _descend(
         for step in range(first + done, first + stage.steps):
             rng = np.random.default_rng([seed, step])
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            slices = _random_slices(patients, settings.volumes, settings.slices, rng)
-            terms, critics_loss = stage.terms(slices, generator)
+            slices, labels = _random_slices(patients, settings.volumes, settings.slices, rng)
+            terms, critics_loss = stage.terms(slices, labels, generator)
             optimiser.zero_grad()
             _total(terms.values()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -268,13 +351,18 @@ def _descend(
                 written = time.monotonic()
 
 
-def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random.Generator) -> Tensor:
-    """(slices, 1, 96, 96) random slices of `volumes` random volumes; of the empty ones, which all look alike, one."""
+def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random slices of `volumes` random volumes and their labels, both (slices, 1, 96, 96).
+
+    Of the empty ones, which all look alike, there is one at most.
+    """
     chosen = rng.choice(len(patients.owners), min(volumes, len(patients.owners)), replace=False)
     stack = rearrange(patients.images(chosen), "v d h w -> (v d) 1 h w")
+    labels = rearrange(patients.labels(chosen), "v d h w -> (v d) 1 h w")
     filled = stack.any(axis=(1, 2, 3))
-    stack = np.concatenate([stack[filled], stack[~filled][:1]])
-    return torch.from_numpy(stack[rng.choice(len(stack), min(slices, len(stack)), replace=False)])
+    allowed = np.concatenate([np.flatnonzero(filled), np.flatnonzero(~filled)[:1]])
+    rows = allowed[rng.choice(len(allowed), min(slices, len(allowed)), replace=False)]
+    return torch.from_numpy(stack[rows]), torch.from_numpy(labels[rows])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import Unit
 from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.pretrain import random_loss
+from cardiac_ldm.training.pretrain import Latents, random_loss
 from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
 
 
@@ -73,7 +73,7 @@ class FinetuneSettings(PrivateSettings):
 def finetune(
     model: Denoiser,
     patients: Patients,
-    latents: np.ndarray,
+    latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
     name: ScheduleName,

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import zarr
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -16,6 +18,9 @@ from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
+
+_SHOWN = 64
+"""From so many latents on, encoding them shows its progress."""
 
 
 class DenoiserSettings(BaseModel):
@@ -59,29 +64,47 @@ class PretrainSettings(BaseModel):
     average_decay: float
 
 
-def cached_latents(autoencoder: Autoencoder, patients: Patients, path: Path) -> np.ndarray:
-    """Latents float32 (n_volumes, c, 13, h, w) of all volumes, mapped from `path`; encoded if it is not there.
+class Latents:
+    """The latents float32 (n_volumes, c, 13, h, w) of patients, by `latents[rows]`: encoded when first asked for.
 
-    Two processes that ask at once encode once: the second waits.
+    They're kept at `path`, a row a file, which appears whole or not at all: processes may ask at once, and a killed one
+    has lost nothing.
+
+    Attributes:
+        shape: (n_volumes, c, 13, h, w).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            size = GRID.size // autoencoder.reduction
-            shape = (len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size)
-            temporary = path.with_suffix(".tmp")
-            latents = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            with (
-                torch.no_grad(),
-                tqdm(total=len(latents), desc=f"encode {patients.name}", unit="volume", disable=patients.secret) as bar,
-            ):
-                for start in range(0, len(latents), 8):
-                    volumes = np.arange(start, min(start + 8, len(latents)))
-                    latents[volumes] = autoencoder.encode(torch.from_numpy(patients.images(volumes))).numpy()
-                    bar.update(len(volumes))
-            latents.flush()
-            temporary.replace(path)
-    return np.load(path, mmap_mode="r")
+
+    def __init__(self, autoencoder: Autoencoder, patients: Patients, path: Path) -> None:
+        self._autoencoder, self._patients, self._path = autoencoder, patients, path
+        size = GRID.size // autoencoder.reduction
+        self.shape = len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not (path / "zarr.json").exists():
+                zarr.create_array(
+                    path,
+                    shape=self.shape,
+                    chunks=(1, *self.shape[1:]),
+                    dtype="float32",
+                    compressors=None,
+                    chunk_key_encoding={"name": "default", "separator": "."},
+                    overwrite=True,
+                )
+        self._stored = zarr.open_array(path, mode="r+")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.no_grad()
+    def __getitem__(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
+        wanted = np.atleast_1d(np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)])
+        missing = [row for row in np.unique(wanted).tolist() if not (self._path / f"c.{row}.0.0.0.0").exists()]
+        hide = len(missing) < _SHOWN or self._patients.secret
+        for row in tqdm(missing, desc=f"encode {self._patients.name}", unit="volume", disable=hide):
+            # One at a time: in batches they would differ by rounding, and a run from its repetition.
+            self._stored[row] = self._autoencoder.encode(torch.from_numpy(self._patients.images([row])))[0].numpy()
+        found: Any = self._stored
+        return np.asarray(found.oindex[wanted])
 
 
 def pretrain(
@@ -168,7 +191,7 @@ def random_loss(
 
 @torch.no_grad()
 def held_out_loss(
-    model: Denoiser, name: ScheduleName, latents: np.ndarray, patients: Patients, draws: int = 8
+    model: Denoiser, name: ScheduleName, latents: np.ndarray | Latents, patients: Patients, draws: int = 8
 ) -> np.ndarray:
     """Mean denoising loss of each patient (n_patients,) over their volumes and `draws` fixed timesteps and noises.
 

@@ -11,21 +11,27 @@ from cardiac_ldm.cohort.phantom.scene import image_patient
 from cardiac_ldm.cohort.volumes import GRID, Patient, Phase, Volume
 
 
-def simulate(population: Population, seed: int, index: int) -> Patient:
+def simulate(population: Population, seed: int, index: int, imaged: bool = True) -> Patient:
     """Draw, build and image patient number `index` of a cohort: a pure function of its arguments, on any machine.
 
     The volumes have GRID's spacing, 96 x 96 in-plane, and the slices that show the ventricles at end-diastole; the
     stack may stop short of the apex, by less than a slice. All attributes are those of the contours: volumes are sums
     over the slices of exact areas, as in clinical reports, thickness and ANGLE likewise. Voxel counts differ from them
     by rasterisation only. Two machines may differ in a voxel on a contour, where their arithmetic rounds differently.
+
+    imaged: False leaves out the scanner, nine tenths of the time; the labels then stand in the images' place.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     traits = draw_traits(population, rng)
     z = np.arange(rng.uniform(0, DZ), traits.length - rng.uniform(0, DZ), DZ)[: GRID.n_slices]
     contours = build(traits, z, rng)
     centres = place(contours["ED"], z, rng)
-    images = image_patient(traits, contours, centres, z, rng)
-    volumes = tuple(Volume(p, images[p], _labels(contours[p], centres), GRID.spacing_mm) for p in contours)
+    labels = {phase: _labels(contours[phase], centres) for phase in contours}
+    if imaged:
+        images = image_patient(traits, contours, centres, z, rng)
+    else:
+        images = {phase: labels[phase].astype(np.float32) for phase in labels}
+    volumes = tuple(Volume(phase, images[phase], labels[phase], GRID.spacing_mm) for phase in contours)
     return Patient(f"p{index:06d}", traits.group, volumes, _truth(traits, contours, centres))
 
 
