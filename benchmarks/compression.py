@@ -34,22 +34,24 @@ from cardiac_ldm.training.checkpoint import load_weights, save_weights
 READ = ("LVEDV", "LVESV", "RVEDV", "RVESV", "MYOEDTHICK", "MYOESTHICK")
 SHARE = 12
 """Variants are trained for a twelfth of the profile's steps."""
+PLAIN: dict[str, Any] = {"heart": None}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "8x with 4 channels: the profile's": {},
-    "the heart counts more": {"heart": {"emphasis": 4.0, "labels": 0.1, "guide": 0.2, "guide_steps": 1000}},
+    "the profile's: 8x with 4 channels, labels teach": {},
+    "no label teaches": PLAIN,
     "the heart weighs more in L1 alone": {"heart": {"emphasis": 4.0, "labels": 0.0, "guide": 0.0, "guide_steps": 1}},
-    "4x with 1 channel (the paper's latent)": {"latent_channels": 1, "channels": [64], "residual_blocks": 2},
-    "VQ, 1,024 codes": {"regularisation": {"kind": "vq", "codes": 1024, "weight": 0.25}},
-    "KL weight / 100": {"regularisation": {"kind": "kl", "weight": 1e-5}},
-    "KL weight x 10": {"regularisation": {"kind": "kl", "weight": 1e-2}},
-    "pixel-unshuffle stem of 2": {"stem": 2, "channels": [32, 64, 96]},
-    "pixel-unshuffle stem of 8": {"stem": 8, "channels": [128], "residual_blocks": 2},
-    "no perceptual term": {"perceptual": 0.0},
-    "no texture stage": {"texture": None},
-    "no texture stage, no perceptual term": {"texture": None, "perceptual": 0.0},
-    "no texture stage, critic of pixels": {"texture": None, "adversarial": 0.02},
-    "texture without a critic": {"texture": {"adversarial": 0.0}},
+    "4x with 1 channel (the paper's latent)": PLAIN | {"latent_channels": 1, "channels": [64], "residual_blocks": 2},
+    "VQ, 1,024 codes": PLAIN | {"regularisation": {"kind": "vq", "codes": 1024, "weight": 0.25}},
+    "KL weight / 100": PLAIN | {"regularisation": {"kind": "kl", "weight": 1e-5}},
+    "KL weight x 10": PLAIN | {"regularisation": {"kind": "kl", "weight": 1e-2}},
+    "pixel-unshuffle stem of 2": PLAIN | {"stem": 2, "channels": [32, 64, 96]},
+    "pixel-unshuffle stem of 8": PLAIN | {"stem": 8, "channels": [128], "residual_blocks": 2},
+    "no perceptual term": PLAIN | {"perceptual": 0.0},
+    "no texture stage": PLAIN | {"texture": None},
+    "no texture stage, no perceptual term": PLAIN | {"texture": None, "perceptual": 0.0},
+    "no texture stage, critic of pixels": PLAIN | {"texture": None, "adversarial": 0.02},
+    "texture without a critic": PLAIN | {"texture": {"adversarial": 0.0}},
 }
+"""What each changes; all but the first and third leave labels out too, so they stand beside the second."""
 BANDS = {"coarse": (0.0, 1 / 8), "middle": (1 / 8, 1 / 4), "fine": (1 / 4, 1 / 2)}
 """Cycles per voxel, between which the power of reconstructions is held against that of originals."""
 
