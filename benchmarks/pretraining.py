@@ -1,52 +1,151 @@
-"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining`.
+"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [VARIANT ... | none]`.
 
 Asks the `laptop` profile's public model (the one that is shipped, where it is) for both volumes of 150 patients of the
 public test split. Its distance from them stands beside that of their own reconstructions, which no model of these
 latents can beat, and beside that of the patients from each other, all from parts of 75 patients. Volumes are read by
 the segmenter and the phase classifier, trained on other public patients.
+
+Variants of its training, all for a twelfth of the profile's steps, and other ways to sample it draw for 100 public
+validation patients, so nothing is chosen on a test split (minutes each; resumable).
 """
 
-import numpy as np
+import argparse
+import hashlib
+import json
+from typing import Any
 
-from benchmarks import keep
-from cardiac_ldm.evaluation.metrics import compare, measure, measure_real
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import RESULTS, keep
+from benchmarks.acdc import RUNS
+from cardiac_ldm.cohort import Patients
+from cardiac_ldm.evaluation.metrics import Metrics, compare, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import synthesise
-from cardiac_ldm.study import Parameters, Study
+from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.models.diffusion import ScheduleName
+from cardiac_ldm.study import Parameters, Profile, Study
 from cardiac_ldm.training.autoencoder import reconstruct
+from cardiac_ldm.training.checkpoint import load_weights, save_weights
+from cardiac_ldm.training.pretrain import pretrain
 
 N_PATIENTS = 150
+SHARE = 12
+"""Variants are trained for a twelfth of the profile's steps."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the profile's": {},
+    "the paper's schedule, noise predicted": {"denoiser": {"schedule": "paper"}},
+    "min-SNR weights, ceiling 5": {"pretrain": {"min_snr": 5.0}},
+    "no moving average": {"pretrain": {"average_decay": 0.0}},
+    "no attention": {"denoiser": {"attention": [False, False]}},
+    "attention at both levels": {"denoiser": {"attention": [True, True]}},
+    "the paper's linear attributes": {"denoiser": {"frequencies": 0}},
+    "half as wide again": {"denoiser": {"channels": [48, 96]}},
+    "a third level": {"denoiser": {"channels": [32, 64, 64], "attention": [False, True, True]}},
+}
+SAMPLERS: dict[str, dict[str, float]] = {
+    "8 steps": {"steps": 8},
+    "15 steps": {"steps": 15},
+    "30 steps": {"steps": 30},
+    "15 steps, guidance 0.5": {"steps": 15, "guidance": 0.5},
+    "15 steps, guidance 1": {"steps": 15, "guidance": 1.0},
+}
+SHOWN = (
+    "FD-EffNet",
+    "phase accuracy",
+    *(f"correlation {name}" for name in ("LVEDV", "LVEF", "RVEDV", "MYOEDTHICK", "ANGLE")),
+)
+
+
+def varied(variant: str, profile: Profile) -> Profile:
+    """The profile with what a variant changes, and its share of steps."""
+    said, changes = profile.model_dump(mode="json"), VARIANTS[variant]
+    steps = {"steps": profile.pretrain.steps // SHARE}
+    said["denoiser"] |= changes.get("denoiser", {})
+    said["pretrain"] |= steps | changes.get("pretrain", {})
+    return Profile.model_validate(said)
+
+
+def trained(study: Study, profile: Profile, patients: Patients) -> Denoiser:
+    """The denoiser of a profile, trained now or before on the study's latents."""
+    said = profile.denoiser.model_dump_json() + profile.pretrain.model_dump_json() + study.autoencoder.key
+    folder = RUNS / "pretraining" / hashlib.sha256((said + patients.path.name).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, model = folder / "weights.safetensors", profile.denoiser.build(profile.autoencoder.latent_channels)
+    if not weights.exists():
+        latents = study.latents(patients, study.public)[:]
+        model, _ = pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, folder / "state.pt")
+        save_weights(model, weights)
+        (folder / "state.pt").unlink(missing_ok=True)
+    load_weights(model, weights)
+    return model.eval()
+
+
+def judge(study: Study, model: Denoiser, schedule: ScheduleName, patients: Patients, **sampling: float) -> Metrics:
+    """All that is measured on what a model draws for these patients."""
+    sampled = study.profile.sampling.model_dump() | sampling
+    drawn = synthesise(
+        study.load_autoencoder(), model, schedule, patients.attributes, patients.owners, seed=0, **sampled
+    )
+    return measured(study, drawn.images, patients)
+
+
+def measured(study: Study, images: np.ndarray, patients: Patients) -> Metrics:
+    """All that is measured on volumes that stand for those of these patients."""
+    originals = measure_real(patients, *study.instruments, seed=0)
+    seen = measure(images, patients.attributes, patients.owners, *study.instruments, name="drawn", seed=0)
+    return compare(seen, originals, **study.profile.evaluation.model_dump(), seed=0)
+
+
+def shown(found: Metrics) -> dict[str, float | None]:
+    """The measures by which variants are compared."""
+    titled = {" ".join(filter(None, (row.metric, row.attribute))): row.value for row in found.rows}
+    return {title: titled[title] for title in SHOWN}
 
 
 def main() -> None:
-    """Sample, reconstruct, measure, keep one row a cohort and measure."""
+    """Sample, reconstruct, measure; keep one row a measure, one a variant, one a sampler."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("variants", nargs="*", choices=[*VARIANTS, "none", []], help="all unless told")
+    given = arguments.parse_args().variants or VARIANTS
     study = Study(Parameters(profile="laptop"))
-    patients, sampling = study.public.split("test")[:N_PATIENTS], study.profile.sampling
-    attributes, owners = patients.attributes, patients.owners
-    real = patients.images(np.arange(len(owners)))
-    autoencoder = study.load_autoencoder()
-    drawn = synthesise(
-        autoencoder,
-        study.denoiser(study.pretrained),
-        study.profile.denoiser.schedule,
-        attributes,
-        owners,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        seed=0,
-    )
-    cohorts = {"reconstructed": reconstruct(autoencoder, real, seed=0), "drawn": drawn.images}
-    originals = measure_real(patients, *study.instruments, seed=0)
+    patients, schedule = study.public.split("test")[:N_PATIENTS], study.profile.denoiser.schedule
+    model = study.denoiser(study.pretrained)
+    real = patients.images(np.arange(len(patients.owners)))
+    cohorts = {
+        "reconstructed": measured(study, reconstruct(study.load_autoencoder(), real, seed=0), patients),
+        "drawn": judge(study, model, schedule, patients),
+    }
     rows: dict[str, dict[str, object]] = {}
-    for name, images in cohorts.items():
-        measured = measure(images, attributes, owners, *study.instruments, name=name, seed=0)
-        found = compare(measured, originals, **study.profile.evaluation.model_dump(), seed=0)
+    for name, found in cohorts.items():
         for row in (row for row in found.rows if None not in (row.value, row.low, row.high, row.reference)):
             title = " ".join(filter(None, (row.metric, row.attribute)))
             about = {"measure": title, "unit": row.unit, "n_patients": row.n_patients, "real": row.reference}
             rows.setdefault(title, about)
             rows[title] |= {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high}
+    path = RESULTS / "pretraining.json"  # rows of variants that weren't asked for stay
+    known = json.loads(path.read_text()).get("variants", []) if path.exists() else []
+    variants = {row["variant"]: row for row in known if row["variant"] in VARIANTS}
+    validation = study.public.split("validation")
+    samplers = [
+        {"sampler": name, **shown(judge(study, model, schedule, validation, **changes))}
+        for name, changes in tqdm(SAMPLERS.items(), desc="samplers")
+    ]
+    for variant in tqdm([name for name in given if name in VARIANTS], desc="variants"):
+        profile = varied(variant, study.profile)
+        other = trained(study, profile, study.public.split("train"))
+        about = {"variant": variant, "parameters": sum(p.numel() for p in other.parameters())}
+        variants[variant] = about | shown(judge(study, other, profile.denoiser.schedule, validation))
+        print(variants[variant], flush=True)
     keep(
-        "pretraining", run=study.pretrained.key, n_patients=len(patients), n_volumes=len(real), rows=list(rows.values())
+        "pretraining",
+        run=study.pretrained.key,
+        n_patients=len(patients),
+        n_volumes=len(real),
+        rows=list(rows.values()),
+        validation_patients=len(validation),
+        samplers=samplers,
+        variants=list(variants.values()),
     )
 
 

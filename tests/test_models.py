@@ -18,6 +18,7 @@ from cardiac_ldm.models.diffusion import (
     ScheduleName,
     diffusion_loss,
     drop_attributes,
+    min_snr_weight,
     sample_ddim,
     sample_ddpm,
     schedule,
@@ -342,6 +343,17 @@ def test_a_perfect_model_has_no_loss_and_samples_the_truth(name: ScheduleName) -
         assert torch.allclose(sample_ddim(oracle, name, noise, attributes, guidance, 15), truth, atol=1e-2)
         sampled = sample_ddpm(oracle, name, noise, attributes, guidance, generator)
         assert torch.allclose(sampled, truth, atol=0.1)
+
+
+def test_min_snr_weights_ask_no_more_of_clean_latents_than_of_noisier_ones() -> None:
+    t = torch.arange(150)
+    for name, added in (("paper", 0), ("modern", 1)):
+        noising = schedule(name)  # type: ignore[arg-type]
+        snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
+        of_image = min_snr_weight(noising, t, 5.0) * (snr + added)  # an error of x_0 counts min(SNR, 5)
+        assert torch.allclose(of_image, snr.clamp(max=5))
+        assert of_image[0] == pytest.approx(5)
+        assert of_image[-1] == pytest.approx(snr[-1].item())
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:

@@ -46,6 +46,16 @@ def diffusion_loss(
     return (model(noisy, timesteps, attributes).float() - target).square().flatten(1).mean(1)
 
 
+def min_snr_weight(noising: DDPMScheduler, timesteps: Tensor, ceiling: float) -> Tensor:
+    """Weights (b,) of `diffusion_loss` at timesteps (b,): min(SNR, ceiling) / SNR of an error of noise.
+
+    Of an error of velocity it's min(SNR, ceiling) / (SNR + 1) (Hang et al., arXiv 2303.09556).
+    """
+    kept = noising.alphas_cumprod[timesteps]
+    snr = kept / (1 - kept)
+    return snr.clamp(max=ceiling) / (snr if noising.prediction_type == "epsilon" else snr + 1)
+
+
 def _guided(model: nn.Module, x: Tensor, t: Tensor, attributes: Tensor, guidance: float) -> Tensor:
     """(1 + g) * conditional - g * unconditional; one forward pass when g is 0."""
     if guidance == 0:

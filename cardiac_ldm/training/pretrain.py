@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_public, require_releasable
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
+from cardiac_ldm.models.diffusion import (
+    TIMESTEPS,
+    ScheduleName,
+    diffusion_loss,
+    drop_attributes,
+    min_snr_weight,
+    schedule,
+)
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
 
 _SHOWN = 64
@@ -53,7 +60,7 @@ class DenoiserSettings(BaseModel):
 
 
 class PretrainSettings(BaseModel):
-    """Training of the denoiser on public patients."""
+    """Training of the denoiser on public patients; min_snr: ceiling of the SNR that weighs the loss, or nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,6 +69,7 @@ class PretrainSettings(BaseModel):
     learning_rate: float
     attribute_dropout: float
     average_decay: float
+    min_snr: float | None
 
 
 class Latents:
@@ -129,7 +137,7 @@ def pretrain(
     model = network.build(latents.shape[1])
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, settings.steps, pct_start=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, max(settings.steps, 2), pct_start=0.1)
     noising, attributes = schedule(network.schedule), torch.from_numpy(patients.attributes)
     losses: list[dict[str, float]] = []
     if saved := load_state(state):
@@ -145,7 +153,8 @@ def pretrain(
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             chosen = rng.integers(len(latents), size=settings.batch)
             given = drop_attributes(attributes[chosen], settings.attribute_dropout, generator)
-            loss = random_loss(model, noising, torch.from_numpy(latents[chosen]), given, generator).mean()
+            rows = torch.from_numpy(latents[chosen])
+            loss = random_loss(model, noising, rows, given, generator, min_snr=settings.min_snr).mean()
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -176,8 +185,9 @@ def random_loss(
     attributes: Tensor,
     generator: torch.Generator,
     bands: Sequence[tuple[int, int, float]] = ((0, TIMESTEPS, 1.0),),
+    min_snr: float | None = None,
 ) -> Tensor:
-    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row.
+    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row, weighed if `min_snr`.
 
     Timesteps are uniform in [low, high) of a band (low, high, weight), chosen by weight.
     """
@@ -186,7 +196,8 @@ def random_loss(
     within = torch.rand(len(latents), generator=generator) * (highs - lows)[chosen]
     timesteps = (lows[chosen].long() + within.long()).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    return diffusion_loss(model, noising, latents, attributes, timesteps, noise)
+    loss = diffusion_loss(model, noising, latents, attributes, timesteps, noise)
+    return loss if min_snr is None else loss * min_snr_weight(noising, timesteps, min_snr)
 
 
 @torch.no_grad()
