@@ -38,7 +38,7 @@ PLAIN: dict[str, Any] = {"heart": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "the profile's: 8x with 4 channels, labels teach": {},
     "no label teaches": PLAIN,
-    "the heart weighs more in L1 alone": {"heart": {"emphasis": 4.0, "labels": 0.0, "guide": 0.0, "guide_steps": 1}},
+    "the heart weighs more in L1 alone": {"heart": {"emphasis": 4.0, "labels": 0.0, "guide": 0.0, "guide_steps": 0}},
     "4x with 1 channel (the paper's latent)": PLAIN | {"latent_channels": 1, "channels": [64], "residual_blocks": 2},
     "VQ, 1,024 codes": PLAIN | {"regularisation": {"kind": "vq", "codes": 1024, "weight": 0.25}},
     "KL weight / 100": PLAIN | {"regularisation": {"kind": "kl", "weight": 1e-5}},

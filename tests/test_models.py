@@ -419,17 +419,30 @@ def test_slices_beyond_the_depth_have_no_texture() -> None:
     assert filled.tolist() == 5 * [2 * [False] + 9 * [True] + 2 * [False]]
 
 
+def test_labels_are_drawn_with_their_volumes_and_end_where_these_do() -> None:
+    model = small_autoencoder("kl", grain=True, labelled=True).eval()
+    model.anatomy[-2].bias.data[4:8] = 50.0  # type: ignore[index]
+    attributes = np.zeros((len(OWNERS), 14), np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("DEPTH")] = 9
+    drawn = synthesise(model, Blind(), "modern", attributes, OWNERS, steps=2, guidance=0.0, seed=0)  # type: ignore[arg-type]
+    assert drawn.labels is not None
+    assert drawn.labels.dtype == np.uint8
+    assert (drawn.labels[:, 2:11] == 1).all()
+    assert not drawn.labels[:, :2].any()
+    assert not drawn.labels[:, 11:].any()
+
+
 def test_no_latent_and_no_texture_starts_from_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     beginnings: list[tuple[float, ...]] = []
 
     def remember(volumes: Tensor) -> None:
         beginnings.extend(tuple(volume.flatten()[:9].tolist()) for volume in volumes)
 
-    def draw(model: Autoencoder, latents: Tensor, noise: Tensor) -> Tensor:
+    def draw(model: Autoencoder, latents: Tensor, noise: Tensor) -> tuple[Tensor, None]:
         remember(noise)
-        return noise
+        return noise, None
 
-    monkeypatch.setattr(Autoencoder, "decode", draw)
+    monkeypatch.setattr(Autoencoder, "decode_labelled", draw)
     model, attributes = small_autoencoder("kl", grain=True), np.zeros((len(OWNERS), 14), np.float32)
     for seed in (0, 1):
         blind = Blind()

@@ -183,6 +183,17 @@ def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path)
     assert np.abs(image.get_fdata().transpose(2, 1, 0) / 255 - cohort.images[0]).max() < 0.003
 
 
+def test_labels_are_released_beside_their_volumes(tmp_path: Path) -> None:
+    images, attributes = np.zeros((2, 13, 96, 96), np.float32), np.full((2, 14), np.nan, np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
+    labels = np.random.default_rng(0).integers(4, size=images.shape, dtype=np.uint8)
+    folder = write_release(SyntheticCohort(images, attributes, np.zeros(2, int), labels), ledger(1), tmp_path / "r")
+    for phase, drawn in zip(("ED", "ES"), labels, strict=True):
+        image, mask = (nib.load(folder / f"synthetic00000_{phase}{kind}.nii.gz") for kind in ("", "_seg"))
+        assert np.array_equal(np.asarray(mask.dataobj).transpose(2, 1, 0), drawn)
+        assert np.array_equal(mask.affine, image.affine)
+
+
 @pytest.mark.parametrize(
     ("epsilon", "unit", "guarantee"), [(math.inf, "patient", "none"), (2.0, "volume", "volume-level DP")]
 )
@@ -200,6 +211,10 @@ def test_a_synthetic_cohort_survives_its_file(tmp_path: Path) -> None:
     cohort = SyntheticCohort(images, np.full((2, 14), np.nan, np.float32), np.array([0, 0]))
     cohort.save(tmp_path / "synthetic.npz")
     again = SyntheticCohort.load(tmp_path / "synthetic.npz")
+    assert again.labels is None
+    labels = np.random.default_rng(0).integers(4, size=images.shape, dtype=np.uint8)
+    replace(cohort, labels=labels).save(tmp_path / "labelled.npz")
+    assert np.array_equal(SyntheticCohort.load(tmp_path / "labelled.npz").labels, labels)  # type: ignore[arg-type]
     assert np.abs(again.images - images).max() <= 0.5 / 255 + 1e-6
     assert np.array_equal(again.owners, cohort.owners)
     assert np.isnan(again.attributes).all()

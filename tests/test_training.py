@@ -53,7 +53,11 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="module", params=["kl", "vq", "heart"])
 def autoencoder(profile: Profile, request: pytest.FixtureRequest) -> AutoencoderSettings:
-    return {"kl": profile.autoencoder, "vq": as_vq(profile), "heart": with_heart(profile)}[request.param]
+    return {
+        "kl": profile.autoencoder.model_copy(update={"heart": None}),
+        "vq": as_vq(profile),
+        "heart": with_heart(profile),
+    }[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +138,9 @@ def test_losses_are_told_by_the_terms_of_their_stage(
 ) -> None:
     information = ["step", "l1", "l2", autoencoder.regularisation.kind, "perceptual", "adversarial"]
     texture = ["step", "blurred l1", "texture perceptual", "texture adversarial"]
-    if autoencoder.heart:
-        information, texture = [*information[:-1], "labels", "guide", information[-1]], [*texture, "labels", "guide"]
+    if heart := autoencoder.heart:
+        taught = ["labels", "guide"] if heart.guide else ["labels"]
+        information, texture = [*information[:-1], *taught, information[-1]], [*texture, *taught]
     assert [list(row) for row in trained[1]] == 4 * [information] + 3 * [texture]
 
 
@@ -246,7 +251,9 @@ def test_the_guide_is_another_than_the_judge_trained_once_and_never_taught_by_dr
 ) -> None:
     patients, settings = public.split("train"), with_heart(profile).heart
     assert settings
-    guide = _Heart(settings, patients, 0, tmp_path / "guide.pt").guide.state_dict()
+    first = _Heart(settings, patients, 0, tmp_path / "guide.pt").guide
+    assert first
+    guide = first.state_dict()
     judge, _ = train_segmenter(patients, steps=2, batch=4, learning_rate=5e-3, seed=0)
     assert not any(torch.equal(tensor, judge.state_dict()[name]) for name, tensor in guide.items() if tensor.ndim == 4)
     monkeypatch.setattr("cardiac_ldm.training.autoencoder.train_segmenter", None)  # it isn't trained again
@@ -256,9 +263,31 @@ def test_the_guide_is_another_than_the_judge_trained_once_and_never_taught_by_dr
     terms = again.terms(drawn, torch.zeros(13, 4, 96, 96), labels)
     (gradient,) = torch.autograd.grad(terms["guide"], drawn)
     assert gradient.any()
+    assert again.guide
     assert not any(p.requires_grad for p in again.guide.parameters())
     for name, tensor in again.guide.state_dict().items():
         assert torch.equal(tensor, guide[name]), name
+
+
+def test_without_a_guide_none_is_trained_and_the_labels_alone_teach(
+    public: Cohort, profile: Profile, tmp_path: Path
+) -> None:
+    settings = HeartSettings(emphasis=4, labels=0.1, guide=0, guide_steps=0)
+    heart = _Heart(settings, public.split("train"), 0, tmp_path / "guide.pt")
+    labels = torch.from_numpy(public.split("train").labels([0]))[0][:, None]
+    terms = heart.terms(torch.rand(13, 1, 96, 96), torch.zeros(13, 4, 96, 96), labels)
+    assert terms.keys() == {"labels"}
+    assert not (tmp_path / "guide.pt").exists()
+
+
+def test_labels_that_nobody_has_drawn_cannot_teach(
+    public: Cohort, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients, settings = public.split("train"), with_heart(profile).heart
+    assert settings
+    monkeypatch.setattr(Patients, "labelled", np.arange(len(patients)) > 2)
+    with pytest.raises(ParameterError, match=r"autoencoder.heart: 3 patients of phantom_public have no labels"):
+        _Heart(settings, patients, 0, tmp_path / "guide.pt")
 
 
 @pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])

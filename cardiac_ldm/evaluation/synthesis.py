@@ -20,25 +20,30 @@ class SyntheticCohort:
     """Synthetic volumes and what was asked for.
 
     images: float32 (n, 13, 96, 96) in [0, 1]. attributes: float32 (n, 14), as asked. owners: int64 (n,), the request
-    (a synthetic patient, with an ED and an ES volume) to which each volume belongs.
+    (a synthetic patient, with an ED and an ES volume) to which each volume belongs. labels: uint8 (n, 13, 96, 96), what
+    the decoder meant by what it drew (0 background, 1 RV, 2 myocardium, 3 LV), or None if it has no anatomy head.
     """
 
     images: np.ndarray
     attributes: np.ndarray
     owners: np.ndarray
+    labels: np.ndarray | None = None
 
     def save(self, path: Path) -> None:
         """Write to one compressed file, images at 8 bits."""
         temporary = path.with_suffix(".tmp.npz")
         images = (self.images * 255).round().astype(np.uint8)
-        np.savez_compressed(temporary, images=images, attributes=self.attributes, owners=self.owners)
+        parts = {"images": images, "attributes": self.attributes, "owners": self.owners}
+        labels = {} if self.labels is None else {"labels": self.labels}
+        np.savez_compressed(temporary, **parts | labels)  # type: ignore[arg-type]
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "SyntheticCohort":
         """Read what `save` wrote."""
         with np.load(path) as stored:
-            return cls(stored["images"].astype(np.float32) / 255, stored["attributes"], stored["owners"])
+            images = stored["images"].astype(np.float32) / 255
+            return cls(images, stored["attributes"], stored["owners"], stored.get("labels"))
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def synthesise(
     seed: int,
     batch: int = 8,
 ) -> SyntheticCohort:
-    """Sample one volume for each row of `attributes` (n, 14) by DDIM.
+    """Sample one volume for each row of `attributes` (n, 14) by DDIM, and its labels if the decoder gives any.
 
     The volumes of one request start from the same noise, which depends on the seed and the request alone; the noise of
     their texture depends on the row too: models are compared on the same requests and noise. Slices beyond the DEPTH
@@ -63,7 +68,7 @@ def synthesise(
     size = GRID.size // autoencoder.reduction
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)
     noise = torch.stack([_normal([seed, owner], *shape) for owner in owners])
-    asked, volumes = torch.from_numpy(attributes), []
+    asked, volumes, labels = torch.from_numpy(attributes), [], []
     n_batches = len(range(0, len(asked), batch))
     with tqdm(total=n_batches * steps, desc="sample", unit="step") as bar:
         for rows in torch.arange(len(asked)).split(batch):
@@ -71,13 +76,19 @@ def synthesise(
             texture = torch.stack(
                 [_normal([seed, owners[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
             )
-            volumes.append(autoencoder.decode(latents, texture).numpy())
-    images = np.concatenate(volumes)
-    for image, depth in zip(images, attributes[:, ATTRIBUTE_NAMES.index("DEPTH")], strict=True):
+            drawn, meant = autoencoder.decode_labelled(latents, texture)
+            volumes.append(drawn.numpy())
+            labels += [] if meant is None else [meant.numpy()]
+    cohort = SyntheticCohort(np.concatenate(volumes), attributes, owners, np.concatenate(labels) if labels else None)
+    slices = np.arange(GRID.n_slices)
+    for row, depth in enumerate(attributes[:, ATTRIBUTE_NAMES.index("DEPTH")]):
         if np.isfinite(depth):
             first = (GRID.n_slices - round(float(depth))) // 2
-            image[:first], image[first + round(float(depth)) :] = 0, 0
-    return SyntheticCohort(images, attributes, owners)
+            beyond = (slices < first) | (slices >= first + round(float(depth)))
+            for stack in (cohort.images, cohort.labels):
+                if stack is not None:
+                    stack[row, beyond] = 0
+    return cohort
 
 
 def _normal(seed: Sequence[int], *shape: int) -> Tensor:

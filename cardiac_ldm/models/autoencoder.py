@@ -121,10 +121,18 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
         """Volumes (b, d, h, w) in [0, 1] from standardised latents (b, c, d, h/r, w/r) and white noise (b, d, h, w)."""
+        return self.decode_labelled(latents, noise)[0]
+
+    def decode_labelled(self, latents: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Volumes as `decode` gives them, and their labels, uint8 (b, d, h, w), if the decoder has an anatomy head."""
         flat = rearrange(latents, "b c d h w -> (b d) c h w")
         flat = flat * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
-        slices = self.draw(flat, None if noise is None else rearrange(noise, "b d h w -> (b d) 1 h w"))
-        return rearrange(slices, "(b d) 1 h w -> b d h w", b=len(latents))
+        noise = None if noise is None else rearrange(noise, "b d h w -> (b d) 1 h w")
+        slices, logits = self.render(self.seen(flat), noise)
+        volumes = rearrange(slices, "(b d) 1 h w -> b d h w", b=len(latents))
+        if logits is None:
+            return volumes, None
+        return volumes, rearrange(logits.argmax(dim=1).to(torch.uint8), "(b d) h w -> b d h w", b=len(latents))
 
 
 @torch.random.fork_rng(devices=())  # everything else starts as it would without grain

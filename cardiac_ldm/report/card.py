@@ -72,6 +72,8 @@ def joint_statement(ledgers: Sequence[Ledger]) -> str:
 def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path:
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 
+    Where the cohort has labels, each volume's lie beside it: `_seg` in the name, 1 RV, 2 myocardium, 3 LV.
+
     Raises:
         PrivacyError: the model has no guarantee, or one for volumes alone.
     """
@@ -88,6 +90,8 @@ def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path
             phase = "ED" if attributes[ATTRIBUTE_NAMES.index("ESED")] == 1 else "ES"
             names.append(f"synthetic{owner:05d}_{phase}.nii.gz")
             (unfinished / names[-1]).write_bytes(nifti(image))
+        for name, labels in zip(names, cohort.labels if cohort.labels is not None else (), strict=False):
+            (unfinished / name.replace(".nii", "_seg.nii")).write_bytes(nifti(labels))
         with (unfinished / "attributes.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["patient", "file", *ATTRIBUTE_NAMES])

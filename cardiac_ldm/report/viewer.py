@@ -53,14 +53,17 @@ def view_live(volume: NDArray[np.float32]) -> object:
     return view(image)
 
 
-def nifti(volume: NDArray[np.float32]) -> bytes:
+def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
     """Return a volume (slices, height, width) in [0, 1] as a gzipped 8-bit NIfTI file on the study's grid.
+
+    uint8 labels are kept as they are; anything else is scaled to 0..255.
 
     Columns run to the right, rows downwards as in a picture, slices from base (up) to apex, centred at the origin.
     """
     depth, row, column = GRID.spacing_mm
     affine = np.diag([column, -row, -depth, 1.0])
-    voxels = np.round(255 * np.clip(volume, 0, 1)).astype(np.uint8).transpose(2, 1, 0)
+    scaled = volume if volume.dtype == np.uint8 else (255 * volume.clip(0, 1)).round().astype(np.uint8)
+    voxels = scaled.transpose(2, 1, 0)
     affine[:3, 3] = -affine[:3, :3] @ (np.array(voxels.shape) - 1) / 2
     return gzip.compress(nib.Nifti1Image(voxels, affine).to_bytes(), mtime=0)
 

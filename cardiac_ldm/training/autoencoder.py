@@ -21,6 +21,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import Patients, require_public
+from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.perception import Critic, PerceptionEncoder
@@ -66,7 +67,7 @@ class HeartSettings(BaseModel):
 
     emphasis: how many times more the L1 terms weigh within 7 mm of the heart. labels: weight of the Dice and
     cross-entropy of the decoder's own labels. guide: weight of those of what a segmenter sees in the drawn slices;
-    guide_steps: length of its training.
+    guide_steps: length of its training; none is trained for a weight of 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,7 +75,7 @@ class HeartSettings(BaseModel):
     emphasis: float = Field(ge=1)
     labels: float = Field(ge=0)
     guide: float = Field(ge=0)
-    guide_steps: int = Field(ge=1)
+    guide_steps: int = Field(ge=0)
 
 
 class AutoencoderSettings(BaseModel):
@@ -158,7 +159,15 @@ class _Heart:
     """
 
     def __init__(self, settings: HeartSettings, patients: Patients, seed: int, path: Path) -> None:
+        if not patients.labelled.all():
+            raise ParameterError(
+                f"autoencoder.heart: {np.count_nonzero(~patients.labelled)} patients of {patients.name} have no labels "
+                "to learn from; set it to null in the profile"
+            )
         self.settings, self.dice = settings, DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+        self.guide: Segmenter | None = None
+        if settings.guide == 0:
+            return
         guide, saved = Segmenter(), load_state(path)
         if saved is None:
             # Another seed than the judge's: it starts elsewhere and sees other volumes.
@@ -178,11 +187,10 @@ class _Heart:
     def terms(self, drawn: Tensor, logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
         """What the decoder's labels lack and what the guide misses in drawn slices (n, 1, h, w) of labels so shaped."""
         assert logits is not None
-        seen = self.guide(drawn)[:, :, 0]
-        return {
-            "labels": self.settings.labels * self.dice(logits, labels),
-            "guide": self.settings.guide * self.dice(seen, labels),
-        }
+        found = {"labels": self.settings.labels * self.dice(logits, labels)}
+        if self.guide:
+            found["guide"] = self.settings.guide * self.dice(self.guide(drawn)[:, :, 0], labels)
+        return found
 
 
 def _weighed_l1(drawn: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
