@@ -268,6 +268,33 @@ def _set_up(folder: str, n_patients: int) -> dict[str, float]:
     return {"patients": n_patients, "seconds": seconds, "megabytes": _most_held() - before}
 
 
+def cores(rounds: int = 7) -> list[dict[str, Any]]:
+    """Patients a second on two cores over one core's, a patient a core or a patient's work spread over both."""
+    found = []
+    for case in CASES[:2]:
+        work, ratios = Work(case), list[tuple[float, float]]()
+
+        def together(number: int, work: Work = work) -> None:
+            """Patient after patient, each on as many cores as torch likes."""
+            for patient in range(PATIENTS):
+                loss = work.loss(work.latents[patient], work.attributes[patient], number)
+                work.plan.clipped(loss, work.parameters)
+
+        for number in range(rounds + 1):
+            seconds = []
+            for threads, step in ((1, work.ours), (2, work.ours), (2, together)):
+                torch.set_num_threads(threads)
+                start = time.perf_counter()
+                step(number)
+                seconds.append(time.perf_counter() - start)
+            ratios.append((seconds[0] / seconds[1], seconds[0] / seconds[2]))
+        for name, its in zip(("a patient a core", "a patient on both"), zip(*ratios[1:], strict=True), strict=True):
+            spread = {"ratio": float(np.median(its)), "low": min(its), "high": max(its), "rounds": rounds}
+            found.append({"network": case.label, "cores": name, **spread})
+    torch.set_num_threads(1)
+    return found
+
+
 def throughput(rounds: int = 3) -> dict[str, float]:
     """Patients a second of two processes over one's, in alternating rounds; every process has one thread."""
     each = []
@@ -335,6 +362,7 @@ def main(wanted: list[str]) -> None:
         "rows": lambda: [row for case in CASES for row in ratios(case)],
         "plans": lambda: plans(next(row for row in kept["rows"] if row["network"] == CASES[1].label)),
         "opacus": opacus_reasons,
+        "cores": cores,
         "two_processes": throughput,
         "noise": lambda: [noise_cost(n) for n in (300_000, 4_400_000)],
         "setting_up": lambda: [setting_up(n) for n in (300, 3_000, 30_000)],

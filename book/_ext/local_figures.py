@@ -46,7 +46,7 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], d
 
 
 class Results(SphinxDirective):
-    """A table of what a benchmark measured: `{results} dp_step.rows`, then a line `title = format` for every column."""
+    """A table of what a benchmark measured: `{results} dp_step.rows` (names on the way to it, with dots), then a line `title = format` for every column."""
 
     has_content = True
     required_arguments = 1
@@ -56,7 +56,9 @@ class Results(SphinxDirective):
         name, _, key = self.arguments[0].partition(".")
         path = RESULTS / f"{name}.json"
         self.env.note_dependency(str(path))
-        found = json.loads(path.read_text())[key]
+        found = json.loads(path.read_text())
+        for part in key.split("."):
+            found = found[part]
         titles, cells = zip(*(line.split(" = ", 1) for line in self.content), strict=True)
         rows = [[cell.format(**row) for cell in cells] for row in (found if isinstance(found, list) else [found])]
         table = [titles, ["---"] * len(titles), *rows]
