@@ -64,7 +64,7 @@ class Case:
         quick = self.name == "quick"
         ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
         attention = (False, *[True] * (len(self.channels) - 1))
-        sizes = (1, 2, 32) if quick else (2, 4, 16)
+        sizes = (1, 2, 32, 0) if quick else (2, 4, 16, 0)
         return Denoiser(self.latent[0], self.channels, attention, *sizes, GRID.n_slices, ranges)
 
 

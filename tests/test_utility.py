@@ -1,0 +1,285 @@
+"""Training on made-up hearts and testing on others: what's learnt, the regression, pairs of arms, and bad input."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import linalg, ndimage, stats
+from torch import nn
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, measure_attributes
+from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
+from cardiac_ldm.evaluation import utility as module
+from cardiac_ldm.evaluation.utility import PENALTIES, Budget, LabelledVolumes, Utility, compare_arms, ridge, utility
+from tests.miniatures import PHASES, heart
+
+ESED, LVEDV = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "LVEDV"))
+SHORT: Any = {
+    "segmenter": Budget(1, 1, 1e-3),
+    "phase": Budget(1, 1, 1e-3),
+    "resamples": 20,
+    "seed": 0,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small convolutions gain nothing from a second thread and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def hearts(n_patients, seed=0, name="hearts") -> LabelledVolumes:
+    """Miniature hearts of various sizes on the study's grid, and their measured LVEDV."""
+    images, labels = (np.zeros((2 * n_patients, *GRID.shape), dtype) for dtype in (np.float32, np.uint8))
+    attributes = np.full((2 * n_patients, len(ATTRIBUTE_NAMES)), np.nan, np.float32)
+    scales = np.random.default_rng(seed).uniform(1.5, 2, n_patients)
+    for patient, scale in enumerate(scales):
+        for row, phase in enumerate(PHASES, 2 * patient):
+            for stack, drawn in zip((images, labels), heart(phase, 100 * seed + patient), strict=True):
+                zoomed = ndimage.zoom(drawn.T, (1, scale, scale), order=0)
+                top, left = (GRID.size - zoomed.shape[1]) // 2, (GRID.size - zoomed.shape[2]) // 2
+                field = np.s_[3:9, top : top + zoomed.shape[1], left : left + zoomed.shape[2]]
+                stack[row][field] = zoomed / (500 if stack is images else 1)
+            attributes[row, ESED] = phase == "ED"
+        measured = measure_attributes({"ED": labels[2 * patient]}, GRID.spacing_mm)
+        attributes[2 * patient : 2 * patient + 2, LVEDV] = measured["LVEDV"]
+    return LabelledVolumes(name, images.clip(0, 1), labels, attributes, np.repeat(np.arange(n_patients), 2))
+
+
+@pytest.fixture(scope="module")
+def real():
+    return hearts(8, seed=1, name="real")
+
+
+@pytest.fixture(scope="module")
+def trained(real):
+    budgets = {"segmenter": Budget(16, 2, 1e-2), "phase": Budget(80, 4, 3e-3)}
+    return utility(hearts(14), real, **SHORT | budgets)
+
+
+def value_of(rows, metric, attribute=None):
+    chosen = rows[
+        (rows.metric == metric) & (rows.attribute.isna() if attribute is None else rows.attribute == attribute)
+    ]
+    assert len(chosen) == 1
+    return chosen.iloc[0]
+
+
+def test_what_was_learnt_serves_on_others(trained):
+    assert trained.name == "hearts"
+    assert value_of(trained.rows, "Dice", "LV").value > 0.5
+    assert value_of(trained.rows, "phase accuracy").value > 0.7
+    assert value_of(trained.rows, "R2", "LVEDV").value > 0.5
+    error = value_of(trained.rows, "mean absolute error", "LVEDV")
+    assert error.unit == "mL"
+    assert 0 < error.low <= error.value <= error.high < trained.outcomes.LVEDV.std()
+
+
+def test_rows_are_of_test_patients(trained):
+    assert trained.rows.n_patients.eq(8).all()
+    assert len(trained.outcomes) == 8
+    assert not trained.outcomes.isna().any(axis=None)
+    assert set(trained.rows.metric) == {"Dice", "phase accuracy", "R2", "mean absolute error"}
+    outcomes = trained.outcomes
+    assert value_of(trained.rows, "Dice", "RV").value == pytest.approx(outcomes["Dice RV"].mean())
+    errors = (outcomes.LVEDV - outcomes["predicted LVEDV"]).to_numpy()
+    assert value_of(trained.rows, "mean absolute error", "LVEDV").value == pytest.approx(np.abs(errors).mean())
+    r2 = 1 - errors @ errors / (7 * stats.tstd(outcomes.LVEDV) ** 2)
+    assert value_of(trained.rows, "R2", "LVEDV").value == pytest.approx(r2, rel=1e-5)
+
+
+def test_hearts_labelled_at_random_serve_less_and_the_pair_says_so(trained, real):
+    train = hearts(14, name="shuffled")
+    attributes = train.attributes.copy()
+    attributes[:, LVEDV] = np.repeat(np.random.default_rng(0).permutation(attributes[::2, LVEDV]), 2)
+    shuffled = utility(replace(train, attributes=attributes), real, **SHORT)
+    rows = compare_arms(trained, shuffled, resamples=200, seed=0)
+    for metric, attribute in (("Dice", "LV"), ("R2", "LVEDV")):
+        worth, ours, theirs = (value_of(some, metric, attribute) for some in (rows, trained.rows, shuffled.rows))
+        assert worth.value == pytest.approx(ours.value - theirs.value)
+        assert worth.low > 0
+    assert value_of(rows, "mean absolute error", "LVEDV").high < 0
+
+
+class ByPlace(nn.Module):
+    """A classifier that knows the phases of volumes by their order, but for the third."""
+
+    def __init__(self, phases):
+        super().__init__()
+        self.phases = torch.from_numpy(phases)
+
+    def forward(self, images):
+        first, self.phases = self.phases[: len(images)], self.phases[len(images) :]
+        return nn.functional.one_hot(first.long(), 2).float()
+
+
+class ByTruth(nn.Module):
+    """A segmenter that knows the labels of volumes by their order."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.labels = torch.from_numpy(labels)
+
+    def forward(self, images):
+        first, self.labels = self.labels[: len(images)], self.labels[len(images) :]
+        return nn.functional.one_hot(first.long(), 4).movedim(-1, 1).float()
+
+
+def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypatch, real):
+    attributes, labels, truth = real.attributes.copy(), real.labels.copy(), real.labels.copy()
+    phases = attributes[:, ESED].copy()
+    phases[2] = 0  # of patient 1, who's at end-diastole
+    attributes[5, ESED] = np.nan  # of patient 2
+    truth[[6, 7]] = np.where(truth[[6, 7]] == 1, 0, truth[[6, 7]])  # patient 3 has no RV
+    labels[8] = 0  # of patient 4, not found
+    monkeypatch.setattr(module, "_fit_segmenter", lambda *_: ByTruth(labels))
+    monkeypatch.setattr(module, "_fit_phase_classifier", lambda *_: ByPlace(np.delete(phases, 5)))
+    found = utility(hearts(8), replace(real, attributes=attributes, labels=truth), **SHORT)
+    assert found.outcomes.phase.tolist() == [1, 0.5, 1, 1, 1, 1, 1, 1]
+    assert found.outcomes["Dice LV"].tolist() == [1, 1, 1, 1, 0.5, 1, 1, 1]
+    assert np.isnan(found.outcomes["Dice RV"][3])
+    rv = value_of(found.rows, "Dice", "RV")
+    assert rv.n_patients == 7
+    assert rv[["value", "low", "high"]].isna().all()
+    assert value_of(found.rows, "phase accuracy").value == pytest.approx(7.5 / 8)
+
+
+def test_everything_follows_from_the_seed(real):
+    train = hearts(8)
+    runs = [utility(train, real, **SHORT | {"seed": seed}).outcomes["Dice LV"] for seed in (3, 3, 4)]
+    assert runs[0].equals(runs[1])
+    assert not runs[0].equals(runs[2])
+
+
+def test_features_are_read_once_for_all_arms(monkeypatch, real):
+    assert real.features.shape == (8, 1280)
+    monkeypatch.setattr(module, "slice_features", None)
+    assert real.features.shape == (8, 1280)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 5), (12, 40)])
+def test_ridge_is_scipys_least_squares_with_the_penalty_that_leaving_one_out_chooses(n, d):
+    rng = np.random.default_rng(n + d)
+    x = rng.normal(size=(n, d)) * rng.uniform(0.1, 9, d) + 5
+    y = x @ rng.normal(size=d) / d + rng.normal(size=n) * 2 + 100
+    z = (x - x.mean(axis=0)) / x.std(axis=0)
+
+    def fitted(rows, penalty):
+        """Slopes and intercept by least squares with rows of the penalty's root, the intercept's without."""
+        design = np.vstack([np.c_[z[rows], np.ones(len(rows))], np.sqrt(penalty) * np.eye(d + 1)[:d]])
+        return linalg.lstsq(design, np.r_[y[rows], np.zeros(d)])[0]
+
+    def left_out(penalty):
+        others = [np.delete(np.arange(n), i) for i in range(n)]
+        return np.mean([(y[i] - np.r_[z[i], 1] @ fitted(rows, penalty)) ** 2 for i, rows in enumerate(others)])
+
+    best = min(d * PENALTIES, key=left_out)
+    assert d * PENALTIES[0] < best < d * PENALTIES[-1]
+    new = rng.normal(size=(6, d)) * 3 + 5
+    expected = np.c_[(new - x.mean(axis=0)) / x.std(axis=0), np.ones(6)] @ fitted(np.arange(n), best)
+    np.testing.assert_allclose(ridge(x, y)(new), expected, rtol=1e-9)
+
+
+def test_ridge_bears_features_that_never_change():
+    x = np.c_[np.arange(10.0), np.full(10, 3.0)].astype(np.float32)
+    np.testing.assert_allclose(ridge(x, 2 * x[:, 0] + 1)(x), 2 * x[:, 0] + 1, atol=0.02)
+
+
+def made_up(name, predicted, truth, dice):
+    columns = ["Dice RV", "Dice myocardium", "Dice LV", "phase"]
+    outcomes = pd.DataFrame(dict.fromkeys(columns, dice) | {"LVEDV": truth, "predicted LVEDV": predicted})
+    return Utility(name, outcomes, pd.DataFrame())
+
+
+def test_arms_are_compared_patient_by_patient():
+    rng = np.random.default_rng(0)
+    truth, dice = rng.normal(150, 30, 40), rng.uniform(0, 0.9, 40)
+    perfect, blind = made_up("a", truth, truth, dice + 0.1), made_up("b", np.full(40, truth.mean()), truth, dice)
+    rows = compare_arms(perfect, blind, resamples=200, seed=0)
+    assert value_of(rows, "R2", "LVEDV").value == pytest.approx(1)
+    assert value_of(rows, "mean absolute error", "LVEDV").value == pytest.approx(-np.abs(truth - truth.mean()).mean())
+    better = value_of(rows, "Dice", "LV")
+    assert (better.low, better.value, better.high) == pytest.approx((0.1, 0.1, 0.1))  # alike for every patient
+    assert better.n_patients == 40
+
+
+def test_arms_tested_on_others_are_not_compared():
+    truth = np.arange(10.0)
+    with pytest.raises(ParameterError, match="synthetic: wasn't tested on the patients of real"):
+        compare_arms(made_up("real", truth, truth, 1), made_up("synthetic", truth, truth + 1, 1), resamples=2, seed=0)
+
+
+def test_cohorts_add_up_and_nobody_becomes_another():
+    first, second = hearts(2, name="a"), hearts(3, seed=1, name="b")
+    both = first + second
+    assert both.name == "a + b"
+    assert both.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    np.testing.assert_array_equal(both.images[4:], second.images)
+    np.testing.assert_array_equal(both.labels[:4], first.labels)
+    np.testing.assert_array_equal(both.attributes[4:], second.attributes)
+
+
+def patients(secret=False, labelled=True) -> Any:
+    """Just enough of a split of patients."""
+    volumes = hearts(2)
+    return SimpleNamespace(
+        name="ward",
+        split="test",
+        secret=secret,
+        labelled=np.full(2, labelled),
+        attributes=volumes.attributes,
+        owners=volumes.owners,
+        images=lambda rows: volumes.images[rows],
+        labels=lambda rows: volumes.labels[rows],
+    )
+
+
+def test_patients_give_their_volumes_unless_they_are_secret_or_nobody_labelled_them():
+    volumes = LabelledVolumes.of(patients())
+    np.testing.assert_array_equal(volumes.labels, hearts(2).labels)
+    assert volumes.name == "ward"
+    with pytest.raises(PrivacyError, match="ward"):
+        LabelledVolumes.of(patients(secret=True))
+    with pytest.raises(CohortError, match="utility"):
+        LabelledVolumes.of(patients(labelled=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"images": np.zeros((16, 13, 64, 64), np.float32)},
+            r"hearts: images are \(16, 13, 64, 64\), expected \(16, 13",
+        ),
+        ({"images": np.full((16, 13, 96, 96), np.nan, np.float32)}, "hearts: images hold values that aren't finite"),
+        ({"labels": np.zeros((15, 13, 96, 96), np.uint8)}, r"hearts: labels are \(15, .* expected \(16"),
+        ({"labels": np.full((16, 13, 96, 96), 4, np.uint8)}, "hearts: labels go up to 4; give 0 to 3"),
+        ({"attributes": np.zeros((16, 13), np.float32)}, r"hearts: attributes are \(16, 13\), expected \(16, 14\)"),
+        ({"owners": np.zeros(8, np.int64)}, r"hearts: owners are \(8,\), expected \(16,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ParameterError, match=message):
+        replace(hearts(8), **changes)
+
+
+def test_too_little_to_train_or_test_on_is_named(real):
+    few, train = hearts(7, name="few"), hearts(8)
+    for arm, test in ((few, real), (train, few)):
+        with pytest.raises(ParameterError, match="few: 7 patients; give at least 8"):
+            utility(arm, test, **SHORT)
+    attributes = train.attributes.copy()
+    attributes[0, LVEDV] = np.nan
+    with pytest.raises(ParameterError, match="hearts: 7 patients at end-diastole whose LVEDV is known"):
+        utility(replace(train, attributes=attributes), real, **SHORT)
+    attributes = np.where(np.arange(14) == ESED, 1, train.attributes).astype(np.float32)
+    with pytest.raises(ParameterError, match=r"hearts: no volume at end-systole \(ESED = 0\)"):
+        utility(replace(train, attributes=attributes), real, **SHORT)
