@@ -95,7 +95,7 @@ def test_every_chapter_runs(notebook: str, runs: Path) -> None:
         (folder,) = (runs / "release").iterdir()  # of the private model: neither of the one without a guarantee
         statement = (folder / "STATEMENT.md").read_text()
         assert "differential privacy per patient" in statement
-        assert len(list(folder.glob("*.nii.gz"))) == 16
+        assert len(list(folder.glob("*_E?.nii.gz"))) == len(list(folder.glob("*_seg.nii.gz"))) == 16
         assert Ledger.load(folder / "privacy.json").guarantee == "patient-level DP"
 
 

@@ -247,8 +247,8 @@ def test_models_are_stated_together_only_where_a_joint_claim_can_be_made(tmp_pat
 def test_the_segmenter_is_trained_early_only_where_hearts_must_be_found_and_some_public_ones_are_labelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_labels: str, trains: bool
 ) -> None:
-    def read(manifest: Manifest, root: None, patient_id: str) -> Patient:
-        patient = read_patient(manifest, root, patient_id)
+    def read(manifest: Manifest, root: None, patient_id: str, imaged: bool = True) -> Patient:
+        patient = read_patient(manifest, root, patient_id, imaged)
         named = {"private": manifest.role == "private", "everybody": True, "nobody": False}
         if named.get(without_labels, manifest.role == "public" and patient_id == "p000000"):
             return replace(patient, volumes=tuple(replace(v, labels=None) for v in patient.volumes))
