@@ -121,7 +121,8 @@ def memorisation(
     held-out patients that give as large a share, or as small a ratio, this one included: exact (Phipson and Smyth,
     Stat. Appl. Genet. Mol. Biol. 9:39, 2010) however many requests share a nearest patient. Groups are those of the
     nearest patients, whose privacy it is; for them, patients are exchanged within groups. Intervals come from the
-    bootstrap over requests, those with the same nearest patient together.
+    bootstrap over requests, those with the same nearest patient together, and say how large the effect is; p_value says
+    whether there is one. Copies of k patients can't bring it much below 2^-k: where they are few, look at `pairs`.
 
     pairs: the `suspicious` requests of smallest ratio in each space, and the training patient whom each is nearest to,
     among ALL patients. A pure function: it guards nobody, and what it gives tells of the training patients.
