@@ -12,7 +12,8 @@ CHAPTERS = [
     "01_autoencoder",
     "02_pretrain",
     *(f"03_dp_finetune-eps{epsilon}" for epsilon in PRIVATE),
-    *(f"04_evaluate-eps{epsilon}" for epsilon in BUDGETS),
+    "04_evaluate",
+    "05_privacy_audit",
     "06_tradeoff",
     "07_gallery",
 ]
@@ -24,7 +25,7 @@ def chapter(notebook, budget=""):
     given = " ".join(f"-p {key} {value}" for key, value in {"profile": PROFILE, **COHORTS}.items())
     if budget:
         given += f" -p epsilon {{wildcards.{budget}}}"
-    if notebook in ("06_tradeoff", "07_gallery"):
+    if notebook >= "04":
         given += f" -p epsilons '{','.join(BUDGETS)}'"
     return {
         "notebook": f"{EXECUTED}/{name}.ipynb",
@@ -106,21 +107,35 @@ rule evaluate:
     input:
         "notebooks/04_evaluate.ipynb",
         f"{DONE}/01_autoencoder.done",
-        lambda w: f"{DONE}/02_pretrain.done" if w.epsilon == "0" else f"{DONE}/03_dp_finetune-eps{w.epsilon}.done",
+        expand(f"{DONE}/03_dp_finetune-eps{{epsilon}}.done", epsilon=PRIVATE),
     output:
-        chapter("04_evaluate", "epsilon")["notebook"],
-        chapter("04_evaluate", "epsilon")["done"],
+        chapter("04_evaluate")["notebook"],
+        chapter("04_evaluate")["done"],
     log:
-        chapter("04_evaluate", "epsilon")["log"],
+        chapter("04_evaluate")["log"],
+    threads: workflow.cores
+    shell:
+        chapter("04_evaluate")["run"]
+
+
+rule audit:
+    input:
+        "notebooks/05_privacy_audit.ipynb",
+        f"{DONE}/04_evaluate.done",
+    output:
+        chapter("05_privacy_audit")["notebook"],
+        chapter("05_privacy_audit")["done"],
+    log:
+        chapter("05_privacy_audit")["log"],
     threads: HALF
     shell:
-        chapter("04_evaluate", "epsilon")["run"]
+        chapter("05_privacy_audit")["run"]
 
 
 rule tradeoff:
     input:
         "notebooks/06_tradeoff.ipynb",
-        expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
+        f"{DONE}/04_evaluate.done",
     output:
         chapter("06_tradeoff")["notebook"],
         chapter("06_tradeoff")["done"],
@@ -134,7 +149,7 @@ rule tradeoff:
 rule gallery:
     input:
         "notebooks/07_gallery.ipynb",
-        expand(f"{DONE}/04_evaluate-eps{{epsilon}}.done", epsilon=BUDGETS),
+        f"{DONE}/04_evaluate.done",
     output:
         chapter("07_gallery")["notebook"],
         chapter("07_gallery")["done"],

@@ -1,4 +1,4 @@
-"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [VARIANT ... | none]`.
+"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [NAME ... | none]`.
 
 Asks the `laptop` profile's public model (the one that is shipped, where it is) for both volumes of 150 patients of the
 public test split. Its distance from them stands beside that of their own reconstructions, which no model of these
@@ -6,7 +6,7 @@ latents can beat, and beside that of the patients from each other, all from part
 the segmenter and the phase classifier, trained on other public patients.
 
 Variants of its training, all for a twelfth of the profile's steps, and other ways to sample it draw for 100 public
-validation patients, so nothing is chosen on a test split (minutes each; resumable).
+validation patients, so nothing is chosen on a test split. Name those to measure (minutes each; resumable).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks import RESULTS, keep
 from benchmarks.acdc import RUNS
 from cardiac_ldm.cohort import Patients
-from cardiac_ldm.evaluation.metrics import Metrics, compare, measure, measure_real
+from cardiac_ldm.evaluation.metrics import Metrics, compare, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import ScheduleName
@@ -44,11 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a third level": {"denoiser": {"channels": [32, 64, 64], "attention": [False, True, True]}},
 }
 SAMPLERS: dict[str, dict[str, float]] = {
-    "8 steps": {"steps": 8},
-    "15 steps": {"steps": 15},
-    "30 steps": {"steps": 30},
+    "8 steps": {"steps": 8, "guidance": 0.0},
+    "15 steps": {"steps": 15, "guidance": 0.0},
+    "30 steps": {"steps": 30, "guidance": 0.0},
     "15 steps, guidance 0.5": {"steps": 15, "guidance": 0.5},
     "15 steps, guidance 1": {"steps": 15, "guidance": 1.0},
+    "15 steps, guidance 2": {"steps": 15, "guidance": 2.0},
 }
 SHOWN = (
     "FD-EffNet",
@@ -94,20 +95,22 @@ def measured(study: Study, images: np.ndarray, patients: Patients) -> Metrics:
     """All that is measured on volumes that stand for those of these patients."""
     originals = measure_real(patients, *study.instruments, seed=0)
     seen = measure(images, patients.attributes, patients.owners, *study.instruments, name="drawn", seed=0)
-    return compare(seen, originals, **study.profile.evaluation.model_dump(), seed=0)
+    settings, n = study.profile.evaluation.model_dump(exclude={"inception"}), len(patients)
+    found = [estimate(cohort, originals, size=n // 2, seed=0, **settings) for cohort in (seen, originals)]
+    return compare(*found, model="drawn", epsilon=0, reference_cohort=patients.name, n_requests=n, n_real_patients=n)
 
 
 def shown(found: Metrics) -> dict[str, float | None]:
     """The measures by which variants are compared."""
-    titled = {" ".join(filter(None, (row.metric, row.attribute))): row.value for row in found.rows}
+    titled = {" ".join(filter(None, (r.metric, r.attribute))): r.value for r in found.rows if r.grouping is None}
     return {title: titled[title] for title in SHOWN}
 
 
 def main() -> None:
     """Sample, reconstruct, measure; keep one row a measure, one a variant, one a sampler."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("variants", nargs="*", choices=[*VARIANTS, "none", []], help="all unless told")
-    given = arguments.parse_args().variants or VARIANTS
+    arguments.add_argument("variants", nargs="*", choices=[*VARIANTS, *SAMPLERS, "none", []], help="all unless told")
+    given = arguments.parse_args().variants or [*VARIANTS, *SAMPLERS]
     study = Study(Parameters(profile="laptop"))
     patients, schedule = study.public.split("test")[:N_PATIENTS], study.profile.denoiser.schedule
     model = study.denoiser(study.pretrained)
@@ -118,19 +121,20 @@ def main() -> None:
     }
     rows: dict[str, dict[str, object]] = {}
     for name, found in cohorts.items():
-        for row in (row for row in found.rows if None not in (row.value, row.low, row.high, row.reference)):
+        for row in found.rows:
+            if row.grouping is not None or None in (row.value, row.low, row.high, row.reference):
+                continue
             title = " ".join(filter(None, (row.metric, row.attribute)))
             about = {"measure": title, "unit": row.unit, "n_patients": row.n_patients, "real": row.reference}
             rows.setdefault(title, about)
             rows[title] |= {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high}
-    path = RESULTS / "pretraining.json"  # rows of variants that weren't asked for stay
-    known = json.loads(path.read_text()).get("variants", []) if path.exists() else []
-    variants = {row["variant"]: row for row in known if row["variant"] in VARIANTS}
+    path = RESULTS / "pretraining.json"  # rows that weren't asked for stay
+    known = json.loads(path.read_text()) if path.exists() else {}
+    variants = {row["variant"]: row for row in known.get("variants", []) if row["variant"] in VARIANTS}
+    samplers = {row["sampler"]: row for row in known.get("samplers", []) if row["sampler"] in SAMPLERS}
     validation = study.public.split("validation")
-    samplers = [
-        {"sampler": name, **shown(judge(study, model, schedule, validation, **changes))}
-        for name, changes in tqdm(SAMPLERS.items(), desc="samplers")
-    ]
+    for name in tqdm([name for name in given if name in SAMPLERS], desc="samplers"):
+        samplers[name] = {"sampler": name, **shown(judge(study, model, schedule, validation, **SAMPLERS[name]))}
     for variant in tqdm([name for name in given if name in VARIANTS], desc="variants"):
         profile = varied(variant, study.profile)
         other = trained(study, profile, study.public.split("train"))
@@ -144,7 +148,7 @@ def main() -> None:
         n_volumes=len(real),
         rows=list(rows.values()),
         validation_patients=len(validation),
-        samplers=samplers,
+        samplers=list(samplers.values()),
         variants=list(variants.values()),
     )
 

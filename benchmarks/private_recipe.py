@@ -3,12 +3,15 @@
 rehearsal: a second PUBLIC phantom population of 4,000 patients (`phantom_rehearsal`) plays the private one, so that
 nothing is chosen on private patients, simulated or not. Every recipe starts from the `laptop` profile's public model
 (the one that is shipped, where it is); what it is worth is the change of the denoising loss on held-out rehearsal
-patients, patient by patient, with the same timesteps and noise. The base recipe takes a part of the profile's private
-gradients, so a recipe's place among others is measured, not what the profile reaches (an hour or two; resumable).
+patients, patient by patient, with the same timesteps and noise. A rehearsal draws lots of a twelfth of the recipe's
+size with a twelfth of its noise: what privacy adds to the mean gradient is the same, what sampling adds is more, and
+nothing is claimed for it. First, how much of a mean gradient each part of the network holds, and how much noise it
+would get (half an hour or more; resumable).
 
-private: the profile's recipe, frozen, runs once on the simulated private cohort at every budget, and at epsilon 10 from
-scratch. On its test patients: the Frechet distance, and the part of the way from the public model to the one
-that was tuned with no noise (epsilon inf, the same recipe) that each model has gone (two hours; resumable).
+private: the profile's recipe, frozen, runs once on the simulated private cohort at every budget. Beside it stand all
+weights tuned with no noise, and all weights trained from scratch at epsilon 10. On test patients: the Frechet distance,
+and the part of the way from the public model to the one that was tuned with no noise (epsilon inf, the same recipe)
+that each model has gone (an hour or two; resumable).
 """
 
 import argparse
@@ -16,21 +19,31 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from benchmarks import RESULTS, keep
 from cardiac_ldm.evaluation.intervals import bootstrap
+from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Parameters, Study
 from cardiac_ldm.training.finetune import finetune
-from cardiac_ldm.training.pretrain import held_out_loss
+from cardiac_ldm.training.pretrain import held_out_loss, random_loss
 
-BASE = {"tuned": "all", "learning_rate": 1e-3, "steps": 40, "expected_batch": 64, "draws": 1, "average_decay": 0.9}
+N_VALIDATION = 100
+SHARE = 12
+"""A rehearsal draws this part of a recipe's lots, with this part of its noise."""
+N_GRADIENTS = 96
+"""Patients from whom the mean gradient is estimated; its square from the two halves, so that their noise cancels."""
+BASE = {"tuned": "edges", "learning_rate": 1e-3, "steps": 30, "expected_batch": 192, "draws": 1, "average_decay": 0.9}
+BASE |= {"clip": 0.1}
+ALL = {"tuned": "all", "learning_rate": 1e-3, "clip": 0.3}
 
 
 @dataclass(frozen=True)
@@ -43,23 +56,51 @@ class Recipe:
 
 GRID = [
     Recipe(math.inf),
+    Recipe(math.inf, {"learning_rate": 3e-3}),
+    Recipe(math.inf, ALL),
     Recipe(10),
+    Recipe(10, ALL),
     Recipe(1),
-    Recipe(10, {"steps": 20, "expected_batch": 128, "average_decay": 0.8}),
-    Recipe(10, {"learning_rate": 2e-3}),
-    Recipe(10, {"learning_rate": 3e-4}),
+    Recipe(1, ALL),
+    Recipe(10, {"learning_rate": 3e-3}),
     Recipe(1, {"learning_rate": 3e-4}),
-    Recipe(10, {"draws": 4, "expected_batch": 16}),
-    Recipe(10, {"tuned": "attention", "learning_rate": 3e-3}),
-    Recipe(1, {"tuned": "lora-4", "learning_rate": 3e-3}),
-    Recipe(10, {"clipping": "normalised"}),
-    Recipe(10, {"clip": 0.1}),
+    Recipe(10, {"tuned": "lora-4", "clip": 0.3}),
+    Recipe(10, {"tuned": "attention", "clip": 0.3}),
+    Recipe(10, {"draws": 4}),
+    Recipe(10, {"clip": 0.03}),
     Recipe(10, {"timesteps": ((30, 150, 1.0),)}),
 ]
 
 
 def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
     return float(values[chosen].mean())
+
+
+def signal(study: Study) -> list[dict[str, object]]:
+    """How much of the mean clipped gradient lies in what may be tuned, and how it compares with the noise it'd get."""
+    patients, model = study.private.split("train")[:N_GRADIENTS], study.denoiser(study.pretrained)
+    latents, noising = study.latents(patients, study.private), schedule(study.profile.denoiser.schedule)
+    attributes, parameters = torch.from_numpy(patients.attributes), model.tunable("all")
+    gradients = []
+    for patient in tqdm(range(len(patients)), desc="gradients"):
+        own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
+        loss = random_loss(model, noising, torch.from_numpy(latents[own]), attributes[own], generator).mean()
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        gradients.append(dict(zip(parameters, parts, strict=True)))
+    rows: list[dict[str, object]] = []
+    for tuned in ("all", "edges", "attention", "attributes"):
+        names = list(deepcopy(model).tunable(tuned))
+        flat = torch.stack([torch.cat([gradient[name].flatten() for name in names]) for gradient in gradients])
+        settings = study.profile.finetune.model_copy(update=BASE)
+        plan = settings.plan(10, settings.delta, "patient", len(study.private.split("train")))
+        norms = flat.norm(dim=1)
+        clip = float(norms.median())
+        clipped = flat * (clip / norms).clamp(max=1)[:, None]
+        squared = float(clipped[::2].mean(dim=0) @ clipped[1::2].mean(dim=0))
+        noise = plan.noise_multiplier * clip / plan.expected_batch * math.sqrt(len(flat.T))
+        about = {"tuned": tuned, "parameters": len(flat.T), "median_norm": clip}
+        rows.append(about | {"mean_gradient": math.sqrt(max(squared, 0.0)), "noise": noise})
+    return rows
 
 
 def _share(public: np.ndarray, tuned: np.ndarray, unbounded: np.ndarray, chosen: np.ndarray) -> float:
@@ -70,23 +111,24 @@ def _share(public: np.ndarray, tuned: np.ndarray, unbounded: np.ndarray, chosen:
 def rehearse() -> dict[str, object]:
     """Run what has not been run yet; one row a recipe, kept as soon as it's there."""
     study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
-    train, validation = study.private.split("train"), study.private.split("validation")
+    train, validation = study.private.split("train"), study.private.split("validation")[:N_VALIDATION]
     latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
-    name = study.profile.denoiser.schedule
+    name, randomness = study.profile.denoiser.schedule, Randomness(0, simulated=True)
     before = held_out_loss(study.denoiser(study.pretrained), name, held_out, validation)
-    about = {"run": study.pretrained.key, "public_loss": float(before.mean())}
+    about: dict[str, Any] = {"run": study.pretrained.key, "public_loss": float(before.mean())}
     about |= {"n_patients": len(validation), "patients": len(train)}
+    about["signal"] = signal(study)
+    print(about, flush=True)
     rows: list[dict[str, Any]] = []
     for recipe in tqdm(GRID, desc="recipes"):
         settings = study.profile.finetune.model_copy(update=BASE | dict(recipe.changes))
         described = json.dumps([str(recipe.epsilon), study.private.key, settings.model_dump(mode="json")])
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
-        plan, model = (
-            settings.plan(recipe.epsilon, settings.delta, "patient", len(train)),
-            study.denoiser(study.pretrained),
-        )
-        finetune(model, train, latents, plan, settings, name, Randomness(0, simulated=True), folder, "phantom_public")
+        plan = settings.plan(recipe.epsilon, settings.delta, "patient", len(train))
+        drawn = {"expected_batch": plan.expected_batch // SHARE, "noise_multiplier": plan.noise_multiplier / SHARE}
+        smaller, model = replace(plan, epsilon=math.inf, **drawn), study.denoiser(study.pretrained)
+        finetune(model, train, latents, smaller, settings, name, randomness, folder, "phantom_public")
         change = held_out_loss(model.eval(), name, held_out, validation) - before
         worth = bootstrap(partial(_mean, change), len(change), resamples=1000, seed=0)
         rows.append(
@@ -109,11 +151,12 @@ def rehearse() -> dict[str, object]:
 
 def run_private() -> dict[str, object]:
     """Tune and evaluate what has not been; one row a model."""
-    study = Study(Parameters(profile="laptop"))
-    scratch = Study(study.parameters)
+    study, whole, scratch = (Study(Parameters(profile="laptop")) for _ in range(3))
+    everything = study.profile.finetune.model_copy(update=ALL)
     untrained = study.profile.pretrain.model_copy(update={"steps": 0})
-    scratch.profile = study.profile.model_copy(update={"pretrain": untrained})
-    models = [(study, 0.0), (study, 1.0), (study, 10.0), (study, math.inf), (scratch, 10.0)]
+    whole.profile = study.profile.model_copy(update={"finetune": everything})
+    scratch.profile = whole.profile.model_copy(update={"pretrain": untrained})
+    models = [(study, 0.0), (study, 1.0), (study, 10.0), (study, math.inf), (whole, math.inf), (scratch, 10.0)]
     test, schedule = study.private.split("test"), study.profile.denoiser.schedule
     latents, rows, losses = study.latents(test, study.private), [], []
     for owner, epsilon in models:
@@ -123,7 +166,8 @@ def run_private() -> dict[str, object]:
         rows.append(
             {
                 "epsilon": str(epsilon),
-                "start": "pre-trained" if owner is study else "from scratch",
+                "start": "from scratch" if owner is scratch else "pre-trained",
+                "tuned": "nothing" if epsilon == 0 else owner.profile.finetune.tuned,
                 "run": run.folder.name,
                 "fd": distance["value"],
                 "fd_low": distance["low"],

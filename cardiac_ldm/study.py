@@ -13,35 +13,48 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
+import pandas as pd
 import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from cardiac_ldm import shipped
-from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.metrics import Measured, compare, measure, measure_real
+from cardiac_ldm.evaluation import control
+from cardiac_ldm.evaluation.features import InceptionEncoder
+from cardiac_ldm.evaluation.foreign import read_folder
+from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, groups_of, memorisation
+from cardiac_ldm.evaluation.metrics import Estimates, Measured, compare, differences, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
+from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tabulate_arms, utility
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
+from cardiac_ldm.privacy.audit import BOUNDS, calibrated, ledger_scores, membership
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune, finetune_decoder
+from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import DenoiserSettings, Latents, PretrainSettings, held_out_loss, pretrain
 from cardiac_ldm.training.private import is_first_process, shared_decision
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = Path(__file__).parent / "profiles"
 Role = Literal["public", "private"]
+CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
+"""Attributes whose calibration is shown."""
+_STEERED = 10
+"""Reference patients whose requests are asked anew, in many ways."""
+T = TypeVar("T")
 
 
 class Settings(BaseModel):
@@ -81,10 +94,23 @@ class SamplingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Bootstrap resamples of the intervals, and pairs of half samples of the two distances."""
+    """Bootstrap resamples of the intervals, pairs of half samples of the distances, and what gives FID its name.
+
+    inception: the path of an Inception-v3 in TorchScript (see `InceptionEncoder`); null leaves FID out.
+    """
 
     resamples: int
     half_sample_pairs: int
+    inception: Path | None
+
+
+class UtilitySettings(Settings):
+    """Patients in an arm of the comparison of training data, those of the `few`, and the trainings, alike for all."""
+
+    patients: int
+    few: int
+    segmenter: TrainingSettings
+    phase: TrainingSettings
 
 
 class Profile(Settings):
@@ -98,6 +124,8 @@ class Profile(Settings):
     finetune: FinetuneSettings
     sampling: SamplingSettings
     evaluation: EvaluationSettings
+    utility: UtilitySettings
+    overfit: TrainingSettings
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -220,6 +248,12 @@ class CompareParameters(Parameters):
     def budgets(self) -> tuple[float, ...]:
         """The budgets as numbers, in rising order."""
         return tuple(sorted(float(part) for part in self.epsilons.split(",")))
+
+
+class EvaluateParameters(CompareParameters):
+    """Of the notebook that evaluates. folder: a synthetic cohort that anyone made, measured beside the models."""
+
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -424,6 +458,142 @@ class Study:
 
         return self._run("loss", "", [model.key, self._reference_key], work)
 
+    def audited(self, epsilon: float) -> Run:
+        """Stage: lower bounds on what the mechanism of a budget's ledger spends, from canaries; touches no patient.
+
+        For a finite budget the same with a tenth of the noise too: the positive control, which states too little.
+
+        Raises:
+            ParameterError: epsilon is 0: no private patient trained the public model.
+        """
+        ledger = self.finetuned(epsilon).ledger
+
+        def work(folder: Path) -> dict[str, Any]:
+            rows = []
+            for noise in (1.0, 0.1) if math.isfinite(ledger.epsilon) else (1.0,):
+                scores, included = ledger_scores(ledger, self.seed, noise=noise)
+                rows += [
+                    {"noise": noise, "bound": name, "shown": bound(scores, included, ledger.delta)}
+                    | {"at_most": bound(included.astype(float), included, ledger.delta)}
+                    for name, bound in BOUNDS.items()
+                ]
+            told = {"stated": _plain(ledger.epsilon), "delta": ledger.delta, "n_canaries": len(scores)}
+            return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
+
+        return self._run("audit", "", [self.finetuned(epsilon).key], work)
+
+    def attacked(self, epsilon: float) -> Run:
+        """Stage: membership inference from losses, against a budget's model and its simulated private patients.
+
+        Members are training patients, as many as were held out. The reference is the public model, which met neither;
+        of itself, the loss alone is tried. Leaves every patient's loss in `losses.npz`.
+
+        Raises:
+            PrivacyError: the private patients are real.
+        """
+        splits = {name: self.private.split(name) for name in ("train", "validation", "test")}
+        require_releasable(splits["train"], "who among private patients trained the model")
+        model, public = self.finetuned(epsilon), None if epsilon == 0 else self.attacked(0)
+
+        def work(folder: Path) -> dict[str, Any]:
+            everyone = {name: np.arange(len(patients)) for name, patients in splits.items()}
+            size = len(everyone["validation"]) + len(everyone["test"])
+            everyone["train"] = np.sort(np.random.default_rng(self.seed).permutation(everyone["train"])[:size])
+            found = {name: self._losses(model, splits[name], self.private, who) for name, who in everyone.items()}
+            losses = found["train"], np.concatenate([found["validation"], found["test"]])
+            np.savez(folder / "losses.npz", *losses)
+            references = tuple(np.load(public.folder / "losses.npz").values()) if public else None
+            return {"epsilon": _plain(epsilon)} | _attacks(losses, references)
+
+        return self._run("attack", "", [model.key, self.private.key], work)
+
+    def memorised(self, epsilon: float) -> Run:
+        """Stage: whether a budget's synthetic cohort lies nearer to simulated private patients than to held-out ones.
+
+        The requests are the private test patients' attributes, written without regard to training or validation.
+
+        Raises:
+            PrivacyError: the private patients are real.
+        """
+        require_releasable(self.private.split("train"), "whom among private patients the synthetic volumes resemble")
+        synthetic = self.synthesised(epsilon)
+
+        def work(folder: Path) -> dict[str, Any]:
+            cohort = SyntheticCohort.load(synthetic.folder / "synthetic.npz")
+            return {"epsilon": _plain(epsilon)} | self._memorisation(cohort, *self._private_parts)
+
+        return self._run("memorised", self.profile.evaluation.resamples, [synthetic.key], work)
+
+    @cached_property
+    def overfitted(self) -> Run:
+        """Stage: the positive control: a copy of the public model that learns a few of its patients by heart.
+
+        They are at most 20 training patients, held against as many public validation patients, by the same tests as
+        private ones; requests are the public test patients' attributes. Leaves `synthetic.npz` too.
+        """
+        settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
+
+        def work(folder: Path) -> dict[str, Any]:
+            train, held_out, asked = (self.public.split(name) for name in ("train", "validation", "test"))
+            few = min(20, len(train), len(held_out))
+            known, others, who = train[:few], held_out[:few], np.arange(few)
+            latents, public = self.latents(train, self.public)[: train.offsets[few]], self.denoiser(self.pretrained)
+            model, _ = pretrain(
+                known, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt", start=public
+            )
+            save_weights(model, folder / "weights.safetensors")
+            public_ledger(self.public.manifest.name).save(folder / "privacy.json")
+            copy = Run("overfit", "", folder)
+            cohort = self._drawn(copy, asked.attributes, asked.owners)
+            cohort.save(folder / "synthetic.npz")
+            losses, references = (
+                tuple(self._losses(run, patients, self.public, who) for patients in (train, held_out))
+                for run in (copy, self.pretrained)
+            )
+            parts = (self._embedded(patients) for patients in (known, others))
+            return {"model": "copies"} | _attacks(losses, references) | self._memorisation(cohort, *parts)
+
+        upstream = [self.pretrained.key, self.public.key]
+        every = [settings, self.profile.sampling, self.profile.evaluation.resamples]
+        return self._run("overfit", every, upstream, work)
+
+    @cached_property
+    def sensitivities(self) -> Run:
+        """Stage: how far one patient moves the sum of clipped gradients, with two habits that break its bound.
+
+        On public patients, who stand for private ones, with the private recipe's clip.
+        """
+        recipe = self.profile.finetune
+
+        def work(folder: Path) -> dict[str, Any]:
+            patients, schedule = self.public.split("train")[:8], self.profile.denoiser.schedule
+            models = self.load_autoencoder(), self.denoiser(self.pretrained)
+            found = sensitivities(patients, *models, schedule, recipe.clip, recipe.clipping)
+            return {"n_patients": len(patients), "rows": _records(found)}
+
+        return self._run("sensitivity", [recipe.clip, recipe.clipping], [self.pretrained.key, self.public.key], work)
+
+    def _losses(self, model: Run, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
+        """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
+        rows = np.flatnonzero(np.isin(patients.owners, who))
+        latents, schedule = self.latents(patients, cohort)[rows], self.profile.denoiser.schedule
+        return held_out_loss(self.denoiser(model), schedule, latents, patients.subset(who), draws=4)
+
+    @cached_property
+    def _private_parts(self) -> tuple[Embedded, Embedded]:
+        return self._embedded(self.private.split("train")), self._embedded(self.private.split("validation"))
+
+    def _embedded(self, patients: Patients) -> Embedded:
+        return embed_real(patients, self.load_autoencoder(), groups_of(patients))
+
+    def _memorisation(self, cohort: SyntheticCohort, train: Embedded, held_out: Embedded) -> dict[str, Any]:
+        synthetic = embed(cohort.images, cohort.owners, self.load_autoencoder())
+        resamples = self.profile.evaluation.resamples
+        found = memorisation(
+            synthetic, train, held_out, permutations=999, resamples=resamples, suspicious=6, seed=self.seed
+        )
+        return {"memorisation": _records(found.table), "suspicious": _records(found.pairs)}
+
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's private patients, finished or not.
 
@@ -443,65 +613,284 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             model.ledger.save(folder / "privacy.json")
-            cohort = synthesise(
-                self.load_autoencoder(model),
-                self.denoiser(model),
-                self.profile.denoiser.schedule,
-                self.reference.attributes,
-                self.reference.owners,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                seed=self.seed,
-            )
+            cohort = self._drawn(model, self.reference.attributes, self.reference.owners)
             cohort.save(folder / "synthetic.npz")
             return {"epsilon": _plain(epsilon), "n_volumes": len(cohort.images)}
 
         return self._run("synthesise", settings, [model.key, self._reference_key], work)
 
-    def evaluated(self, epsilon: float) -> Run:
-        """Stage: everything that is measured on the synthetic cohort of a budget."""
-        synthetic = self.synthesised(epsilon)
+    def counterfactual(self, epsilon: float) -> Run:
+        """Stage: one attribute moves, the noise stays: how far each attribute moves in what is drawn.
+
+        Leaves `response.csv`, and in `anatomy.csv` what was read from every volume.
+        """
+        model, resamples = self.finetuned(epsilon), self.profile.evaluation.resamples
 
         def work(folder: Path) -> dict[str, Any]:
-            cohort = SyntheticCohort.load(synthetic.folder / "synthetic.npz")
-            return {"epsilon": _plain(epsilon), "model": synthetic.folder.name} | self._evaluate(cohort, folder)
+            model.ledger.save(folder / "privacy.json")
+            attributes, owners = control.base_requests(self.reference, _STEERED)
+            asked = {"nothing": attributes} | control.counterfactuals(attributes)
+            anatomy = pd.concat([self._read(model, a, owners).assign(moved=name) for name, a in asked.items()])
+            anatomy.to_csv(folder / "anatomy.csv", index=False)
+            table = control.response(anatomy, attributes, owners, resamples=resamples, seed=self.seed)
+            table.to_csv(folder / "response.csv", index=False)
+            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
 
-        return self._run("evaluate", self.profile.evaluation, [synthetic.key, self.anatomy.key], work)
+        settings = [self.profile.sampling, resamples]
+        return self._run("counterfactual", settings, [model.key, self._reference_key, self.anatomy.key], work)
+
+    def beyond_range(self, epsilon: float) -> Run:
+        """Stage: hearts smaller and larger than all public ones, asked for and measured at end-diastole.
+
+        Leaves `beyond.csv`, and in `anatomy.csv` what was read from every volume.
+        """
+        model, resamples = self.finetuned(epsilon), self.profile.evaluation.resamples
+
+        def work(folder: Path) -> dict[str, Any]:
+            model.ledger.save(folder / "privacy.json")
+            attributes, owners = (rows[::2] for rows in control.base_requests(self.reference, _STEERED))
+            span = control.public_span(self.public.split("train"))
+            asked = {level: control.magnified(attributes, level) for level in control.ladder(*span["LVEDV"])}
+            anatomy = pd.concat([self._read(model, a, owners).assign(level=level) for level, a in asked.items()])
+            anatomy.to_csv(folder / "anatomy.csv", index=False)
+            table = control.beyond_range(anatomy, span, resamples=resamples, seed=self.seed)
+            table.to_csv(folder / "beyond.csv", index=False)
+            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
+
+        upstream = [model.key, self._reference_key, self.public.key, self.anatomy.key]
+        return self._run("beyond", [self.profile.sampling, resamples], upstream, work)
+
+    def _drawn(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> SyntheticCohort:
+        """Volumes for attributes (n, 14), asked by owners (n,)."""
+        settings = self.profile.sampling
+        return synthesise(
+            self.load_autoencoder(model),
+            self.denoiser(model),
+            self.profile.denoiser.schedule,
+            attributes,
+            owners,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=self.seed,
+        )
+
+    def _read(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> pd.DataFrame:
+        """What the instruments read from volumes drawn for attributes (n, 14), asked by owners (n,)."""
+        cohort = self._drawn(model, attributes, owners)
+        return control.read_anatomy(cohort.images, attributes, owners, *self.instruments, progress=False)
+
+    def evaluated(self, epsilon: float) -> Run:
+        """Stage: everything that is measured on the synthetic cohort of a budget: its report, `metrics.json`."""
+        return self._evaluated(self.synthesised(epsilon), epsilon)
+
+    def evaluated_folder(self, path: str | Path) -> Run:
+        """Stage: the same of a synthetic cohort that anyone made: a folder of NIfTI files with its `attributes.csv`.
+
+        Raises:
+            CohortError: a file in it is missing or wrong; the message names it.
+        """
+        folder, content = Path(path), hashlib.sha256()
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            content.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
+
+        def work(run: Path) -> dict[str, Any]:
+            read_folder(folder).save(run / "synthetic.npz")
+            return {"folder": folder.name}
+
+        return self._evaluated(self._run("folder", "", [content.hexdigest()], work), None)
 
     @cached_property
-    def ceiling(self) -> Run:
-        """Stage: the reference patients' own reconstructions, evaluated: the best that these latents allow."""
+    def reconstructed(self) -> Run:
+        """Stage: the reference patients' volumes, encoded and decoded."""
 
         def work(folder: Path) -> dict[str, Any]:
             volumes = self.reference.images(np.arange(len(self.reference.owners)))
             images = reconstruct(self.load_autoencoder(), volumes, self.seed)
-            cohort = SyntheticCohort(images, self.reference.attributes, self.reference.owners)
-            cohort.save(folder / "synthetic.npz")
-            return {"model": folder.name} | self._evaluate(cohort, folder)
+            SyntheticCohort(images, self.reference.attributes, self.reference.owners).save(folder / "synthetic.npz")
+            return {"n_volumes": len(images)}
 
-        upstream = [self._reference_key, self.anatomy.key, self.autoencoder.key]
-        return self._run("ceiling", self.profile.evaluation, upstream, work)
+        return self._run("reconstruct", "", [self._reference_key, self.autoencoder.key], work)
+
+    @cached_property
+    def ceiling(self) -> Run:
+        """Stage: the reference patients' own reconstructions, evaluated: the best that these latents allow."""
+        return self._evaluated(self.reconstructed, None)
+
+    def differing(self, first: float, second: float) -> Run:
+        """Stage: what one budget's model reaches beyond another's, request by request; `differences.csv`."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            ours, theirs = (self._measured(self.synthesised(epsilon)) for epsilon in (first, second))
+            size = min(ours.n_patients, self.real_measured.n_patients) // 2
+            table = differences(ours, theirs, self.real_measured, size=size, **self._resampling)
+            table.to_csv(folder / "differences.csv", index=False)
+            return {"first": _plain(first), "second": _plain(second)}
+
+        upstream = [self.evaluated(epsilon).key for epsilon in (first, second)]
+        return self._run("differ", "", upstream, work)
+
+    def _evaluated(self, cohort: Run, epsilon: float | None) -> Run:
+        def work(folder: Path) -> dict[str, Any]:
+            measured, real = self._measured(cohort), self.real_measured
+            size, resamples = min(measured.n_patients, real.n_patients) // 2, self.profile.evaluation.resamples
+            measured.anatomy.to_csv(folder / "anatomy.csv", index=False)
+            bins = [
+                control.calibration(measured.anatomy, name, 6, resamples=resamples, seed=self.seed)
+                for name in CALIBRATED
+            ]
+            pd.concat(bins).to_csv(folder / "calibration.csv", index=False)
+            found = compare(
+                estimate(measured, real, size=size, **self._resampling),
+                self._floor(size),
+                model=cohort.folder.name,
+                epsilon=epsilon,
+                reference_cohort=real.name,
+                n_requests=measured.n_patients,
+                n_real_patients=real.n_patients,
+            )
+            return found.model_dump(mode="json")
+
+        upstream = [cohort.key, self._reference_key, self.anatomy.key]
+        return self._run("evaluate", self.profile.evaluation, upstream, work)
+
+    def _measured(self, run: Run) -> Measured:
+        """What the instruments read from the cohort that a run left."""
+
+        def work() -> Measured:
+            cohort = SyntheticCohort.load(run.folder / "synthetic.npz")
+            same = len(np.unique(cohort.owners)) == len(self.reference) and run.stage != "folder"
+            diseases = self.reference.groups if same else None
+            read = cohort.images, cohort.attributes, cohort.owners
+            return measure(
+                *read,
+                *self.instruments,
+                name=run.folder.name,
+                seed=self.seed,
+                diseases=diseases,
+                inception=self._inception,
+            )
+
+        return self._kept("measure", [run.key, self.anatomy.key], work)
 
     @cached_property
     def real_measured(self) -> Measured:
         """What the instruments read from the reference patients, once for all models."""
 
+        def work() -> Measured:
+            return measure_real(self.reference, *self.instruments, seed=self.seed, inception=self._inception)
+
+        return self._kept("reference", [self._reference_key, self.anatomy.key], work)
+
+    def _floor(self, size: int) -> Estimates:
+        """What the reference patients reach among themselves, from half-samples of this size."""
+
+        def work() -> Estimates:
+            return estimate(self.real_measured, self.real_measured, size=size, **self._resampling)
+
+        return self._kept("floor", [self._reference_key, self.anatomy.key, str(size)], work)
+
+    @property
+    def _resampling(self) -> dict[str, Any]:
+        settings = self.profile.evaluation
+        return {
+            "resamples": settings.resamples,
+            "half_sample_pairs": settings.half_sample_pairs,
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def _inception(self) -> InceptionEncoder | None:
+        path = self.profile.evaluation.inception
+        return InceptionEncoder(path) if path else None
+
+    def _kept(self, stage: str, upstream: list[str], work: Callable[[], T]) -> T:
+        """What `work` gives, pickled in its run's folder."""
+
+        def keep(folder: Path) -> dict[str, Any]:
+            (folder / "kept.pkl").write_bytes(pickle.dumps(work()))
+            return {}
+
+        run = self._run(stage, self.profile.evaluation, upstream, keep)
+        return pickle.loads((run.folder / "kept.pkl").read_bytes())
+
+    def training_cohort(self, epsilon: float) -> Run:
+        """Stage: volumes to train on, by the model of a budget, for the attributes of public train patients.
+
+        Asked for those of the reference patients they would know what they're tested on; for those of private train
+        patients they would tell them.
+        """
+        model, asked = self.finetuned(epsilon), self._learnt_from(self.public)
+
         def work(folder: Path) -> dict[str, Any]:
-            measured = measure_real(self.reference, *self.instruments, seed=self.seed)
-            (folder / "measured.pkl").write_bytes(pickle.dumps(measured))
-            return {"n_patients": len(self.reference)}
+            model.ledger.save(folder / "privacy.json")
+            self._drawn(model, asked.attributes, asked.owners).save(folder / "synthetic.npz")
+            return {"epsilon": _plain(epsilon), "n_requests": len(asked)}
 
-        run = self._run("reference", "", [self._reference_key, self.anatomy.key], work)
-        return pickle.loads((run.folder / "measured.pkl").read_bytes())
+        settings = [self.profile.sampling, self.profile.utility.patients]
+        return self._run("training-cohort", settings, [model.key, self.public.key], work)
 
-    def _evaluate(self, cohort: SyntheticCohort, folder: Path) -> dict[str, Any]:
-        measured = measure(
-            cohort.images, cohort.attributes, cohort.owners, *self.instruments, name=folder.name, seed=self.seed
-        )
-        measured.anatomy.to_csv(folder / "anatomy.csv", index=False)
-        return compare(measured, self.real_measured, **self.profile.evaluation.model_dump(), seed=self.seed).model_dump(
-            mode="json"
-        )
+    @cached_property
+    def useful_baselines(self) -> Run:
+        """Stage: what real patients are worth as training data, tested on the reference patients.
+
+        Public ones and, where they're simulated, as many private ones and few private ones.
+        """
+        cohorts = [self.public] if self._few is None else [self.public, self.private]
+
+        def work(folder: Path) -> dict[str, Any]:
+            arms = [
+                replace(LabelledVolumes.of(self._learnt_from(cohort)), name=cohort.manifest.role) for cohort in cohorts
+            ]
+            found = self._useful(arms if self._few is None else [*arms, self._few])
+            (folder / "arms.pkl").write_bytes(pickle.dumps(found))
+            return {"model": folder.name} | self._tabulated(found, found)
+
+        upstream = [self._reference_key, *(cohort.key for cohort in cohorts)]
+        return self._run("useful-baselines", self._useful_settings, upstream, work)
+
+    def useful(self, epsilon: float) -> Run:
+        """Stage: what the training cohort of a budget is worth, alone and beside few private patients."""
+        trained_on, baselines = self.training_cohort(epsilon), self.useful_baselines
+
+        def work(folder: Path) -> dict[str, Any]:
+            cohort = SyntheticCohort.load(trained_on.folder / "synthetic.npz")
+            drawn = LabelledVolumes("synthetic", cohort.images, cohort.labels, cohort.attributes, cohort.owners)
+            found = self._useful([drawn] if self._few is None else [drawn, self._few + drawn])
+            known: list[Utility] = pickle.loads((baselines.folder / "arms.pkl").read_bytes())
+            return {"epsilon": _plain(epsilon), "model": folder.name} | self._tabulated(found, known)
+
+        return self._run("useful", self._useful_settings, [trained_on.key, baselines.key], work)
+
+    @property
+    def _useful_settings(self) -> list[object]:
+        return [_plain(self.profile.utility), self.profile.evaluation.resamples]
+
+    def _learnt_from(self, cohort: Cohort) -> Patients:
+        """Labelled train patients of a cohort, as many as an arm has, drawn by the seed."""
+        patients = require_labelled(cohort.split("train"), "a measure of utility")
+        return patients.subset(np.random.default_rng(self.seed).permutation(len(patients)))[
+            : self.profile.utility.patients
+        ]
+
+    @cached_property
+    def _few(self) -> LabelledVolumes | None:
+        """The first of the private patients of an arm; None where they're real, so nothing may be trained on them."""
+        if load_manifest(self.parameters.cohort_private).secret:
+            return None
+        few = self._learnt_from(self.private)[: self.profile.utility.few]
+        return replace(LabelledVolumes.of(few), name="few private")
+
+    def _useful(self, arms: list[LabelledVolumes]) -> list[Utility]:
+        """Every arm's training, tested on the reference patients."""
+        settings, resamples = self.profile.utility, self.profile.evaluation.resamples
+        segmenter, phase = (Budget(**training.model_dump()) for training in (settings.segmenter, settings.phase))
+        measured = partial(utility, segmenter=segmenter, phase=phase, resamples=resamples, seed=self.seed)
+        test = LabelledVolumes.of(self.reference)
+        return [measured(arm, test) for arm in arms]
+
+    def _tabulated(self, arms: list[Utility], baselines: list[Utility]) -> dict[str, Any]:
+        rows = tabulate_arms(arms, baselines, resamples=self.profile.evaluation.resamples, seed=self.seed)
+        return {"rows": json.loads(rows.to_json(orient="records", double_precision=15))}
 
     def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
         """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
@@ -579,6 +968,26 @@ class Study:
                 for state in run.folder.glob("*.pt"):
                     state.unlink()
         return run
+
+
+def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] | None) -> dict[str, Any]:
+    """Membership of (members, others) from their losses, and from what these are below a reference model's."""
+    attacks = {"loss": [-side for side in losses]}
+    if references:
+        pairs = zip(losses, references, strict=True)
+        attacks["loss below the public model's"] = [calibrated(side, reference[None]) for side, reference in pairs]
+    rows = [
+        {"attack": attack, "measure": measure} | rate._asdict()
+        for attack, scores in attacks.items()
+        for measure, rate in membership(*scores).items()
+    ]
+    members, others = map(len, losses)
+    return {"n_members": members, "n_others": others, "membership": _records(pd.DataFrame(rows))}
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows as JSON knows them; what isn't finite becomes None."""
+    return json.loads(table.to_json(orient="records"))
 
 
 def _plain(settings: object) -> object:

@@ -1,7 +1,7 @@
-"""What's measured beside what was asked for, the guard, and the tidy metrics."""
+"""What's measured beside what was asked for, what moves with what, hearts beyond the range, and the guards."""
 
 import json
-import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,27 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, measure_attributes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.control import agreement, phase_accuracy, phase_order, read_anatomy
-from cardiac_ldm.evaluation.metrics import Metrics, compare, measure, measure_real
+from cardiac_ldm.evaluation.control import (
+    MOVES,
+    STEPS,
+    agreement,
+    base_requests,
+    beyond_range,
+    calibration,
+    counterfactuals,
+    ladder,
+    magnified,
+    moved,
+    phase_accuracy,
+    phase_order,
+    public_span,
+    read_anatomy,
+    response,
+)
+from cardiac_ldm.privacy import public_ledger
+from cardiac_ldm.study import Parameters, Run, Study
 
 VOXEL_ML = np.prod(GRID.spacing_mm) / 1000
 GREY = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
@@ -64,10 +81,12 @@ def patients(role="public", simulated=False) -> Any:
     images, attributes, owners = hearts(8, seed=1)
     return SimpleNamespace(
         name="squares",
+        split="test",
         role=role,
         secret=role == "private" and not simulated,
         attributes=attributes,
         owners=owners,
+        groups=["NOR", None] * 4,
         images=lambda v: images[v],
     )
 
@@ -140,70 +159,235 @@ def test_a_missing_phase_is_named():
         read_anatomy(images, attributes, owners, BY_GREY, BY_CAVITY, progress=False)
 
 
-@pytest.fixture(scope="module")
-def real():
-    return measure_real(patients(), BY_GREY, BY_CAVITY, seed=0, progress=False)
+def obedient(attributes, owners, drags=0.0) -> pd.DataFrame:
+    """What a perfect reader says of a model that draws what is asked, but lets LVEDV and SEX drag RVEDV along."""
+    rows = []
+    for row, owner in zip(attributes[::2].astype(float), owners[::2], strict=True):
+        asked = dict(zip(ATTRIBUTE_NAMES, row, strict=True))
+        for name in MEASURED:
+            measured = asked[name] + (drags * (asked["LVEDV"] + 20 * asked["SEX"]) if name == "RVEDV" else 0)
+            rows.append((owner, name, asked[name], measured))
+        rows += [(owner, "ESED", phase, phase) for phase in (1.0, 0.0)]
+    return pd.DataFrame(rows, columns=["owner", "attribute", "asked", "measured"])
 
 
-def compared(images, attributes, owners, real):
-    synthetic = measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
-    metrics = compare(synthetic, real, resamples=50, half_sample_pairs=10, seed=0, progress=False)
-    return metrics, pd.DataFrame(metrics.model_dump()["rows"]).set_index(["metric", "attribute"])
+MEASURED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOESTHICK", "MYOEDTHICK", "ANGLE")
+FOLLOW = {("LVEDV", "LVESV"), ("LVEF", "LVESV"), ("RVEDV", "RVESV"), ("MYOEDTHICK", "MYOESTHICK")}
 
 
-def test_metrics_are_tidy_and_survive_json(real):
-    metrics, rows = compared(*hearts(9), real)
-    assert Metrics.model_validate_json(metrics.model_dump_json()) == metrics
-    assert rows.index.is_unique
-    assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation", "bias"} <= set(
-        rows.index.get_level_values(0)
-    )
-    assert rows.loc[("correlation", "LVEDV"), "value"] == pytest.approx(1)
-    assert rows.loc[("correlation", "LVEDV"), "reference"] == pytest.approx(1)
-    assert rows.loc[("bias", "LVEDV"), "unit"] == "mL"
-    defined = rows.dropna(subset=["value", "low", "high"])
-    assert (defined.low <= defined.value + 1e-9).all()
-    assert (defined.value <= defined.high + 1e-9).all()
-    assert (metrics.n_requests, metrics.n_real_patients, metrics.reference_cohort) == (9, 8, "squares")
+def requests(n_patients=9) -> tuple[Any, Any]:
+    """Patients of whom everything is known, with ejection fractions that fit their volumes."""
+    rng = np.random.default_rng(3)
+    some = {name: rng.uniform(*span, n_patients) for name, span in SPANS.items()}
+    for side in ("LV", "RV"):
+        some[f"{side}ESV"] = some[f"{side}EDV"] * (1 - some[f"{side}EF"] / 100)
+    attributes = np.repeat(np.stack([some[name] for name in ATTRIBUTE_NAMES], axis=1), 2, axis=0)
+    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = np.tile([1, 0], n_patients)
+    attributes[:, ATTRIBUTE_NAMES.index("SEX")] = np.repeat(np.arange(n_patients) % 2, 2)
+    return attributes.astype(np.float32), np.repeat(np.arange(n_patients), 2)
 
 
-def test_noise_shows_in_the_distances(real):
-    images, attributes, owners = hearts(8)
-    noisy = (images + np.random.default_rng(0).normal(0, 0.2, images.shape)).clip(0, 1).astype(np.float32)
-    _, clean = compared(images, attributes, owners, real)
-    _, rows = compared(noisy, attributes, owners, real)
-    for metric in ("FD-EffNet", "KID"):
-        assert rows.loc[(metric, None)].value.item() > clean.loc[(metric, None)].value.item()
-        assert rows.loc[(metric, None)].low.item() > rows.loc[(metric, None)].reference.item()
+SPANS = {
+    **{"LVEDV": (100, 200), "LVESV": (0, 1), "LVEF": (40, 65), "RVEDV": (110, 210), "RVESV": (0, 1), "RVEF": (40, 60)},
+    **{"MYOESTHICK": (9, 14), "MYOEDTHICK": (6, 9), "AGE": (40, 70), "SEX": (0, 1), "BMI": (20, 30), "ESED": (0, 1)},
+    **{"ANGLE": (140, 200), "DEPTH": (8, 10)},
+}
 
 
-def test_blank_images_give_null_and_no_crash(real):
-    images, attributes, owners = hearts(8)
-    metrics, rows = compared(np.zeros_like(images), attributes, owners, real)
-    row = rows.loc[("correlation", "LVEDV")]
-    assert row[["value", "low", "high"]].isna().all()
-    assert rows.loc[("correlation", "MYOEDTHICK"), "n_patients"] == 0
-    assert "NaN" not in metrics.model_dump_json()
-    assert "NaN" not in json.dumps(metrics.model_dump())
+def steered(drags=0.0) -> tuple[pd.DataFrame, Any, Any]:
+    attributes, owners = requests()
+    asked = {"nothing": attributes} | counterfactuals(attributes)
+    tables = [obedient(some, owners, drags).assign(moved=name) for name, some in asked.items()]
+    return pd.concat(tables), attributes, owners
 
 
-def test_metrics_follow_from_the_seed(real):
-    again = pickle.loads(pickle.dumps(real))
-    assert compared(*hearts(8), real)[0] == compared(*hearts(8), again)[0]
+def test_the_slope_is_scipys():
+    rng = np.random.default_rng(0)
+    asked = rng.normal(150, 30, 30)
+    table = pd.DataFrame({"owner": range(30), "attribute": "LVEDV", "asked": asked})
+    table["measured"] = 70 + 0.5 * asked + rng.normal(0, 5, 30)
+    table.loc[4, "measured"] = np.nan
+    known = table.dropna()
+    statistics, n_patients = agreement(table, "LVEDV")
+    assert n_patients == 29
+    expected = stats.linregress(known.asked, known.measured).slope
+    assert statistics["slope"](np.arange(29)) == pytest.approx(expected)
+    assert np.isnan(statistics["slope"](np.array([3, 3])))
 
 
-def test_few_patients_and_diverged_images_are_refused():
-    images, attributes, owners = hearts(7)
-    with pytest.raises(ParameterError, match="7 patients"):
-        measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
-    images, attributes, owners = hearts(8)
-    images[0, 0, 0, 0] = np.nan
-    with pytest.raises(ParameterError, match="finite"):
-        measure(images, attributes, owners, BY_GREY, BY_CAVITY, name="synthetic", seed=0, progress=False)
+def test_calibration_bins_hold_equally_many_who_ask_for_about_the_same():
+    asked = np.random.default_rng(1).permutation(np.arange(100.0, 140.0))
+    table = pd.DataFrame({"owner": range(40), "attribute": "LVEDV", "asked": asked, "measured": 50 + asked / 2})
+    bins = calibration(table, "LVEDV", 4, resamples=50, seed=0)
+    assert list(bins.n_patients) == [10] * 4
+    np.testing.assert_allclose(bins.asked, [104.5, 114.5, 124.5, 134.5])
+    np.testing.assert_allclose(bins.measured, 50 + bins.asked / 2)
+    assert ((bins.low < bins.measured) & (bins.measured < bins.high)).all()
+    assert list(calibration(table, "LVEDV", 9, resamples=50, seed=0).n_patients) == [8] * 5
+    few = calibration(table[:7], "LVEDV", 4, resamples=50, seed=0)
+    assert list(few.n_patients) == [7]
+    assert few.measured.isna().all()
 
 
-def test_real_private_patients_are_refused_and_simulated_ones_are_not(real):
+def test_base_requests_are_pairs_of_phases_spread_over_the_split():
+    split = patients()
+    attributes, owners = base_requests(split, 8)
+    np.testing.assert_array_equal(owners, np.repeat(np.arange(8), 2))
+    np.testing.assert_array_equal(attributes[:, ATTRIBUTE_NAMES.index("ESED")], [1, 0] * 8)
+    _, split.attributes, split.owners = hearts(17)
+    lvedv = ATTRIBUTE_NAMES.index("LVEDV")
+    np.testing.assert_array_equal(base_requests(split, 9)[0][::2, lvedv], split.attributes[::4, lvedv])
+
+
+def test_too_few_base_requests_and_real_private_patients_are_refused():
+    split = patients()
+    split.attributes[3, ATTRIBUTE_NAMES.index("ESED")] = 1
+    with pytest.raises(ParameterError, match=r"squares: 7 patients \(test\) have both phases"):
+        base_requests(split, 8)
+    with pytest.raises(ParameterError, match="5 are wanted"):
+        base_requests(patients(), 5)
     with pytest.raises(PrivacyError, match="squares"):
-        measure_real(patients("private", simulated=False), BY_GREY, BY_CAVITY, seed=0, progress=False)
-    simulated = measure_real(patients("private", simulated=True), BY_GREY, BY_CAVITY, seed=0, progress=False)
-    assert simulated.n_patients == real.n_patients
+        base_requests(patients("private", simulated=False), 8)
+    assert len(base_requests(patients("private", simulated=True), 8)[1]) == 16
+
+
+@pytest.mark.parametrize("name", [*MOVES, "RVEF"])
+def test_what_is_moved_takes_along_what_physics_ties_to_it_and_nothing_else(name):
+    attributes, _ = requests()
+    before, after = (dict(zip(ATTRIBUTE_NAMES, a.T, strict=True)) for a in (attributes, moved(attributes, name, 4)))
+    np.testing.assert_allclose(after[name], before[name] + 4, rtol=1e-6)
+    for side in ("LV", "RV"):
+        full, empty = after[f"{side}EDV"], after[f"{side}ESV"]
+        np.testing.assert_allclose(after[f"{side}EF"], 100 * (full - empty) / full, rtol=1e-5)
+    changed = {n for n in ATTRIBUTE_NAMES if not np.allclose(before[n], after[n], rtol=1e-6)}
+    assert changed == {name} | {b for a, b in {*FOLLOW, ("RVEF", "RVESV")} if a == name}
+
+
+def test_everybody_is_moved_towards_the_middle_and_what_not_all_know_is_not_moved():
+    attributes, _ = requests()
+    asked = counterfactuals(attributes)
+    assert set(asked) == set(MOVES)
+    sex, lvef, lvedv = (ATTRIBUTE_NAMES.index(name) for name in ("SEX", "LVEF", "LVEDV"))
+    np.testing.assert_array_equal(asked["SEX"][:, sex], 1 - attributes[:, sex])
+    step = np.where(attributes[:, lvef] < 45, 1, -1) * STEPS["LVEF"]
+    assert len(set(step)) == 2
+    np.testing.assert_allclose(asked["LVEF"][:, lvef], attributes[:, lvef] + step, rtol=1e-6)
+    np.testing.assert_allclose(asked["LVEDV"][:, lvedv], attributes[:, lvedv] + STEPS["LVEDV"], rtol=1e-6)
+    attributes[4:6, sex] = np.nan
+    assert set(counterfactuals(attributes)) == set(MOVES) - {"SEX"}
+
+
+def test_an_obedient_model_responds_by_one_step_where_it_was_moved_and_not_elsewhere():
+    found: Any = response(*steered(), resamples=50, seed=0)
+    assert len(found) == len(MOVES) * len(MEASURED)
+    np.testing.assert_allclose(found.change, found.asked, atol=1e-3)
+    for row in found.itertuples():
+        if row.moved == row.attribute:
+            assert row.change_steps == pytest.approx(1, abs=1e-4)
+            assert row.change == pytest.approx(STEPS[row.attribute], abs=1e-3)
+        elif (row.moved, row.attribute) not in FOLLOW:
+            assert abs(row.change_steps) < 1e-4
+        else:
+            assert abs(row.change_steps) > 0.1
+    assert (found.n_patients == 9).all()
+    assert ((found.low_steps <= found.change_steps + 1e-9) & (found.change_steps <= found.high_steps + 1e-9)).all()
+
+
+def test_what_drags_another_along_shows_beside_the_diagonal():
+    found: Any = response(*steered(drags=0.3), resamples=50, seed=0).set_index(["moved", "attribute"])
+    cell = found.loc[("LVEDV", "RVEDV")]
+    assert cell.change == pytest.approx(0.3 * STEPS["LVEDV"], abs=1e-3)
+    assert cell.change_steps == pytest.approx(0.3 * STEPS["LVEDV"] / STEPS["RVEDV"], abs=1e-4)
+    assert cell.asked == pytest.approx(0, abs=1e-4)
+    assert found.loc[("SEX", "RVEDV")].change == pytest.approx(0.3 * 20, abs=1e-4)
+    assert found.loc[("AGE", "RVEDV")].change == pytest.approx(0, abs=1e-4)
+
+
+def test_a_response_that_too_few_patients_show_is_not_defined():
+    table, *base = steered()
+    table.loc[(table.moved == "LVEDV") & (table.owner < 2), "measured"] = np.nan
+    found: Any = response(table, *base, resamples=50, seed=0).set_index("moved")
+    assert (found.loc["LVEDV"].n_patients == 7).all()
+    assert found.loc["LVEDV", ["change", "low", "high"]].isna().all(axis=None)
+    assert found.loc["RVEDV", ["change", "low", "high"]].notna().all(axis=None)
+    table.loc[(table.moved == "LVEF") & (table.owner == 2), "measured"] = np.nan
+    eight = response(table, *base, resamples=50, seed=0).set_index("moved").loc["LVEF"]
+    assert (eight.n_patients == 8).all()
+    np.testing.assert_allclose(eight.change, eight.asked, atol=1e-3)  # both over the patients who can be measured
+
+
+def test_a_magnified_request_is_what_a_magnified_heart_measures():
+    images = hearts(1)[0]
+    labels = {phase: np.searchsorted(GREY, images[row]) for row, phase in enumerate(("ED", "ES"))}
+    cut = {phase: np.delete(volume, [2, 3, 4, 5, 6], axis=0) for phase, volume in labels.items()}  # room for twice 4
+    small = measure_attributes(cut, GRID.spacing_mm)
+    large = measure_attributes({p: np.kron(v, np.ones((2, 2, 2), int)) for p, v in cut.items()}, GRID.spacing_mm)
+    row = np.array([[small.get(name, 1) for name in ATTRIBUTE_NAMES]])
+    after = dict(zip(ATTRIBUTE_NAMES, magnified(row, large["LVEDV"])[0], strict=True))
+    assert large["LVEDV"] == pytest.approx(8 * small["LVEDV"])
+    for name, value in large.items():
+        assert after[name] == pytest.approx(value, rel=1e-5), name
+    assert [after[name] for name in ("AGE", "SEX", "ESED")] == [1, 1, 1]
+    assert magnified(row, 9000)[0, ATTRIBUTE_NAMES.index("DEPTH")] == 13
+
+
+def test_hearts_are_asked_for_on_both_sides_of_the_public_ones():
+    np.testing.assert_allclose(ladder(50, 400), [20, 32.5, 45, 50, 100, 200, 400, 440, 540, 640])
+    split = patients()
+    split.attributes = np.nan_to_num(split.attributes, nan=7)
+    lvedv = split.attributes[:, ATTRIBUTE_NAMES.index("LVEDV")]
+    assert public_span(split)["LVEDV"] == (lvedv.min(), lvedv.max())
+    for simulated in (True, False):
+        with pytest.raises(PrivacyError, match="squares is private"):
+            public_span(patients("private", simulated=simulated))
+
+
+def test_a_model_that_draws_no_heart_beyond_the_public_ones_shows():
+    attributes, owners = requests()
+    tables = []
+    for level in ladder(60, 300):
+        table = obedient(magnified(attributes, level), owners)
+        table["measured"] = table.measured.where(table.attribute != "LVEDV", table.measured.clip(60, 300))
+        tables.append(table.assign(level=level))
+    found: Any = beyond_range(pd.concat(tables), {"LVEDV": (60, 300)}, resamples=50, seed=0)
+    lvedv = found[found.attribute == "LVEDV"]
+    assert list(lvedv["where"]) == ["below"] * 3 + ["inside"] * 4 + ["above"] * 3
+    np.testing.assert_allclose(lvedv.asked, lvedv.level, rtol=1e-5)
+    np.testing.assert_allclose(lvedv.measured, lvedv.level.clip(60, 300), rtol=1e-5)
+    rvedv = found[found.attribute == "RVEDV"]
+    np.testing.assert_allclose(rvedv.measured, rvedv.asked, rtol=1e-5)
+    assert set(found.attribute) == {"LVEDV", "RVEDV", "MYOEDTHICK"}
+
+
+def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_path, monkeypatch):
+    drawn = []
+
+    def read(self, model, attributes, owners):
+        drawn.append(tuple(owners))
+        both = np.repeat(attributes, 2, axis=0) if len(set(owners)) == len(owners) else attributes
+        return obedient(both, np.repeat(np.unique(owners), 2))
+
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path))
+    study = Study(Parameters(profile=str(Path(__file__).parent / "tiny.yaml")))
+    public_ledger("squares").save(tmp_path / "privacy.json")
+    split = patients()
+    split.attributes, split.owners = requests()
+    study.reference, study.anatomy = split, Run("anatomy", "b", tmp_path)
+    study.public = SimpleNamespace(key="c", split=lambda name: split)  # type: ignore[assignment]
+    monkeypatch.setattr(Study, "finetuned", lambda self, epsilon: Run("finetune", "a", tmp_path))
+    monkeypatch.setattr(Study, "_read", read)
+
+    run = study.counterfactual(1)
+    assert len(drawn) == 1 + len(MOVES)
+    assert set(drawn) == {tuple(np.repeat(np.arange(9), 2))}
+    found: Any = pd.read_csv(run.folder / "response.csv")
+    np.testing.assert_allclose(found.change, found.asked, atol=1e-3)
+    assert len(pd.read_csv(run.folder / "anatomy.csv")) == 9 * len(drawn) * (len(MEASURED) + 2)
+    assert len(run.metrics["rows"]) == len(found)
+    assert run.ledger.guarantee == public_ledger("").guarantee
+    drawn.clear()
+    run = study.beyond_range(1)
+    assert drawn == [tuple(np.arange(9))] * 10
+    found = pd.read_csv(run.folder / "beyond.csv")
+    np.testing.assert_allclose(found.measured, found.asked, rtol=1e-5)
+    assert "NaN" not in json.dumps(run.metrics)

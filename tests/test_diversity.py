@@ -1,11 +1,21 @@
-"""MS-SSIM between different patients of the same phase."""
+"""MS-SSIM between different patients of the same phase, and which hearts nobody has."""
+
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from monai.metrics import MultiScaleSSIMMetric
 
-from cardiac_ldm.evaluation.diversity import SCALE_WEIGHTS, mean_similarity, similarity_of_pairs
+from cardiac_ldm.evaluation.diversity import (
+    SCALE_WEIGHTS,
+    attribute_coverage,
+    attribute_recall,
+    expected_coverage,
+    mean_similarity,
+    similarity_of_pairs,
+)
 
 
 def cohort(n_patients, spread, seed=0):
@@ -51,3 +61,100 @@ def test_repeated_patients_weigh_double_and_never_meet_themselves():
     assert mean_similarity(similarity, np.array([0, 1, 2])) == pytest.approx(0.4)
     assert mean_similarity(similarity, np.array([0, 0, 1])) == pytest.approx(0.2)
     assert np.isnan(mean_similarity(similarity, np.array([1, 1, 1])))
+
+
+def anatomy(n_patients, seed, spread=1.0) -> pd.DataFrame:
+    """What a segmenter reads from hearts of two attributes that go together, in units of very different size."""
+    rng = np.random.default_rng(seed)
+    lvedv = 150 + 30 * spread * rng.standard_normal(n_patients)
+    thickness = 0.008 + 0.001 * spread * rng.standard_normal(n_patients) + 1e-5 * (lvedv - 150)
+    columns = {"LVEDV": lvedv, "MYOEDTHICK": thickness, "ESED": np.ones(n_patients)}
+    return pd.concat(
+        [
+            pd.DataFrame({"owner": range(n_patients), "attribute": name, "asked": np.nan, "measured": values})
+            for name, values in columns.items()
+        ]
+    )
+
+
+def coverage(synthetic, real, size=15, **settings):
+    return attribute_coverage(synthetic, real, size=size, pairs=20, seed=0, progress=False, **settings)
+
+
+def recall(synthetic, real, size=15):
+    return attribute_recall(synthetic, real, size=size, pairs=20, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_halves_of_one_cohort_cover_each_other_as_the_closed_form_says(k):
+    n = m = 15
+    expected = 1 - np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
+    assert expected_coverage(n, m, k) == pytest.approx(expected)
+    found = []
+    for seed in range(30):
+        real = anatomy(30, seed)
+        estimate = coverage(real, real, k=k)
+        assert estimate.n_patients == 15
+        found.append(estimate.value)
+    assert abs(np.mean(found) - expected) < 3 * np.std(found, ddof=1) / 30**0.5
+    alike = [coverage(anatomy(30, 100 + seed), anatomy(30, seed), k=k).value for seed in range(30)]
+    assert abs(np.mean(alike) - expected) < 3 * np.std(alike, ddof=1) / 30**0.5
+
+
+def test_copies_of_one_heart_cover_hardly_anybody():
+    real, copies = anatomy(40, 0), anatomy(40, 1, spread=0.001)
+    covered = coverage(copies, real, size=20)
+    assert covered.high < coverage(anatomy(40, 1), real, size=20).low
+    assert covered.value < 0.1
+    assert recall(copies, real, size=20).value == 0
+    far = anatomy(40, 1)
+    far["measured"] *= 3
+    assert coverage(far, real, size=20).value == recall(far, real, size=20).value == 0
+
+
+def test_hearts_that_are_all_too_ordinary_are_recalled_less_than_real_halves_are():
+    real = anatomy(40, 0)
+    alike, ordinary = (recall(anatomy(40, 1, spread), real, size=20) for spread in (1, 0.4))
+    assert ordinary.high < alike.low
+    assert abs(recall(real, real, size=20).value - alike.value) < 0.15
+
+
+def test_attributes_that_do_not_go_together_cover_fewer():
+    real, shuffled = anatomy(60, 0), anatomy(60, 1)
+    for table in (real, shuffled):
+        lvedv, thickness = (table.attribute == name for name in ("LVEDV", "MYOEDTHICK"))
+        table.loc[thickness, "measured"] = table.measured[lvedv].to_numpy() / 1000
+    shuffled.loc[shuffled.attribute == "LVEDV", "owner"] = np.random.default_rng(0).permutation(60)
+    assert coverage(shuffled, real, size=30).high < coverage(real, real, size=30).low
+
+
+def test_units_do_not_matter():
+    real, synthetic = anatomy(30, 0), anatomy(30, 1)
+    before = coverage(synthetic, real).value
+    for table in (real, synthetic):
+        table.loc[table.attribute == "MYOEDTHICK", "measured"] *= 1000
+    assert coverage(synthetic, real).value == pytest.approx(before)
+
+
+def test_a_synthetic_heart_that_lacks_a_structure_covers_nobody_and_a_real_one_does_not_count():
+    real, broken = anatomy(30, 0), anatomy(30, 1)
+    thickness = broken.attribute == "MYOEDTHICK"
+    whole = coverage(broken, real).value
+    broken.loc[thickness & (broken.owner < 2), "measured"] = np.nan
+    assert recall(broken, real).value < 0.99
+    broken.loc[thickness & (broken.owner % 3 > 0), "measured"] = np.nan
+    assert coverage(broken, real).value < whole - 0.1
+    broken.loc[thickness, "measured"] = np.nan
+    assert coverage(broken, real).value == 0
+    assert math.isnan(recall(broken, real).value)
+    real.loc[thickness & (real.owner < 10), "measured"] = np.nan
+    assert coverage(anatomy(30, 1), real).n_patients == coverage(real, real).n_patients == 10
+
+
+def test_too_few_patients_give_no_coverage():
+    assert math.isnan(coverage(anatomy(7, 1), anatomy(40, 0)).value)
+    assert coverage(anatomy(8, 1), anatomy(40, 0)).n_patients == 4
+    assert math.isnan(coverage(anatomy(8, 1), anatomy(40, 0), k=4).value)
+    nobody = anatomy(40, 0)
+    nobody.loc[nobody.attribute != "ESED", "measured"] = np.nan
+    assert math.isnan(coverage(anatomy(40, 1), nobody).value)

@@ -14,6 +14,7 @@ from cardiac_ldm.evaluation import fidelity
 from cardiac_ldm.evaluation.fidelity import (
     KernelDistance,
     NeighbourMeasures,
+    frd,
     frechet_distance,
     frechet_infinity,
     paper_fid,
@@ -329,3 +330,32 @@ def test_bootstrap_of_a_mean_has_the_students_interval():
     low, high = stats.t.interval(0.95, 199, sample.mean(), stats.sem(sample))
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.03)
     assert (estimate.value, estimate.n_patients) == (pytest.approx(sample.mean()), 200)
+
+
+def test_frd_is_the_log_of_the_distance_in_standard_deviations_of_the_real():
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)  # variance 1 with n - 1
+    real, synthetic = signs * [2, 5] + [10, 20], signs * [3, 5] + [10, 23]
+    squared = (
+        4 / 3 * ((3 / 2 - 1) ** 2 + (3 / 5) ** 2)
+    )  # they standardise with n; the distance's variance is with n - 1
+    assert frd(synthetic, real) == pytest.approx(np.log(squared) / 2)
+    units = np.array([1e-6, 1e9])
+    assert frd(synthetic * units, real * units) == pytest.approx(frd(synthetic, real))
+
+
+def test_frd_leaves_out_what_is_constant_in_the_real_or_not_finite():
+    real, synthetic = correlated(RNG(0), 30, 6), correlated(RNG(1), 20, 6)
+    expected = frd(synthetic[:, :3], real[:, :3])
+    real[:, 3], synthetic[4, 4], real[7, 5] = 0.1, np.nan, np.inf
+    assert frd(synthetic, real) == pytest.approx(expected)
+    with pytest.raises(ParameterError, match="FRD: none of 3 features varies over 30 real volumes"):
+        frd(synthetic[:, 3:], real[:, 3:])
+    with pytest.raises(ParameterError, match=r"FRD: features of shapes \(20, 6\) and \(30, 5\)"):
+        frd(synthetic, real[:, :5])
+
+
+def test_frd_of_a_cohort_and_itself_is_minus_infinity_and_grows_with_the_shift():
+    real = correlated(RNG(0), 40, 5)
+    values = [frd(real + shift * real.std(axis=0), real) for shift in (0, 0.1, 1, 10)]
+    assert values[0] < -8
+    assert values[1:] == pytest.approx([np.log(np.sqrt(5) * shift) for shift in (0.1, 1, 10)], abs=1e-3)

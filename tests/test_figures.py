@@ -186,3 +186,76 @@ def test_the_wall_is_compact():
     volumes = np.random.default_rng(0).random((24, 13, 96, 96), dtype=np.float32)
     size = len(figures.synthetic_wall(volumes, [""] * 24).to_json())
     assert size < 24 * 96 * 96 * 1.5  # noise does not compress: about a byte a pixel, in base64
+
+
+RESPONSE = pd.DataFrame(
+    {
+        "moved": ["LVEDV", "LVEDV", "AGE", "AGE"],
+        "attribute": ["LVEDV", "LVESV", "LVEDV", "LVESV"],
+        "asked": [48.0, 20.0, 0.0, 0.0],
+        "change": [24.0, 10.0, -0.1, math.nan],
+        "low": [20.0, 8.0, -1.0, math.nan],
+        "high": [30.0, 12.0, 1.0, math.nan],
+        "n_patients": [9, 9, 9, 7],
+        "asked_steps": [1.0, 0.45, 0.0, 0.0],
+        "change_steps": [0.5, 0.23, -0.002, math.nan],
+    }
+)
+
+
+def test_a_response_is_read_from_its_cell_with_what_was_asked_and_the_interval():
+    heat = figures.response_matrix(RESPONSE).data[0]
+    assert (list(heat.y), list(heat.x)) == (["LVEDV", "AGE"], ["LVEDV", "LVESV"])
+    assert [list(row) for row in heat.text] == [["0.50<br>of 1.00", "0.23<br>of 0.45"], ["0.00", "not<br>read"]]
+    np.testing.assert_array_equal(heat.z, [[0.5, 0.23], [-0.002, math.nan]])
+    assert heat.customdata[0][0] == ("LVEDV moved by one step, LVEDV by 24 [20, 30] mL where 48 was asked; 9 patients")
+    assert heat.zmin == -heat.zmax
+
+
+def test_calibration_is_drawn_per_attribute_with_each_models_intervals_round_the_identity():
+    columns = {"asked": [100, 200], "measured": [120, 180], "low": [110, 170], "high": [140, 185], "n_patients": 8}
+    bins = pd.concat(
+        [pd.DataFrame(columns).assign(attribute=a, run=r) for r in ("one", "two") for a in ("LVEDV", "RVEDV")]
+    )
+    figure = figures.calibration_plot(bins)
+    assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
+    models = [trace for trace in figure.data if trace.name]
+    assert [trace.name for trace in models] == ["one", "two"] * 2
+    assert [trace.name for trace in models if trace.showlegend] == ["one", "two"]
+    assert models[0].line.color == models[2].line.color != models[1].line.color
+    assert (list(models[0].error_y.array), list(models[0].error_y.arrayminus)) == ([20, 5], [10, 10])
+    (identity,) = {(*trace.x, *trace.y) for trace in figure.data if not trace.name}
+    assert identity == (100, 200, 100, 200)
+
+
+def test_hearts_beyond_the_public_ones_are_open_points():
+    table = pd.DataFrame(
+        {
+            "attribute": "LVEDV",
+            "asked": [30.0, 100.0, 600.0],
+            "measured": [40.0, 100.0, math.nan],
+            "low": [35.0, 90.0, math.nan],
+            "high": [45.0, 110.0, math.nan],
+            "n_patients": [9, 9, 2],
+            "where": ["below", "inside", "above"],
+            "run": "one",
+        }
+    )
+    figure = figures.beyond_range(table)
+    assert list(figure.data[-1].marker.symbol) == ["circle-open", "circle", "circle-open"]
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+
+
+def test_arms_of_training_data_are_dots_with_their_intervals_panel_by_panel():
+    points = [("public", "", "phase", 0.6), ("synthetic (ε = 1)", "", "phase", 0.5), ("public", "", "Dice LV", 0.7)]
+    points += [("synthetic (ε = 1)", "public", "phase", -0.1)]
+    rows = pd.DataFrame(points, columns=["arm", "against", "metric", "value"]).assign(n_patients=9, run="run")
+    rows = rows.assign(low=rows.value - 0.1, high=rows.value + 0.2)
+    phase, dice = figures.utility_dots(rows).data
+    assert dict(zip(phase.y, phase.x, strict=True)) == {"public": 0.6, "synthetic (ε = 1)": 0.5}
+    assert (phase.error_x.array[0], phase.error_x.arrayminus[0]) == pytest.approx((0.2, 0.1))
+    assert list(dice.y) == ["public"]
+    (beyond,) = figures.utility_dots(rows, "public").data
+    assert list(beyond.x) == [-0.1]
+    with pytest.raises(ParameterError, match="against: no rows for 'private'; choose from"):
+        figures.utility_dots(rows, "private")

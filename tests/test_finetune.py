@@ -478,7 +478,7 @@ def test_timesteps_fall_in_their_bands_as_often_as_weighted(monkeypatch: pytest.
 # What moves.
 
 
-@pytest.mark.parametrize("tuned", ["all", "attention", "attributes", "lora-2"])
+@pytest.mark.parametrize("tuned", ["all", "attention", "attributes", "edges", "lora-2"])
 def test_only_what_is_tuned_moves(tuned: str, patients: Patients, tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = BROAD.build(1)
@@ -492,6 +492,9 @@ def test_only_what_is_tuned_moves(tuned: str, patients: Patients, tmp_path: Path
             and name != "attributes.weight"  # an embedding, not a layer
             and (weight.dim() > 2 or (weight.dim() == 2 and re.search(r"attention\..*\.", name)))
         }
+    elif tuned == "edges":
+        outermost = r"(stem|head\.2)\.|.*(norm[^.]*|head\.0)\.weight|.*\.bias$"
+        wanted = {name for name, _ in before.named_parameters() if re.match(outermost, name)} - {"attributes.bias"}
     else:
         starts = {
             "all": r"",
@@ -509,7 +512,7 @@ def test_only_what_is_tuned_moves(tuned: str, patients: Patients, tmp_path: Path
     [
         ({"tuned": "lora-0"}, r"finetune\.tuned: 'lora-0': "),
         ({"tuned": "lora"}, r"finetune\.tuned: 'lora': "),
-        ({"tuned": "everything"}, r"finetune\.tuned: 'everything': .*all\|attention\|attributes\|lora-"),
+        ({"tuned": "everything"}, r"finetune\.tuned: 'everything': .*all\|attention\|attributes\|edges\|lora-"),
         ({"timesteps": [[10, 10, 1.0]]}, r"finetune\.timesteps\.0: \[10, 10, 1\.0\]: must be \[low, high, weight\]"),
         ({"timesteps": [[0, 151, 1.0]]}, r"finetune\.timesteps\.0: .* 0 <= low < high <= 150"),
         ({"timesteps": [[0, 9, 1.0], [0, 9, 0]]}, r"finetune\.timesteps\.1: .* a weight above 0"),

@@ -1,5 +1,6 @@
 """Networks at depth 13 and any other, the attribute path, texture, the diffusion arithmetic, and what is drawn."""
 
+import math
 from copy import deepcopy
 from typing import Literal
 
@@ -15,12 +16,14 @@ from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import (
     TIMESTEPS,
+    Sampler,
     ScheduleName,
     diffusion_loss,
     drop_attributes,
     min_snr_weight,
     sample_ddim,
     sample_ddpm,
+    sample_dpm_solver,
     schedule,
 )
 
@@ -340,9 +343,73 @@ def test_a_perfect_model_has_no_loss_and_samples_the_truth(name: ScheduleName) -
     assert loss.shape == (5,)
     assert loss.max() < 1e-6
     for guidance in (0.0, 2.0):
-        assert torch.allclose(sample_ddim(oracle, name, noise, attributes, guidance, 15), truth, atol=1e-2)
+        for sample in (sample_ddim, sample_dpm_solver):
+            assert torch.allclose(sample(oracle, name, noise, attributes, guidance, 15), truth, atol=1e-2)
         sampled = sample_ddpm(oracle, name, noise, attributes, guidance, generator)
         assert torch.allclose(sampled, truth, atol=0.1)
+
+
+class GaussianOracle(nn.Module):
+    """Predicts exactly for latents ~ N(MEAN, STD^2), and remembers by timestep what it was shown."""
+
+    MEAN, STD = 0.5, 0.6
+
+    def __init__(self, name: ScheduleName) -> None:
+        super().__init__()
+        self.name, self.kept, self.seen = name, schedule(name).alphas_cumprod.double(), dict[int, Tensor]()
+
+    def forward(self, x: Tensor, t: Tensor, attributes: Tensor) -> Tensor:
+        kept = self.kept[t[0]]
+        self.seen[int(t[0])] = x
+        clean = self.MEAN + kept.sqrt() * self.STD**2 / self.variance(kept) * (x - kept.sqrt() * self.MEAN)
+        return (x - kept.sqrt() * clean if self.name == "paper" else kept.sqrt() * x - clean) / (1 - kept).sqrt()
+
+    def variance(self, kept: Tensor) -> Tensor:
+        return kept * self.STD**2 + 1 - kept
+
+    def flow(self, noise: Tensor, t: int) -> Tensor:
+        """Where the probability flow ODE takes noise from T - 1 to: as many standard deviations from the mean."""
+        (start, end), (before, after) = (kept := self.kept[[149, t]]).sqrt(), self.variance(kept).sqrt()
+        return end * self.MEAN + after / before * (noise - start * self.MEAN)
+
+
+@pytest.mark.parametrize("name", ["paper", "modern"])
+def test_dpm_solver_follows_the_flow_at_second_order_and_ddim_at_first(name: ScheduleName) -> None:
+    noise, attributes = torch.randn(4, 1, 2, 3, 3, dtype=torch.float64), torch.zeros(4, 14)
+
+    def error(sample: Sampler, steps: int) -> float:
+        """Halfway, at t = 74, where both samplers pass if steps are an even divisor of T."""
+        oracle = GaussianOracle(name)
+        sample(oracle, name, noise, attributes, 0.0, steps, None)
+        return (oracle.seen[74] - oracle.flow(noise, 74)).abs().max().item()
+
+    errors = {sample: [error(sample, steps) for steps in (10, 30, 150)] for sample in (sample_ddim, sample_dpm_solver)}
+    orders = {sample: math.log(some[1] / some[2]) / math.log(5) for sample, some in errors.items()}
+    assert orders[sample_ddim] == pytest.approx(1, abs=0.1)
+    assert orders[sample_dpm_solver] == pytest.approx(2, abs=0.25)
+    assert all(ours < 0.5 * theirs for ours, theirs in zip(errors[sample_dpm_solver], errors[sample_ddim], strict=True))
+
+
+@pytest.mark.parametrize("name", ["paper", "modern"])
+def test_dpm_solver_with_a_generator_draws_from_the_distribution_anew(name: ScheduleName) -> None:
+    oracle, generator = GaussianOracle(name), torch.Generator().manual_seed(0)
+    noise, attributes = torch.randn(1, 1, 10, 60, 60, generator=generator, dtype=torch.float64), torch.zeros(1, 14)
+    drawn = [sample_dpm_solver(oracle, name, noise, attributes, 0.0, 50, generator=generator) for _ in range(2)]
+    for some in drawn:
+        assert some.mean() == pytest.approx(oracle.MEAN, abs=0.02)
+        assert some.std() == pytest.approx(oracle.STD, abs=0.02)
+    assert abs(torch.corrcoef(torch.stack([some.ravel() for some in drawn]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("steps", [7, 8, 15, 20])
+def test_dpm_solver_calls_the_model_once_a_step_from_the_noisiest_on(steps: int) -> None:
+    oracle, calls = GaussianOracle("modern"), list[int]()
+    sample_dpm_solver(
+        oracle, "modern", torch.randn(1, 1, 1, 1, 1), torch.zeros(1, 14), 0.0, steps, lambda: calls.append(1)
+    )
+    assert len(calls) == len(oracle.seen) == steps
+    assert next(iter(oracle.seen)) == 149
+    assert min(oracle.seen) == round(150 / steps) - 1
 
 
 def test_min_snr_weights_ask_no_more_of_clean_latents_than_of_noisier_ones() -> None:

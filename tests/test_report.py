@@ -4,6 +4,10 @@ import base64
 import csv
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +23,15 @@ from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
 from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
-from cardiac_ldm.report.tables import attributes_table, metrics_table, quality_table, source, tradeoff_table
+from cardiac_ldm.report.tables import (
+    attributes_table,
+    metrics_table,
+    quality_table,
+    source,
+    tradeoff_table,
+    utility_rows,
+    utility_table,
+)
 
 PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
 
@@ -113,9 +125,10 @@ def test_tables_tell_nothing_of_real_private_patients() -> None:
             table({"hospital": Records([heart()], role="private")})
 
 
-def metrics(epsilon: float | str, value: float | None) -> dict[str, object]:
+def metrics(epsilon: float | str, value: float | None) -> dict[str, Any]:
     row = {"metric": "correlation", "attribute": "LVEDV", "value": value, "low": value, "high": value}
     row |= {"n_patients": 9, "unit": "", "reference": 0.9, "reference_low": 0.8, "reference_high": 1.0}
+    row |= {"grouping": None, "group": None}
     return {
         "epsilon": epsilon,
         "model": f"m{epsilon}",
@@ -161,12 +174,8 @@ def test_models_of_one_cohort_are_stated_together() -> None:
     assert f"2 private model(s) of {both[0].private_data} spent ({together.epsilon:.4g}, 1e-05) per patient" in said
 
 
-def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path) -> None:
-    attributes = np.full((2, 14), np.nan, np.float32)
-    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
-    attributes[:, 0] = 150.5
-    cohort = SyntheticCohort(np.random.default_rng(0).random((2, 13, 96, 96), np.float32), attributes, np.zeros(2, int))
-    folder = write_release(cohort, ledger(1), tmp_path / "release")
+def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path, drawn: SyntheticCohort) -> None:
+    folder = write_release(drawn, ledger(1), tmp_path / "release")
     assert sorted(path.name for path in folder.iterdir()) == [
         "STATEMENT.md",
         "attributes.csv",
@@ -180,7 +189,7 @@ def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path)
     image = nib.load(folder / "synthetic00000_ED.nii.gz")
     assert image.shape == (96, 96, 13)
     assert image.header.get_zooms() == pytest.approx((1.8269, 1.8269, 10), rel=1e-5)
-    assert np.abs(image.get_fdata().transpose(2, 1, 0) / 255 - cohort.images[0]).max() < 0.003
+    assert np.abs(image.get_fdata().transpose(2, 1, 0) / 255 - drawn.images[0]).max() < 0.003
 
 
 def test_labels_are_released_beside_their_volumes(tmp_path: Path) -> None:
@@ -192,6 +201,92 @@ def test_labels_are_released_beside_their_volumes(tmp_path: Path) -> None:
         image, mask = (nib.load(folder / f"synthetic00000_{phase}{kind}.nii.gz") for kind in ("", "_seg"))
         assert np.array_equal(np.asarray(mask.dataobj).transpose(2, 1, 0), drawn)
         assert np.array_equal(mask.affine, image.affine)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """What measuring the cohort `drawn` left."""
+    said = metrics(1, 0.5) | {"reference_cohort": "<i>few", "n_requests": 1, "n_real_patients": 9}
+    row = said["rows"][0]
+    distance = {"metric": "KID", "attribute": None, "reference_kind": "floor", "better": "lower"}
+    women = {"grouping": "sex", "group": "female", "metric": "distance of women"}
+    folder = tmp_path / "evaluate-1"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(
+        json.dumps(said | {"rows": [row, row | distance, row | distance | women, row | {"value": None}]})
+    )
+    (folder / "anatomy.csv").write_text(
+        "owner,attribute,asked,measured\n0,LVEDV,150.5,140\n0,LVESV,,60\n0,ESED,1,0.9\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def drawn() -> SyntheticCohort:
+    attributes = np.full((2, 14), np.nan, np.float32)
+    attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
+    attributes[:, 0] = 150.5
+    images = np.random.default_rng(0).random((2, *GRID.shape), np.float32)
+    return SyntheticCohort(images, attributes, np.zeros(2, int))
+
+
+def test_a_release_goes_with_what_was_measured_and_a_page_that_shows_it(
+    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+) -> None:
+    said = ledger(1).model_copy(update={"public_data": "<i>acdc"})
+    folder = write_release(drawn, said, tmp_path / "release", evaluation)
+    assert {p.suffix for p in folder.iterdir()} == {".csv", ".gz", ".html", ".js", ".json", ".md"}
+    assert (folder / "metrics.json").read_bytes() == (evaluation / "metrics.json").read_bytes()
+    page = (folder / "quality.html").read_text()
+    assert "<strong>(1, 1e-05)-differential privacy per patient.</strong>" in page
+    assert page.count("<table>") == 1
+    for text in ("2 volumes of 1 synthetic patients", "ED 150 mL", "correlation LVEDV", "0.5 [0.5, 0.5]", "LVEDV (mL)"):
+        assert text in page, text
+    assert "LVESV (mL)" not in page  # nobody asked for it
+    assert "distance of women" not in page
+    assert "<i>" not in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    again = write_release(drawn, said, tmp_path / "release", evaluation)
+    assert (again / "quality.html").read_text() == page
+
+
+def test_the_page_says_so_where_nothing_could_be_measured(
+    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+) -> None:
+    (evaluation / "anatomy.csv").write_text("owner,attribute,asked,measured\n0,LVEDV,150.5,\n")
+    said = json.loads((evaluation / "metrics.json").read_text())
+    unknown = [row | {"value": None, "low": None, "high": None} for row in said["rows"]]
+    (evaluation / "metrics.json").write_text(json.dumps(said | {"rows": unknown}))
+    page = (write_release(drawn, ledger(1), tmp_path / "release", evaluation) / "quality.html").read_text()
+    assert "No heart could be measured." in page
+    assert "No distance was measured." in page
+    assert "not defined" in page
+
+
+def test_a_release_that_fails_leaves_the_one_before(tmp_path: Path, evaluation: Path, drawn: SyntheticCohort) -> None:
+    folder = write_release(drawn, ledger(1), tmp_path / "release", evaluation)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (evaluation / "anatomy.csv").unlink()
+    with pytest.raises(FileNotFoundError):
+        write_release(drawn, ledger(1), folder, evaluation)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluate-1", "release"]
+
+
+def test_the_page_draws_its_figures_from_disk_with_no_network(
+    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        stop("no Chromium to read the page in: apt-get install chromium")
+    page = write_release(drawn, ledger(1), tmp_path / "release", evaluation) / "quality.html"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    flags += ["--virtual-time-budget=8000", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+    shown = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    for figure in ("wall", "distances", "control"):
+        _, drawing = shown.split(f'id="{figure}"')
+        assert 'class="main-svg"' in drawing.split("<h2>")[0], figure
 
 
 @pytest.mark.parametrize(
@@ -234,3 +329,24 @@ def test_a_source_line_carries_the_metrics_themselves() -> None:
     html = source("evaluate-1", metrics(1, 0.5)).data
     payload = html.split("base64,")[1].split('"')[0]
     assert json.loads(base64.b64decode(payload)) == metrics(1, 0.5)
+
+
+def arm(name: str, against: str, value: float | None, metric: str = "Dice", unit: str = "") -> dict[str, object]:
+    ends = {"low": value and value - 0.1, "high": value and value + 0.1}
+    about = {"arm": name, "against": against, "metric": metric, "attribute": "LV", "n_patients": 9, "unit": unit}
+    return about | {"value": value} | ends
+
+
+def test_arms_of_training_data_stand_beside_each_other_and_beyond_a_baseline() -> None:
+    baselines = {"model": "useful-baselines-1", "rows": [arm("public", "", 0.5), arm("few private", "", 0.3)]}
+    drawn: list[dict[str, object]] = [arm("synthetic", "", None), arm("few private + synthetic", "", 0.7)]
+    drawn += [arm("few private + synthetic", "public", 0.2), arm("synthetic", "", 12.5, "mean absolute error", "mL")]
+    rows = utility_rows(baselines, [{"epsilon": 1.0, "model": "useful-2", "rows": drawn}])
+    table = utility_table(rows)
+    assert list(table.index) == ["public", "few private", "few private + synthetic (ε = 1)", "synthetic (ε = 1)"]
+    assert table.loc["few private + synthetic (ε = 1)", "Dice LV"] == "0.7 [0.6, 0.8]"
+    assert table.loc["synthetic (ε = 1)", "Dice LV"] == "not known"  # the decoder gave no labels
+    assert table.loc["synthetic (ε = 1)", "mean absolute error LV (mL)"] == "12.5 [12.4, 12.6]"
+    beyond = utility_table(rows, "public")
+    assert beyond.loc["few private + synthetic (ε = 1)"].to_dict() == {"Dice LV": "+0.2 [+0.1, +0.3]"}
+    assert dict(zip(rows.arm, rows.run, strict=True))["public"] == "useful-baselines-1"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,8 +19,10 @@ import yaml
 from cardiac_ldm.cohort import Manifest, Patient
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
+from cardiac_ldm.report.tables import utility_rows
 from cardiac_ldm.study import (
     PROFILES,
     CompareParameters,
@@ -268,3 +271,42 @@ def test_the_segmenter_is_trained_early_only_where_hearts_must_be_found_and_some
     if trains:
         assert study.anatomy.key == again.anatomy.key
         assert len(list(tmp_path.glob("anatomy-*/segmenter.safetensors"))) == 1
+
+
+def test_what_synthetic_patients_teach_stands_beside_real_ones(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    study = Study(Parameters(profile=str(TINY)))
+    useful, baselines = study.useful(0), study.useful_baselines
+    drawn = SyntheticCohort.load(study.training_cohort(0).folder / "synthetic.npz")
+    public = study.public.split("train")
+    requests = {tuple(row) for row in np.nan_to_num(drawn.attributes)}
+    assert requests == {tuple(row) for row in np.nan_to_num(public.attributes)}  # of nobody it's tested on, or private
+    assert study.training_cohort(0).ledger == study.pretrained.ledger
+    names = ["public", "private", "few private"]
+    rows = utility_rows(baselines.metrics, [useful.metrics])
+    arms = [*names, "synthetic (public data only)", "few private + synthetic (public data only)"]
+    assert list(rows.arm.unique()) == arms
+    for arm in arms:
+        assert set(rows[rows.arm == arm].against) == {"", *names} - {arm}
+    assert set(rows[rows.against == ""].n_patients) == {len(study.reference)}
+    assert set(rows.metric) >= {"Dice LV", "phase accuracy", "mean absolute error LVEDV (mL)"}  # this decoder labels
+    assert set(rows.run) == {baselines.folder.name, useful.folder.name}
+    capsys.readouterr()
+    assert Study(Parameters(profile=str(TINY))).useful(0).key == useful.key
+    assert capsys.readouterr().out == ""
+
+
+def test_real_private_patients_teach_nothing_but_the_mechanism(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
+    manifest = {"name": "hospital", "role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+    path = tmp_path / "hospital.yaml"
+    path.write_text(yaml.safe_dump(manifest | {"reader": {"kind": "acdc"}, "root": "acdc", "splits": splits}))
+    study = Study(Parameters(profile=str(TINY), cohort_private=str(path)))
+    monkeypatch.setattr(Study, "private", property(lambda _: pytest.fail("nobody may look at them")))
+    rows = utility_rows(study.useful_baselines.metrics, [study.useful(0).metrics])
+    assert list(rows.arm.unique()) == ["public", "synthetic (public data only)"]

@@ -14,7 +14,16 @@ from torch import nn
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, measure_attributes
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.evaluation import utility as module
-from cardiac_ldm.evaluation.utility import PENALTIES, Budget, LabelledVolumes, Utility, compare_arms, ridge, utility
+from cardiac_ldm.evaluation.utility import (
+    PENALTIES,
+    Budget,
+    LabelledVolumes,
+    Utility,
+    compare_arms,
+    ridge,
+    tabulate_arms,
+    utility,
+)
 from tests.miniatures import PHASES, heart
 
 ESED, LVEDV = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "LVEDV"))
@@ -152,6 +161,16 @@ def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypa
     assert value_of(found.rows, "phase accuracy").value == pytest.approx(7.5 / 8)
 
 
+def test_volumes_without_labels_teach_all_but_segmentation(monkeypatch, trained, real):
+    monkeypatch.setattr(module, "_fit_segmenter", None)
+    blank = utility(replace(hearts(14), name="blank", labels=None), real, **SHORT)
+    missing = blank.rows.value.isna()
+    assert missing.equals(blank.rows.metric == "Dice")
+    assert blank.outcomes.index.equals(trained.outcomes.index)
+    for first, second in ((trained, blank), (blank, trained)):  # whichever of the two lacks them
+        assert compare_arms(first, second, resamples=20, seed=0).value.isna().equals(missing)
+
+
 def test_everything_follows_from_the_seed(real):
     train = hearts(8)
     runs = [utility(train, real, **SHORT | {"seed": seed}).outcomes["Dice LV"] for seed in (3, 3, 4)]
@@ -211,6 +230,17 @@ def test_arms_are_compared_patient_by_patient():
     assert better.n_patients == 40
 
 
+def test_every_arm_stands_alone_and_beyond_each_other_baseline():
+    truth = np.arange(10.0)
+    arms = {name: made_up(name, truth + error, truth, 0.5) for name, error in (("a", 0), ("b", 1), ("c", 3))}
+    with_rows = [replace(arm, rows=module._rows([arm.outcomes], 20, 0)) for arm in arms.values()]
+    table = tabulate_arms(with_rows, with_rows[:2], resamples=20, seed=0)
+    errors = table[table.metric == "mean absolute error"]
+    found = {(row.arm, row.against): row.value for row in errors.itertuples()}
+    alone = {("a", ""): 0, ("b", ""): 1, ("c", ""): 3}
+    assert found == alone | {("a", "b"): -1, ("b", "a"): 1, ("c", "a"): 3, ("c", "b"): 2}
+
+
 def test_arms_tested_on_others_are_not_compared():
     truth = np.arange(10.0)
     with pytest.raises(ParameterError, match="synthetic: wasn't tested on the patients of real"):
@@ -221,15 +251,18 @@ def test_cohorts_add_up_and_nobody_becomes_another():
     first, second = hearts(2, name="a"), hearts(3, seed=1, name="b")
     both = first + second
     assert both.name == "a + b"
+    assert both.labels is not None
     assert both.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     np.testing.assert_array_equal(both.images[4:], second.images)
     np.testing.assert_array_equal(both.labels[:4], first.labels)
     np.testing.assert_array_equal(both.attributes[4:], second.attributes)
+    assert (first + replace(second, labels=None)).labels is None
 
 
 def patients(secret=False, labelled=True) -> Any:
     """Just enough of a split of patients."""
     volumes = hearts(2)
+    labels: Any = volumes.labels
     return SimpleNamespace(
         name="ward",
         split="test",
@@ -238,7 +271,7 @@ def patients(secret=False, labelled=True) -> Any:
         attributes=volumes.attributes,
         owners=volumes.owners,
         images=lambda rows: volumes.images[rows],
-        labels=lambda rows: volumes.labels[rows],
+        labels=lambda rows: labels[rows],
     )
 
 
@@ -276,6 +309,8 @@ def test_too_little_to_train_or_test_on_is_named(real):
     for arm, test in ((few, real), (train, few)):
         with pytest.raises(ParameterError, match="few: 7 patients; give at least 8"):
             utility(arm, test, **SHORT)
+    with pytest.raises(ParameterError, match="real: has no labels; test on patients whose labels were given"):
+        utility(train, replace(real, labels=None), **SHORT)
     attributes = train.attributes.copy()
     attributes[0, LVEDV] = np.nan
     with pytest.raises(ParameterError, match="hearts: 7 patients at end-diastole whose LVEDV is known"):

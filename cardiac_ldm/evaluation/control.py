@@ -1,6 +1,7 @@
 """Whether the hearts are the ones that were asked for: phase, volumes, ejection fractions, wall thickness."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,29 @@ from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
 from tqdm import tqdm
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Patients, measure_attributes, require_labelled
+from cardiac_ldm.cohort import (
+    ATTRIBUTE_NAMES,
+    ATTRIBUTES,
+    GRID,
+    Patients,
+    measure_attributes,
+    require_labelled,
+    require_public,
+    require_releasable,
+)
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
 
 STRUCTURES = {"RV": 1, "myocardium": 2, "LV": 3}
+MOVES = ("LVEDV", "LVEF", "RVEDV", "MYOEDTHICK", "ANGLE", "AGE", "SEX")
+"""What is moved, one at a time, to see what moves with it."""
+STEPS = {a.name: (a.high - a.low) / 6 for a in ATTRIBUTES} | {"SEX": 1.0}
+"""How far, in the attribute's unit: a sixth of its fixed public range, a standard deviation of patients who fill it."""
+MAGNIFIED = ("LVEDV", "RVEDV", "MYOEDTHICK")
+"""What `magnified` changes and an end-diastolic volume tells."""
 _BATCH = 8
-_ESED = ATTRIBUTE_NAMES.index("ESED")
+_ESED, _DEPTH = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "DEPTH"))
 
 
 @torch.no_grad()
@@ -79,9 +96,11 @@ def phase_order(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int
 
 
 def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[np.ndarray], float]], int]:
-    """Pearson's r, bias (measured - asked) and mean absolute error: statistics over patients, and their number.
+    """Pearson's r, slope, bias (measured - asked) and mean absolute error: statistics over patients, and their number.
 
-    Patients whose attribute wasn't asked for, or can't be measured, don't count. r is NaN where a side is constant.
+    The slope is that of measured on asked, by least squares: a model that draws the mean, whatever is asked, has 0.
+    Patients whose attribute wasn't asked for, or can't be measured, don't count. r is NaN where a side is constant, the
+    slope where all ask for the same.
     """
     known = table[table.attribute == attribute].dropna()
     asked, measured = known.asked.to_numpy(np.float64), known.measured.to_numpy(np.float64)
@@ -90,13 +109,17 @@ def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[
         x, y = asked[patients], measured[patients]
         return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
 
+    def slope(patients: np.ndarray) -> float:
+        x, y = asked[patients] - asked[patients].mean(), measured[patients]
+        return float(x @ y / (x @ x)) if x.any() else float("nan")
+
     def bias(patients: np.ndarray) -> float:
         return float((measured[patients] - asked[patients]).mean())
 
     def error(patients: np.ndarray) -> float:
         return float(np.abs(measured[patients] - asked[patients]).mean())
 
-    return {"correlation": correlation, "bias": bias, "mean absolute error": error}, len(known)
+    return {"correlation": correlation, "slope": slope, "bias": bias, "mean absolute error": error}, len(known)
 
 
 def segmentation_dice(segmenter: Segmenter, patients: Patients) -> pd.DataFrame:
@@ -119,3 +142,183 @@ def volume_dice(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray) ->
         predicted = segmenter(torch.from_numpy(images[some])).argmax(dim=1, keepdim=True)
         score(one_hot(predicted, N_LABELS), one_hot(torch.from_numpy(labels[some])[:, None], N_LABELS))
     return pd.DataFrame(score.aggregate().numpy(), columns=list(STRUCTURES))
+
+
+def calibration(table: pd.DataFrame, attribute: str, bins: int, *, resamples: int, seed: int) -> pd.DataFrame:
+    """Mean measured of patients who ask for about the same: at most `bins` bins of equally many, at least 8 in each.
+
+    Returns:
+        A row per bin, in rising order of what is asked: attribute, asked (mean), measured (mean), low, high (95 %
+        interval of the latter over patients), n_patients. One row, of NaN, where fewer than 8 patients are known.
+    """
+    known = table[table.attribute == attribute].dropna().sort_values("asked")
+    parts = np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // MIN_PATIENTS)))
+    rows = []
+    for part in (known.iloc[p] for p in parts):
+        mean = _mean(part.measured.to_numpy(np.float64), resamples, seed)
+        rows.append((attribute, part.asked.mean(), mean.value, mean.low, mean.high, mean.n_patients))
+    return pd.DataFrame(rows, columns=["attribute", "asked", "measured", "low", "high", "n_patients"])
+
+
+def base_requests(patients: Patients, n_patients: int) -> tuple[np.ndarray, np.ndarray]:
+    """What at most `n_patients` ask for, at end-diastole and end-systole: attributes (2n, 14), owners int64 (2n,).
+
+    They are spread over the split, since cohorts are often sorted by disease.
+
+    Raises:
+        PrivacyError: the patients are private and not simulated.
+        ParameterError: fewer than 8 of them have both phases.
+    """
+    require_releasable(patients, "the attributes of patients, through what is asked for")
+    phases = patients.attributes[:, _ESED]
+    both = [rows for rows in rows_of(patients.owners) if {0.0, 1.0} <= set(phases[rows])]
+    if min(len(both), n_patients) < MIN_PATIENTS:
+        raise ParameterError(
+            f"{patients.name}: {len(both)} patients ({patients.split}) have both phases, and {n_patients} are wanted; "
+            f"their requests need at least {MIN_PATIENTS} for an interval"
+        )
+    some = np.linspace(0, len(both) - 1, min(len(both), n_patients)).round().astype(np.int64)
+    rows = np.array([[both[i][phases[both[i]] == phase][0] for phase in (1, 0)] for i in some])
+    return patients.attributes[rows.ravel()], np.repeat(np.arange(len(some)), 2)
+
+
+def moved(attributes: np.ndarray, name: str, by: np.ndarray | float) -> np.ndarray:
+    """Requests (n, 14) with one attribute moved by so much, in its unit.
+
+    What physics ties to it follows, or no heart could have both: EF = 100 (EDV - ESV) / EDV leaves two of three to
+    choose. EF stays where EDV moves, and ESV goes in proportion; EDV stays where EF moves, and ESV follows. MYOESTHICK
+    goes in proportion to MYOEDTHICK: a wall thickens by its share. All else stays, ventricles' stroke volumes too,
+    which may differ, as where a valve leaks.
+    """
+    columns = dict(zip(ATTRIBUTE_NAMES, attributes.astype(np.float64).T, strict=True))
+    before = columns[name]
+    after = columns[name] = before + by
+    if name in ("LVEDV", "RVEDV"):
+        columns[f"{name[:2]}ESV"] = columns[f"{name[:2]}ESV"] * after / before
+    elif name in ("LVEF", "RVEF"):
+        columns[f"{name[:2]}ESV"] = columns[f"{name[:2]}EDV"] * (1 - after / 100)
+    elif name == "MYOEDTHICK":
+        columns["MYOESTHICK"] = columns["MYOESTHICK"] * after / before
+    return np.stack(list(columns.values()), axis=1).astype(np.float32)
+
+
+def counterfactuals(attributes: np.ndarray) -> dict[str, np.ndarray]:
+    """The requests (n, 14) anew for every attribute in MOVES, moved by one step towards the middle of its range.
+
+    So nobody is asked for what no patient has, and SEX becomes the other. Drawn by a call of `synthesise` each, with
+    the same owners in the same order as the requests themselves, they start from the same noise. Attributes that not
+    all patients know are left out.
+    """
+    known = [name for name in MOVES if np.isfinite(attributes[:, ATTRIBUTE_NAMES.index(name)]).all()]
+    return {name: moved(attributes, name, STEPS[name] * _direction(attributes, name)) for name in known}
+
+
+def _direction(attributes: np.ndarray, name: str) -> np.ndarray:
+    """Int (n,): where the middle of the attribute's range lies from each request, 1 above it or -1 below."""
+    number = ATTRIBUTE_NAMES.index(name)
+    return np.where(attributes[:, number] < (ATTRIBUTES[number].low + ATTRIBUTES[number].high) / 2, 1, -1)
+
+
+def response(
+    table: pd.DataFrame, attributes: np.ndarray, owners: np.ndarray, *, resamples: int, seed: int
+) -> pd.DataFrame:
+    """How far every attribute moves, in what is drawn, when one of them is moved by one step and the noise stays.
+
+    Args:
+        table: of `read_anatomy`, for the requests and their `counterfactuals`, with the column moved: "nothing" or
+            which attribute.
+        attributes: the requests (n, 14).
+        owners: int64 (n,), who asks.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        A row per moved and measured attribute: moved, attribute, asked and change (means over patients, as if all had
+        been moved upwards), low, high (the change's 95 % interval over patients), n_patients, in the measured
+        attribute's unit; and asked_steps, change_steps, low_steps, high_steps in its step (STEPS). Where each attribute
+        obeys alone, change equals asked: 1 step where it's the one moved, 0 where it stays. NaN where fewer than 8
+        patients' can be measured both times.
+    """
+    read = {
+        name: part.pivot(index="owner", columns="attribute", values=["asked", "measured"])
+        for name, part in table[table.attribute != "ESED"].groupby("moved")
+    }
+    base, rows = read["nothing"], []
+    for name in (n for n in MOVES if n in read):
+        direction = pd.Series(_direction(attributes, name), owners).groupby(level=0).first()
+        change = (read[name] - base).mul(direction, axis="index")
+        for attribute in (a for a in ATTRIBUTE_NAMES if a in base["measured"]):
+            patients = change.xs(attribute, axis="columns", level="attribute").dropna()
+            mean = _mean(patients.measured.to_numpy(np.float64), resamples, seed)
+            values = (patients.asked.mean(), mean.value, mean.low, mean.high)
+            rows.append((name, attribute, *values, mean.n_patients, *(v / STEPS[attribute] for v in values)))
+    numbers = ["asked", "change", "low", "high"]
+    steps = [f"{number}_steps" for number in numbers]
+    return pd.DataFrame(rows, columns=["moved", "attribute", *numbers, "n_patients", *steps])
+
+
+def public_span(patients: Patients) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value of the attributes in MAGNIFIED among public patients.
+
+    Raises:
+        PrivacyError: they are private, simulated or not.
+    """
+    require_public(patients, "the smallest and the largest hearts among its patients")
+    columns = {name: patients.attributes[:, ATTRIBUTE_NAMES.index(name)].astype(np.float64) for name in MAGNIFIED}
+    return {name: (float(np.nanmin(column)), float(np.nanmax(column))) for name, column in columns.items()}
+
+
+def ladder(low: float, high: float) -> np.ndarray:
+    """Values (10,) to ask for: 60, 35, 10 % below `low`, four in equal ratios from `low` to `high`, as far above it."""
+    beyond = np.array([0.1, 0.35, 0.6])
+    return np.concatenate([low * (1 - beyond[::-1]), np.geomspace(low, high, 4), high * (1 + beyond)])
+
+
+def magnified(attributes: np.ndarray, lvedv: float) -> np.ndarray:
+    """Requests (n, 14) for hearts of the same shape with this LVEDV (mL), as if each were magnified.
+
+    Volumes go in proportion to LVEDV, wall thickness and DEPTH (in whole slices, no more than the grid has) to its cube
+    root; ejection fractions, ANGLE and who the patient is stay.
+    """
+    scale = lvedv / attributes[:, ATTRIBUTE_NAMES.index("LVEDV")].astype(np.float64)
+    power = {"mL": 1.0, "mm": 1 / 3, "slices": 1 / 3}
+    after = attributes * np.stack([scale ** power.get(a.unit, 0.0) for a in ATTRIBUTES], axis=1)
+    after[:, _DEPTH] = after[:, _DEPTH].round().clip(1, GRID.n_slices)
+    return after.astype(np.float32)
+
+
+def beyond_range(
+    table: pd.DataFrame, span: Mapping[str, tuple[float, float]], *, resamples: int, seed: int
+) -> pd.DataFrame:
+    """What is measured against what is asked, inside and outside of the values that public patients have.
+
+    The segmenter hasn't seen hearts outside either: what it can't read shows here as if it weren't drawn.
+
+    Args:
+        table: of `read_anatomy`, for requests of `magnified` at several LVEDVs, which the column level tells.
+        span: of `public_span`.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        A row per attribute in MAGNIFIED and level: attribute, level, asked and measured (means over patients), low,
+        high (95 % interval of the latter), n_patients, and where: whether level lies "below", "inside" or "above" the
+        public LVEDVs. NaN where fewer than 8 patients' can be measured.
+    """
+    smallest, largest = span["LVEDV"]
+    rows = []
+    for attribute in MAGNIFIED:
+        own = table[table.attribute == attribute]
+        for level in np.unique(own.level):
+            patients = own[own.level == level].dropna()
+            where = "below" if level < smallest else "above" if level > largest else "inside"
+            mean = _mean(patients.measured.to_numpy(np.float64), resamples, seed)
+            numbers = (mean.value, mean.low, mean.high, mean.n_patients)
+            rows.append((attribute, level, patients.asked.mean(), *numbers, where))
+    columns = ["attribute", "level", "asked", "measured", "low", "high", "n_patients", "where"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _mean(values: np.ndarray, resamples: int, seed: int) -> Estimate:
+    """The mean over patients (n,), all known; NaN where they are too few."""
+    if len(values) < MIN_PATIENTS:
+        return Estimate(math.nan, math.nan, math.nan, len(values))
+    return bootstrap(lambda patients: float(values[patients].mean()), len(values), resamples=resamples, seed=seed)

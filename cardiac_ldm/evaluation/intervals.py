@@ -8,6 +8,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
+MIN_PATIENTS = 8
+"""Fewer patients give no interval worth the name."""
+
 
 @dataclass(frozen=True)
 class Estimate:

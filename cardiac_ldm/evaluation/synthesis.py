@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import ScheduleName, sample_ddim
+from cardiac_ldm.models.diffusion import Sampler, ScheduleName, sample_ddim
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def synthesise(
     guidance: float,
     seed: int,
     batch: int = 8,
+    sampler: Sampler = sample_ddim,
 ) -> SyntheticCohort:
-    """Sample one volume for each row of `attributes` (n, 14) by DDIM, and its labels if the decoder gives any.
+    """Sample one volume for each row of `attributes` (n, 14), and its labels if the decoder gives any.
 
     The volumes of one request start from the same noise, which depends on the seed and the request alone; the noise of
     their texture depends on the row too: models are compared on the same requests and noise. Slices beyond the DEPTH
@@ -72,7 +73,7 @@ def synthesise(
     n_batches = len(range(0, len(asked), batch))
     with tqdm(total=n_batches * steps, desc="sample", unit="step") as bar:
         for rows in torch.arange(len(asked)).split(batch):
-            latents = sample_ddim(denoiser, name, noise[rows], asked[rows], guidance, steps, bar.update)
+            latents = sampler(denoiser, name, noise[rows], asked[rows], guidance, steps, bar.update)
             texture = torch.stack(
                 [_normal([seed, owners[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
             )

@@ -4,9 +4,10 @@ Which volumes those are, an arm of the comparison, is the caller's: synthetic, r
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Patients, require_labelled
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.control import STRUCTURES, volume_dice
 from cardiac_ldm.evaluation.features import SLICES, slice_features
-from cardiac_ldm.evaluation.intervals import Estimate, bootstrap
-from cardiac_ldm.evaluation.metrics import MIN_PATIENTS
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
 from cardiac_ldm.training.anatomy import _seeded, _train, augment
 
@@ -35,8 +35,9 @@ PENALTIES = np.logspace(-4, 4, 17)
 class LabelledVolumes:
     """Volumes to train on or to test on; plain arrays, which guard nobody.
 
-    images: float32 (n, 13, 96, 96) in [0, 1]. labels: uint8 (n, 13, 96, 96): 0 background, 1 RV, 2 myocardium, 3 LV.
-    attributes: float32 (n, 14), NaN where unknown. owners: int64 (n,), the patient or request of each volume.
+    images: float32 (n, 13, 96, 96) in [0, 1]. labels: uint8 (n, 13, 96, 96): 0 background, 1 RV, 2 myocardium, 3 LV; or
+    None where the decoder that drew them gives none. attributes: float32 (n, 14), NaN where unknown. owners: int64
+    (n,), the patient or request of each volume.
 
     Raises:
         ParameterError: an array has another shape, or values that aren't finite or no label.
@@ -44,7 +45,7 @@ class LabelledVolumes:
 
     name: str
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     attributes: np.ndarray
     owners: np.ndarray
 
@@ -56,11 +57,12 @@ class LabelledVolumes:
             ("attributes", (n, len(ATTRIBUTE_NAMES))),
             ("owners", (n,)),
         ):
-            if getattr(self, field).shape != shape:
-                raise ParameterError(f"{self.name}: {field} are {getattr(self, field).shape}, expected {shape}")
+            given = getattr(self, field)
+            if given is not None and given.shape != shape:
+                raise ParameterError(f"{self.name}: {field} are {given.shape}, expected {shape}")
         if not np.isfinite(self.images).all():
             raise ParameterError(f"{self.name}: images hold values that aren't finite; leave those volumes out")
-        if self.labels.max(initial=0) >= N_LABELS:
+        if self.labels is not None and self.labels.max(initial=0) >= N_LABELS:
             raise ParameterError(f"{self.name}: labels go up to {self.labels.max()}; give 0 to {N_LABELS - 1}")
 
     @classmethod
@@ -79,11 +81,12 @@ class LabelledVolumes:
         )
 
     def __add__(self, other: "LabelledVolumes") -> "LabelledVolumes":
-        """Both together; nobody of the one is anybody of the other."""
+        """Both together, without labels where either has none; nobody of the one is anybody of the other."""
+        unlabelled = self.labels is None or other.labels is None
         return LabelledVolumes(
             f"{self.name} + {other.name}",
             np.concatenate([self.images, other.images]),
-            np.concatenate([self.labels, other.labels]),
+            None if unlabelled else np.concatenate([self.labels, other.labels]),
             np.concatenate([self.attributes, other.attributes]),
             np.concatenate([self.owners, other.owners + self.owners.max() + 1]),
         )
@@ -141,20 +144,24 @@ def utility(
     """Train a segmenter, a phase classifier and a regression of LVEDV on one cohort, test them on another's patients.
 
     Intervals (95 %, bootstrap) are over test patients: another training set or seed would move the values further. Give
-    budgets at which more real patients serve better than fewer; shorter ones measure the training, not the data.
+    budgets at which more real patients serve better than fewer; shorter ones measure the training, not the data. Dice
+    is NaN where the volumes to train on have no labels.
 
     Raises:
         ParameterError: fewer than 8 test patients, or fewer than 8 of either cohort at end-diastole with a known LVEDV,
-            or no volume to train on at one of the phases.
+            or no volume to train on at one of the phases, or no labels to test on.
     """
-    _check(train, test)
-    predicted = _fit_segmenter(train, segmenter, seed, progress)
-    dice = volume_dice(predicted, test.images, test.labels).add_prefix("Dice ").groupby(test.owners).mean()
+    truth = _check(train, test)
+    dice = pd.DataFrame(np.nan, index=np.unique(test.owners), columns=list(STRUCTURES))
+    if train.labels is not None:
+        predicted = _fit_segmenter(train.images, train.labels, segmenter, seed, progress)
+        dice = volume_dice(predicted, test.images, truth).groupby(test.owners).mean()
     classifier = _fit_phase_classifier(train, phase, seed, progress)
     right = _phases(classifier, test.images[test.phased]) == test.attributes[test.phased, _ESED]
     volumes = ridge(train.features, train.attributes[train.filled, _LVEDV])(test.features)
     regressed = pd.DataFrame({"LVEDV": test.attributes[test.filled, _LVEDV], "predicted LVEDV": volumes})
-    outcomes = dice.join(pd.Series(right, name="phase").groupby(test.owners[test.phased]).mean())
+    phases = pd.Series(right, name="phase").groupby(test.owners[test.phased]).mean()
+    outcomes = dice.add_prefix("Dice ").join(phases)
     outcomes = outcomes.join(regressed.groupby(test.owners[test.filled]).mean())
     return Utility(train.name, outcomes, _rows([outcomes], resamples, seed))
 
@@ -168,6 +175,23 @@ def compare_arms(first: Utility, second: Utility, *, resamples: int, seed: int) 
     if not (first.outcomes.index.equals(second.outcomes.index) and first.outcomes.LVEDV.equals(second.outcomes.LVEDV)):
         raise ParameterError(f"{second.name}: wasn't tested on the patients of {first.name}; test both on the same")
     return _rows([first.outcomes, second.outcomes], resamples, seed)
+
+
+def tabulate_arms(arms: Sequence[Utility], baselines: Sequence[Utility], *, resamples: int, seed: int) -> pd.DataFrame:
+    """What every arm reaches (`against` is ""), and what it reaches beyond each of the other baselines.
+
+    Returns:
+        Columns arm, against, and those of `Utility.rows`.
+
+    Raises:
+        ParameterError: as `compare_arms`.
+    """
+    parts = [arm.rows.assign(arm=arm.name, against="") for arm in arms]
+    for arm, other in product(arms, baselines):
+        if arm.name != other.name:
+            beyond = compare_arms(arm, other, resamples=resamples, seed=seed)
+            parts.append(beyond.assign(arm=arm.name, against=other.name))
+    return pd.concat(parts, ignore_index=True)
 
 
 def ridge(features: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -192,8 +216,8 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], n
     return lambda some: (some - mean) / spread @ slopes + level
 
 
-def _fit_segmenter(train: LabelledVolumes, budget: Budget, seed: int, progress: bool) -> Segmenter:
-    images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
+def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: Budget, seed: int, progress: bool) -> Segmenter:
+    images, labels = torch.from_numpy(volumes), torch.from_numpy(truths)
     dice = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
     def loss(network: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -246,10 +270,11 @@ _MEASURES: dict[tuple[str, str | None, str], tuple[list[str], Callable[[np.ndarr
 
 
 def _rows(arms: list[pd.DataFrame], resamples: int, seed: int) -> pd.DataFrame:
-    """Every measure of one arm, or the first's minus the second's."""
+    """Every measure of one arm, or the first's minus the second's; of patients in whom it's known in both."""
     rows = []
     for (metric, attribute, unit), (columns, measure) in _MEASURES.items():
-        known = [arm[columns].dropna().to_numpy(np.float64) for arm in arms]
+        paired = pd.concat([arm[columns] for arm in arms], axis=1).dropna()
+        known = np.split(paired.to_numpy(np.float64), len(arms), axis=1)
         estimate = Estimate(math.nan, math.nan, math.nan, len(known[0]))
         if len(known[0]) >= MIN_PATIENTS:
             estimate = bootstrap(partial(_beyond, measure, known), len(known[0]), resamples=resamples, seed=seed)
@@ -262,7 +287,10 @@ def _beyond(measure: Callable[[np.ndarray], float], known: list[np.ndarray], pat
     return first - sum(others)
 
 
-def _check(train: LabelledVolumes, test: LabelledVolumes) -> None:
+def _check(train: LabelledVolumes, test: LabelledVolumes) -> np.ndarray:
+    """Refuse what is too little; give the labels to test on."""
+    if test.labels is None:
+        raise ParameterError(f"{test.name}: has no labels; test on patients whose labels were given")
     for cohort in (train, test):
         for described, volumes in (
             ("patients", slice(None)),
@@ -273,3 +301,4 @@ def _check(train: LabelledVolumes, test: LabelledVolumes) -> None:
     for value, name in ((0, "end-systole"), (1, "end-diastole")):
         if not (train.attributes[:, _ESED] == value).any():
             raise ParameterError(f"{train.name}: no volume at {name} (ESED = {value}) to train on; give both phases")
+    return test.labels

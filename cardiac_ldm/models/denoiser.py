@@ -199,7 +199,8 @@ class Denoiser(nn.Module):
 
         tuned: "all"; "attributes", the path from the attributes to the features they steer: their encoder, its
         projection, and cross-attention; "attention", all attention and the attributes' encoder (as DP-LDM, Lyu et al.,
-        arXiv 2305.15759); "lora-r", rank-r additions to convolutions and attention, merged by `merge_lora`.
+        arXiv 2305.15759); "edges", the first and the last convolution, every bias and every norm's scale (with privacy:
+        Bu et al., arXiv 2210.00036); "lora-r", rank-r additions to convolutions and attention, merged by `merge_lora`.
         """
         self.requires_grad_(False)
         if tuned.startswith("lora-"):
@@ -215,8 +216,13 @@ class Denoiser(nn.Module):
                 "all": ("",),
                 "attention": ("attributes.", "condition.", ".attention."),
                 "attributes": ("attributes.", "condition.", ".attn2."),
+                "edges": ("stem.", "head."),
             }[tuned]
-        found = {name: p for name, p in self.named_parameters() if any(part in name for part in parts)}
+        found = {
+            name: p
+            for name, p in self.named_parameters()
+            if any(part in name for part in parts) or (tuned == "edges" and p.ndim == 1)
+        }
         for parameter in found.values():
             parameter.requires_grad_(True)
         return found

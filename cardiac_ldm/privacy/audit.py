@@ -17,7 +17,7 @@ from scipy.stats import beta, binom, binomtest, norm, rankdata
 from torch import Tensor
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.privacy.accounting import _gaussian_epsilon
+from cardiac_ldm.privacy.accounting import Ledger, _gaussian_epsilon
 from cardiac_ldm.privacy.dpsgd import PrivatePlan, Randomness
 
 SIGNIFICANCE = 0.05
@@ -33,6 +33,7 @@ EXCESS = 1e3
 """A canary's gradient is this many times as long as the clip, so that a clip that is missing or too large shows."""
 
 UnitLoss = Callable[[int, torch.Generator], Tensor | None]
+LotLoss = Callable[[Sequence[int]], UnitLoss]
 
 
 class Rate(NamedTuple):
@@ -172,6 +173,14 @@ def _check_finite(name: str, values: np.ndarray) -> None:
         raise ParameterError(f"{name}: {bad} of {np.size(values)} are not finite; mend what they were computed from")
 
 
+BOUNDS: dict[str, Callable[[np.ndarray, np.ndarray, float], float]] = {
+    "one run": one_run_bound,
+    "thresholds": threshold_bound,
+    "Gaussian": gaussian_bound,
+}
+"""The three bounds, by how much they assume."""
+
+
 # --- Canaries that a plan trains on ----------------------------------------------------------------------------------
 
 
@@ -273,6 +282,69 @@ def canary_scores(
     for step in range(plan.steps):
         scores += evidence(plan.gradient(step, parameters, loss, randomness), signs, plan)
     return scores, included
+
+
+def ledger_scores(
+    ledger: Ledger, seed: int, *, n_canaries: int = 2000, noise: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and coins of canaries who are alone in the mechanisms that a ledger states, in all of them or in none.
+
+    Every unit is a canary; where a cohort has fewer than `n_canaries`, the run is repeated with new ones until they
+    are as many. No patient is touched, so the seed may be known.
+
+    Args:
+        noise: factor of the noise multiplier; below 1 the ledger states too little, which an audit should show.
+
+    Returns:
+        scores: float64 (m,), m at least `n_canaries`; the evidence of all mechanisms together.
+        included: bool (m,).
+
+    Raises:
+        ParameterError: no private patient trained the model.
+    """
+    if not ledger.mechanisms:
+        raise ParameterError("epsilon: 0 is the public model, which met no private patient; audit one above 0")
+    rng, n, runs = np.random.default_rng(seed), ledger.n_units, []
+    for _ in range(math.ceil(n_canaries / n)):
+        coins, total = int(rng.integers(2**63)), np.zeros(n)
+        for m in ledger.mechanisms:
+            terms = (n, m.expected_batch, m.steps, m.clip, m.draws, ledger.epsilon, ledger.delta)
+            plan = PrivatePlan(*terms, noise_multiplier=noise * m.noise_multiplier, clipping=m.clipping)
+            fresh = Randomness(int(rng.integers(2**63)), simulated=True)
+            weights = torch.zeros(n, requires_grad=True)
+            scores, included = canary_scores(plan, [weights], fresh, np.random.default_rng(coins), n_canaries=n)
+            total += scores
+        runs.append((total, included))
+    joined, coins_of_all = map(np.concatenate, zip(*runs, strict=True))
+    return joined, coins_of_all
+
+
+# --- The bound that everything rests on ------------------------------------------------------------------------------
+
+
+def sensitivity(
+    plan: PrivatePlan, parameters: Sequence[Tensor], lot_loss: LotLoss, lot: Sequence[int], added: int, seed: int = 0
+) -> float:
+    """How far one more unit moves the sum of a lot's clipped gradients, in clips: what must not exceed 1.
+
+    |sum over lot and added - sum over lot| / C. Where a unit's loss depends on nobody else, it's the norm of what the
+    added one contributes, which is clipped. Where it does, the others' contributions move too, each by up to 2.
+
+    Args:
+        lot_loss: gives the `unit_loss` of a lot; the mechanism's own is the same for every lot.
+        seed: of the units' noise draws, the same with and without the added one.
+    """
+    randomness = Randomness(seed, simulated=True)
+
+    def total(units: Sequence[int]) -> Tensor:
+        loss, summed = lot_loss(units), torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        for unit in units:
+            found = loss(unit, randomness.draws(0, unit))
+            if found is not None:
+                summed += plan.clipped(found, parameters)
+        return summed
+
+    return float(torch.linalg.vector_norm(total([*lot, added]) - total(lot))) / plan.clip
 
 
 # --- Membership inference from losses --------------------------------------------------------------------------------

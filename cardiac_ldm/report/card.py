@@ -1,6 +1,7 @@
 """What leaves the house: the synthetic cohort as files, with its attributes and its privacy statement."""
 
 import csv
+import json
 import math
 import shutil
 import tempfile
@@ -8,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger
+from cardiac_ldm.report.page import write_page
 from cardiac_ldm.report.viewer import nifti
 
 
@@ -69,10 +72,12 @@ def joint_statement(ledgers: Sequence[Ledger]) -> str:
     )
 
 
-def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path:
+def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path, evaluation: Path | None = None) -> Path:
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 
     Where the cohort has labels, each volume's lie beside it: `_seg` in the name, 1 RV, 2 myocardium, 3 LV.
+    evaluation: folder of the run that measured this cohort; its `metrics.json` goes with the release, and
+    `quality.html`, which shows it.
 
     Raises:
         PrivacyError: the model has no guarantee, or one for volumes alone.
@@ -99,7 +104,12 @@ def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path) -> Path
                 known = ["" if np.isnan(value) else f"{value:.6g}" for value in attributes]
                 table.writerow([f"synthetic{owner:05d}", name, *known])
         ledger.save(unfinished / "privacy.json")
-        (unfinished / "STATEMENT.md").write_text(privacy_statement(ledger) + "\n")
+        statement = privacy_statement(ledger)
+        (unfinished / "STATEMENT.md").write_text(statement + "\n")
+        if evaluation:
+            shutil.copy(evaluation / "metrics.json", unfinished)
+            metrics = json.loads((unfinished / "metrics.json").read_text())
+            write_page(metrics, pd.read_csv(evaluation / "anatomy.csv"), cohort, statement, unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
     finally:

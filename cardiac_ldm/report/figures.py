@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,42 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
     return _small_titles(figure).update_layout(height=100 + 300 * rows, margin={"t": 80, "b": 70})
 
 
+def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """Return FD-EffNet against 1 / patients, a line a cohort, and where it meets endlessly many patients.
+
+    evaluations: name -> `metrics.json`. Real patients' own line comes from the first.
+    """
+    curves = {
+        name: [point for point in metrics["sizes"] if point["cohort"] == "synthetic"]
+        for name, metrics in evaluations.items()
+    }
+    curves["real patients"] = [
+        point for point in next(iter(evaluations.values()))["sizes"] if point["cohort"] == "real"
+    ]
+    figure = go.Figure()
+    for (name, points), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+        if not points:
+            continue
+        share = np.array([1 / point["n_patients"] for point in points])
+        value = np.array([point["value"] for point in points])
+        slope, intercept = np.polyfit(share, value, 1)
+        line = {"color": "#6e7781" if name == "real patients" else colour}
+        hover = "%{text}<extra>" + name + "</extra>"
+        text = [f"{p['n_patients']} patients: {p['value']:.0f} [{p['low']:.0f}, {p['high']:.0f}]" for p in points]
+        error = {"array": [p["high"] - p["value"] for p in points], "thickness": 1}
+        shared = {"legendgroup": name, "line": line}
+        figure.add_scatter(
+            x=share, y=value, error_y=error, text=text, name=name, mode="markers", hovertemplate=hover, **shared
+        )
+        ends = np.array([0, share.max()])
+        figure.add_scatter(
+            x=ends, y=intercept + slope * ends, mode="lines", hoverinfo="skip", showlegend=False, **shared
+        )
+    counts = sorted({point["n_patients"] for points in curves.values() for point in points})
+    figure.update_xaxes(title="patients", tickvals=[0, *(1 / n for n in counts)], ticktext=["∞", *map(str, counts)])
+    return figure.update_yaxes(title="FD-EffNet").update_layout(height=420, margin={"t": 70})
+
+
 def control_scatter(pairs: pd.DataFrame, columns: int = 3) -> go.Figure:
     """Return one panel per attribute: what was measured on synthetic volumes against what was asked for.
 
@@ -335,3 +372,172 @@ def captions(attributes: NDArray[np.float32]) -> list[str]:
         volume = row[names.index(f"LV{phase}V")] if phase else math.nan
         texts.append(f"{phase} {volume:.0f} mL" if math.isfinite(volume) else phase)
     return texts
+
+
+def response_matrix(table: pd.DataFrame) -> go.Figure:
+    """Return a heat map: the attribute that was moved by row, the one that was measured by column, in steps.
+
+    table: as `response` in `evaluation.control` gives it. A cell says the mean change and, where it isn't 0, what was
+    asked; a model whose attributes obey alone shows what was asked everywhere. The interval shows on hovering.
+    """
+    moved, measured = (list(dict.fromkeys(table[column])) for column in ("moved", "attribute"))
+    units = {a.name: a.unit for a in ATTRIBUTES}
+    cells = table.assign(
+        text=[_said(*steps) for steps in table[["change_steps", "asked_steps"]].to_numpy(dtype=float)],
+        hover=[
+            f"{row.moved} moved by one step, {row.attribute} by {row.change:.3g} [{row.low:.3g}, {row.high:.3g}] "
+            f"{units[str(row.attribute)]} where {row.asked:.3g} was asked; {row.n_patients} patients"
+            for row in table.itertuples()
+        ],
+    )
+    grid = {
+        name: cells.pivot(index="moved", columns="attribute", values=name).loc[moved, measured]
+        for name in ("change_steps", "text", "hover")
+    }
+    figure = go.Figure(
+        go.Heatmap(
+            x=measured,
+            y=moved,
+            z=grid["change_steps"],
+            text=grid["text"],
+            customdata=grid["hover"],
+            texttemplate="%{text}",
+            textfont={"size": 11},
+            hovertemplate="%{customdata}<extra></extra>",
+            colorscale=[[0, VERMILLION], [0.5, "white"], [1, BLUE]],
+            zmin=-1.5,
+            zmax=1.5,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": "steps", "font": {"size": 13}}, "thickness": 12, "tickvals": [-1, 0, 1]},
+        )
+    )
+    figure.update_xaxes(title={"text": "measured", "standoff": 0}, side="top", tickangle=-45, showgrid=False, ticks="")
+    figure.update_yaxes(title="moved by one step", autorange="reversed", showgrid=False, ticks="")
+    return figure.update_layout(height=150 + 44 * len(moved), margin={"l": 130, "t": 130, "b": 20})
+
+
+def _said(change: float, asked: float) -> str:
+    """A cell's text: what happened and, where anything was, what was asked."""
+    if not math.isfinite(change):
+        return "not<br>read"
+    happened, wanted = (f"{round(steps, 2) + 0:.2f}".replace("-", "−") for steps in (change, asked))
+    return f"{happened}<br>of {wanted}" if abs(asked) >= 0.005 else happened
+
+
+def calibration_plot(bins: pd.DataFrame, columns: int = 3) -> go.Figure:
+    """Return one panel per attribute: the mean that was measured against what was asked for, with the identity.
+
+    bins: rows of `calibration` in `evaluation.control` for one or more models, with the column `run` (which one; it
+    colours the points). columns: panels in a row.
+    """
+    return _asked_and_measured(bins.assign(symbol="circle"), columns)
+
+
+def beyond_range(table: pd.DataFrame, columns: int = 3) -> go.Figure:
+    """Return one panel per attribute: the mean that was measured against what was asked for, beyond all patients too.
+
+    table: rows of `beyond_range` in `evaluation.control` for one or more models, with the column `run`. Open points lie
+    outside of what public patients have. columns: panels in a row.
+    """
+    inside = table["where"] == "inside"
+    figure = _asked_and_measured(table.assign(symbol=np.where(inside, "circle", "circle-open")), columns)
+    ticks = [2, 3, 5, 7, 10, 20, 50, 100, 200, 500, 1000]
+    return figure.update_xaxes(type="log", tickvals=ticks).update_yaxes(type="log", tickvals=ticks)
+
+
+def _asked_and_measured(points: pd.DataFrame, columns: int) -> go.Figure:
+    """Return points with their intervals and the identity, a panel per attribute, a colour per run."""
+    units = {a.name: a.unit for a in ATTRIBUTES}
+    names = list(dict.fromkeys(points["attribute"]))
+    columns = min(columns, len(names))
+    rows = math.ceil(len(names) / columns)
+    titles = [f"{name} ({units[name]})" if units[name] else name for name in names]
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.3 / rows, horizontal_spacing=0.08)
+    colours = {run: COLOURS[j % len(COLOURS)] for j, run in enumerate(dict.fromkeys(points["run"]))}
+    for i, name in enumerate(names):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        panel = points[points["attribute"] == name]
+        ends = [panel["asked"].min(), panel["asked"].max()]
+        identity = {"mode": "lines", "line": {"color": "#8c959f", "dash": "dot"}, "hoverinfo": "skip"}
+        figure.add_scatter(x=ends, y=ends, showlegend=False, **identity, **place)
+        for run, part in panel.groupby("run", sort=False):
+            figure.add_scatter(
+                x=part["asked"],
+                y=part["measured"],
+                error_y={
+                    "array": part["high"] - part["measured"],
+                    "arrayminus": part["measured"] - part["low"],
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                customdata=part[["low", "high", "n_patients"]],
+                hovertemplate="asked %{x:.3g}, measured %{y:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>"
+                "%{customdata[2]} patients",
+                mode="lines+markers",
+                marker={"size": 7, "symbol": part["symbol"]},
+                line={"color": colours[run], "width": 1.2},
+                name=str(run),
+                legendgroup=str(run),
+                showlegend=i == 0,
+                **place,
+            )
+    figure.update_xaxes(title="asked for", row=rows)
+    figure.update_yaxes(title="measured", col=1)
+    return _small_titles(figure).update_layout(height=100 + 240 * rows, margin={"t": 80})
+
+
+def utility_dots(rows: pd.DataFrame, against: str = "", columns: int = 3) -> go.Figure:
+    """Return one panel per measure: what each arm reaches on test patients as a dot with its 95 % interval.
+
+    rows: of `utility_rows`. against: the baseline beyond which arms are counted, "" for none. columns: panels in a row.
+    """
+    chosen = rows[rows["against"] == against]
+    if chosen.empty:
+        raise ParameterError(f"against: no rows for {against!r}; choose from {sorted(set(rows['against']))}")
+    panels, arms = list(chosen["metric"].unique()), list(chosen["arm"].unique())
+    n_rows = math.ceil(len(panels) / columns)
+    titles = [panel.replace(" LVEDV", "<br>LVEDV") for panel in panels]
+    spacing = {"vertical_spacing": 0.2 / n_rows, "horizontal_spacing": 0.03}
+    figure = make_subplots(n_rows, columns, subplot_titles=titles, shared_yaxes=True, **spacing)
+    for i, panel in enumerate(panels):
+        points, place = chosen[chosen["metric"] == panel], {"row": i // columns + 1, "col": i % columns + 1}
+        colours = [BLUE if "synthetic" in arm else "#6e7781" for arm in points["arm"]]
+        ends = {"array": points["high"] - points["value"], "arrayminus": points["value"] - points["low"]}
+        figure.add_scatter(
+            x=points["value"],
+            y=points["arm"],
+            error_x={**ends, "color": "#8c959f", "thickness": 1.5, "width": 0},
+            customdata=points[["low", "high", "n_patients"]],
+            hovertemplate="%{y}: %{x:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}], %{customdata[2]} test patients"
+            "<extra></extra>",
+            mode="markers",
+            marker={"size": 8, "color": colours},
+            showlegend=False,
+            **place,
+        )
+        if against:
+            figure.add_vline(x=0, line={"color": "#8c959f", "dash": "dot"}, **place)
+    figure.update_yaxes(range=[len(arms) - 0.5, -0.5], categoryorder="array", categoryarray=arms, automargin=True)
+    return _small_titles(figure).update_layout(height=90 + n_rows * (60 + 26 * len(arms)), margin={"l": 10, "b": 40})
+
+
+def audit_bounds(rows: pd.DataFrame) -> go.Figure:
+    """Return what audits show beside what is stated: a row a model, and one for each control with less noise.
+
+    rows: columns `model`, `noise` (its factor; 1 is the mechanism as it is), `bound`, `shown` (a lower bound on
+    epsilon) and `stated` (the epsilon of the ledger).
+    """
+    rows = rows.assign(row=rows.model.where(rows.noise == 1, rows.model + ", noise × " + rows.noise.map("{:g}".format)))
+    names = list(dict.fromkeys(rows["row"]))
+    figure = go.Figure()
+    stated = rows[np.isfinite(rows["stated"])].drop_duplicates("row")
+    tick = {"symbol": "line-ns", "size": 28, "line": {"width": 3, "color": INK}}
+    hover = {"hovertemplate": "%{y}: %{x:.2f}"}
+    figure.add_scatter(x=stated["stated"], y=stated["row"], name="stated", mode="markers", marker=tick, **hover)
+    for symbol, (bound, points) in zip(("circle", "diamond", "square"), rows.groupby("bound", sort=False), strict=True):
+        look = {"mode": "markers", "marker": {"symbol": symbol, "size": 10}, "cliponaxis": False}
+        figure.add_scatter(x=points["shown"], y=points["row"], name=f"shown: {bound}", **look, **hover)
+    figure.update_xaxes(title="ε at the ledger's δ", rangemode="tozero")
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], title="")
+    return figure.update_layout(height=140 + 48 * len(names), margin={"l": 150, "t": 60})

@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,12 +17,40 @@ from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV
 METRICS = {
     "FD-EffNet": "FD-EffNet (lower is better)",
     "KID": "KID (lower is better)",
+    "coverage": "coverage of real patients' pictures",
+    "FD-anatomy": "FD of the segmenter's features",
     "correlation LVEDV": "r of LV volume, asked and measured",
     "correlation RVEDV": "r of RV volume, asked and measured",
     "phase accuracy": "phase accuracy",
     "MS-SSIM": "MS-SSIM between patients",
 }
 """What the trade-off shows, and the titles of its panels."""
+
+FIDELITY = (
+    "FD-EffNet",
+    "FD-EffNet extrapolated",
+    "KID",
+    "FD-anatomy",
+    "FID",
+    "FID, paper's code",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+)
+DIVERSITY = ("MS-SSIM", "attribute coverage", "attribute recall")
+CONTROL = (
+    "phase accuracy",
+    "phase order",
+    *(
+        f"{metric} {attribute}"
+        for attribute in ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
+        for metric in ("correlation", "slope", "bias", "mean absolute error")
+    ),
+)
+"""What the chapter on evaluation shows, in this order, as far as it was measured."""
+
+RECONSTRUCTED = "reconstructions"
 
 
 def model_name(epsilon: float) -> str:
@@ -102,30 +130,73 @@ def losses_table(losses: Mapping[float, Mapping[str, float]]) -> pd.DataFrame:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of one `metrics.json` as a table with one string a cell: value [low, high], and the reference."""
-
-    def cell(value: float | None, low: float | None, high: float | None) -> str:
-        if value is None:
-            return "not defined"
-        return f"{value:.4g}" if low is None or high is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
-
+    """The rows of one `metrics.json` about all patients, one string a cell: value [low, high], and the reference."""
     rows = [
         {
-            "metric": " ".join(filter(None, (row["metric"], row["attribute"]))),
+            "metric": _title(row),
             "unit": row["unit"],
-            "value [95 %]": cell(row["value"], row["low"], row["high"]),
-            f"real patients ({row['reference_kind']})": cell(
-                row["reference"], row["reference_low"], row["reference_high"]
-            ),
+            "value [95 %]": _cell(row["value"], row["low"], row["high"]),
+            "real patients": _cell(row["reference"], row["reference_low"], row["reference_high"]),
             "patients": row["n_patients"],
             "better": row["better"],
         }
         for row in metrics["rows"]
+        if row["grouping"] is None
     ]
-    kinds = ["real patients (floor)", "real patients (ceiling)", "real patients (level)"]
-    table = pd.DataFrame(rows)
-    table["real patients"] = table[[k for k in kinds if k in table]].bfill(axis=1).iloc[:, 0]
-    return table[["metric", "unit", "value [95 %]", "real patients", "patients", "better"]].set_index("metric")
+    return pd.DataFrame(rows).set_index("metric")
+
+
+def _cell(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval, as far as they're defined; pandas writes None as NaN."""
+    if value is None or math.isnan(value):
+        return "not defined"
+    known = low is not None and high is not None and not math.isnan(low)
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]" if known else f"{value:.4g}"
+
+
+def models_table(evaluations: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> pd.DataFrame:
+    """These metrics of several cohorts beside each other: name -> `metrics.json`; last, what real patients reach."""
+    return (
+        _beside(evaluations, lambda row: None if row["grouping"] else (_title(row),))
+        .reindex(list(shown))
+        .dropna(how="all")
+    )
+
+
+def groups_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """What was measured of groups of patients: a row a group and metric, columns as in `models_table`."""
+    table = _beside(evaluations, lambda row: (row["grouping"], row["group"], _title(row)) if row["grouping"] else None)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["grouping", "group", "metric"])
+    return table
+
+
+def _beside(
+    evaluations: Mapping[str, Mapping[str, Any]], place: Callable[[Mapping[str, Any]], tuple[str, ...] | None]
+) -> pd.DataFrame:
+    """A column a cohort and a row for each place that rows of metrics have; the first one to know it tells the real."""
+    columns: dict[str, dict[Any, str]] = {name: {} for name in evaluations}
+    real: dict[Any, str] = {}
+    for name, metrics in evaluations.items():
+        for row in metrics["rows"]:
+            if (found := place(row)) is not None:
+                where = found if len(found) > 1 else found[0]
+                columns[name][where] = _cell(row["value"], row["low"], row["high"])
+                real.setdefault(where, _cell(row["reference"], row["reference_low"], row["reference_high"]))
+    return pd.DataFrame(columns | {model_name(math.nan): real}).fillna("")
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (row["metric"], row["attribute"])))
+
+
+def differences_table(tables: Mapping[str, pd.DataFrame], shown: Sequence[str]) -> pd.DataFrame:
+    """Differences between pairs of models: what was compared -> `differences.csv`; a row a metric, a column a pair."""
+    columns = {}
+    for name, table in tables.items():
+        titled = table.metric.str.cat(table.attribute.fillna(""), sep=" ").str.strip()
+        cells = pd.Series(list(map(_cell, table.value, table.low, table.high)), index=titled)
+        columns[name] = cells.reindex(list(shown)).dropna()
+    return pd.DataFrame(columns).rename_axis("metric")
 
 
 def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -135,9 +206,9 @@ def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for number, metrics in enumerate(evaluations):
-        for row in metrics["rows"]:
+        for row in (row for row in metrics["rows"] if row["grouping"] is None):
             known = {
-                "metric": " ".join(filter(None, (row["metric"], row["attribute"]))),
+                "metric": _title(row),
                 "n_patients": row["n_patients"],
                 "run": metrics["model"],
             }
@@ -158,3 +229,107 @@ def source(run: str, metrics: Mapping[str, Any]) -> HTML:
     name = escape(run)
     link = f'<a download="{name}.json" href="data:application/json;base64,{data}">metrics.json</a>'
     return HTML(f"<p><small>Run <code>{name}</code>, {link}</small></p>")
+
+
+def utility_rows(baselines: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What arms are worth as training data, from the metrics of `useful_baselines` and `useful`: one row a measure.
+
+    Columns arm, against ("", or the baseline beyond which it's counted, patient by patient), metric, value, low, high,
+    n_patients, run. What isn't known is left out: Dice, of models whose decoder gives no labels.
+    """
+    rows: list[dict[str, Any]] = []
+    for metrics in (baselines, *models):
+        drawn = f"synthetic ({model_name(float(metrics['epsilon']))})" if "epsilon" in metrics else ""
+        for row in metrics["rows"]:
+            unit = f"({row['unit']})" if row["unit"] else ""
+            title = " ".join(filter(None, (row["metric"], row["attribute"], unit)))
+            about = {"arm": row["arm"].replace("synthetic", drawn), "against": row["against"], "metric": title}
+            given = {key: row[key] for key in ("value", "low", "high", "n_patients")}
+            rows.append(about | given | {"run": metrics["model"]})
+    return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
+
+
+def utility_table(rows: pd.DataFrame, against: str = "") -> pd.DataFrame:
+    """The arms of `utility_rows` by measure, one string a cell: value [low, high], or what's beyond a baseline."""
+    chosen, form = rows[rows["against"] == against], "+.3g" if against else ".3g"
+    cells = [f"{row.value:{form}} [{row.low:{form}}, {row.high:{form}}]" for row in chosen.itertuples()]
+    table = chosen.assign(cell=cells).pivot(index="arm", columns="metric", values="cell")
+    table = table.reindex(index=chosen["arm"].unique(), columns=chosen["metric"].unique())
+    return table.fillna("not known").rename_axis(columns=None)
+
+
+def audit_rows(audits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What audits show, from their metrics: columns model, noise (its factor), bound, shown, at_most, stated, canaries.
+
+    shown: the lower bound on epsilon; at_most: what it would be had every canary been found.
+    """
+    tables = [
+        pd.DataFrame(audit["rows"]).assign(
+            model=model_name(float(audit["epsilon"])), stated=float(audit["stated"]), canaries=audit["n_canaries"]
+        )
+        for audit in audits
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def audit_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `audit_rows` with a column a bound; last, what a perfect attack would show."""
+    shown = rows.assign(noise=rows.noise.map(noise_name), stated=rows.stated.map("{:.3g}".format))
+    table = shown.pivot(index=["model", "noise", "stated", "canaries"], columns="bound", values="shown")
+    order = pd.MultiIndex.from_frame(shown[list(table.index.names)].drop_duplicates())
+    table = table.loc[order, rows.bound.unique()]
+    table.loc[("any, every canary found", "", "", rows.canaries.max()), :] = rows.groupby("bound").at_most.max()
+    table = table.round(2).rename_axis(columns=None).reset_index().rename(columns={"stated": "stated ε"})
+    return table.set_index("model")
+
+
+def noise_name(factor: float) -> str:
+    """What a factor of the noise is called."""
+    return {1.0: "as stated", 0.1: "a tenth"}[factor]
+
+
+def membership_table(attacks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """What attacks by loss find, a row a model and attack: name -> metrics with `membership`."""
+    titles = {
+        "auc": "AUC [95 %]",
+        "tpr_at_fpr_0.01": "TPR at 1 % FPR [95 %]",
+        "tpr_at_fpr_0.001": "TPR at 0.1 % FPR [95 %]",
+    }
+    rows: dict[tuple[str, str], dict[str, object]] = {}
+    for model, metrics in attacks.items():
+        for row in metrics["membership"]:
+            cells = rows.setdefault((model, row["attack"]), {})
+            cells[titles[row["measure"]]] = _cell(row["value"], row["low"], row["high"])
+            cells |= {"members": metrics["n_members"], "others": metrics["n_others"]}
+    table = pd.DataFrame(rows).T
+    return table[[*titles.values(), "members", "others"]].rename_axis(["model", "attack"])
+
+
+def memorisation_table(found: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """How near synthetic cohorts lie to training patients, a row a model and space: name -> metrics, `memorisation`."""
+    rows: dict[tuple[str, str], dict[str, object]] = {}
+    for model, metrics in found.items():
+        for row in (row for row in metrics["memorisation"] if row["grouping"] is None):
+            sizes = {"requests": row["n_requests"], "nearest patients": row["n_patients"]}
+            cells = rows.setdefault((model, row["space"]), sizes)
+            cells[f"{row['statistic']} [95 %]"] = _cell(row["value"], row["low"], row["high"])
+            cells[f"p ({row['statistic']})"] = f"{row['p_value']:.3f}"
+    return pd.DataFrame(rows).T.rename_axis(["model", "space"])
+
+
+def memorised_groups_table(found: Mapping[str, Mapping[str, Any]], space: str) -> pd.DataFrame:
+    """The share of requests nearer to training patients and its p-value, a row a group and a column a model."""
+    columns = {}
+    for model, metrics in found.items():
+        rows = pd.DataFrame(metrics["memorisation"]).query("n_requests > 0 and grouping.notna() and space == @space")
+        rows = rows[rows.statistic == "nearer to training"]
+        cells = [f"{row.value:.2f} (p = {row.p_value:.2f}, {row.n_requests})" for row in rows.itertuples()]
+        columns[model] = pd.Series(cells, index=pd.MultiIndex.from_frame(rows[["grouping", "group"]]))
+    return pd.DataFrame(columns).fillna("")
+
+
+def sensitivity_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """How far one patient moves the sum of clipped gradients, in clips: a row a loss, a column for who is added."""
+    rows = pd.DataFrame(metrics["rows"])
+    table = rows.pivot(index="loss", columns="added", values="sensitivity")
+    return table.loc[rows.loss.unique(), rows.added.unique()].round(3).rename_axis(columns=None)

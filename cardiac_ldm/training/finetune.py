@@ -53,7 +53,7 @@ class FinetuneSettings(PrivateSettings):
     delta: float
     attribute_dropout: float = Field(ge=0, le=1)
     timesteps: tuple[Band, ...]
-    tuned: str = Field(pattern=r"^(all|attention|attributes|lora-[1-9]\d*)$")
+    tuned: str = Field(pattern=r"^(all|attention|attributes|edges|lora-[1-9]\d*)$")
 
     @field_validator("timesteps")
     @classmethod

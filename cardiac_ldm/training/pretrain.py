@@ -123,8 +123,11 @@ def pretrain(
     seed: int,
     state: Path,
     save_every: float = 30.0,
+    start: Denoiser | None = None,
 ) -> tuple[Denoiser, list[dict[str, float]]]:
     """Train a denoiser on public latents; resumes from `state`, which it writes every 30 s.
+
+    start: changed in place; without it, training starts from a fresh denoiser.
 
     Returns:
         The exponential moving average of the denoiser, and the losses by step.
@@ -134,7 +137,7 @@ def pretrain(
     """
     require_public(patients, "private patients through weights that were trained with no noise")
     torch.manual_seed(seed)
-    model = network.build(latents.shape[1])
+    model = start or network.build(latents.shape[1])
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, max(settings.steps, 2), pct_start=0.1)

@@ -1,0 +1,152 @@
+"""How few steps a sampler needs: `python -m benchmarks.sampling [--patients N]`.
+
+The `laptop` profile's public model (the one that is shipped) draws both volumes of public validation patients, so
+nothing is chosen on a test split: by ancestral sampling (DDPM) over all T = 150 steps, by DDIM, by DPM-Solver++(2M),
+and by its form that adds noise in every step (SDE). All start from the same noise. Every few patients are drawn by each
+sampler in turn, so that whatever else the machine does falls on all of them alike; what was drawn is kept with the time
+it took, so a killed run resumes. The distance from the real volumes stands beside DDPM's on the same half-samples of
+patients. Most of an hour on one core.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import keep
+from benchmarks.acdc import RUNS
+from cardiac_ldm.cohort import Patients
+from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
+from cardiac_ldm.evaluation.features import slice_features
+from cardiac_ldm.evaluation.fidelity import frechet_distance
+from cardiac_ldm.evaluation.intervals import Estimate, bootstrap, half_samples, rows_of
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
+from cardiac_ldm.models.diffusion import (
+    TIMESTEPS,
+    Sampler,
+    ScheduleName,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+)
+from cardiac_ldm.study import Parameters, Study
+
+GUIDANCE = 1.0
+TOGETHER = 4
+"""Patients whom a sampler draws before the next one does."""
+
+
+def ancestral(
+    model: nn.Module,
+    name: ScheduleName,
+    noise: Tensor,
+    attributes: Tensor,
+    guidance: float,
+    steps: int,
+    callback: Callable[[], object] | None,
+) -> Tensor:
+    """`sample_ddpm`, which takes all steps, called as the others are; its noise is torch's own."""
+    return sample_ddpm(model, name, noise, attributes, guidance, torch.default_generator, callback)
+
+
+class Timed:
+    """A sampler, and the core seconds that it has taken."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.core_seconds = sampler, 0.0
+
+    def __call__(self, *arguments: object) -> Tensor:
+        """Sample."""
+        start = time.process_time()
+        latents = self.sampler(*arguments)  # type: ignore[arg-type]
+        self.core_seconds += time.process_time() - start
+        return latents
+
+
+BASELINE = f"DDPM, {TIMESTEPS} steps"
+SAMPLERS: dict[str, tuple[Sampler, int]] = {BASELINE: (ancestral, TIMESTEPS)}
+SAMPLERS |= {f"DDIM, {steps} steps": (sample_ddim, steps) for steps in (8, 15, 20)}
+SAMPLERS |= {f"DPM-Solver++(2M), {steps} steps": (sample_dpm_solver, steps) for steps in (8, 15, 20)}
+ANEW = partial(sample_dpm_solver, generator=torch.default_generator)
+SAMPLERS |= {f"SDE-DPM-Solver++(2M), {steps} steps": (ANEW, steps) for steps in (15, 20)}
+
+
+def draw(study: Study, patients: Patients) -> dict[str, tuple[np.ndarray, list[float]]]:
+    """By sampler, volumes (n, 13, 96, 96), drawn now or before, and each part's core seconds a volume of sampling."""
+    drawing = partial(
+        synthesise,
+        study.load_autoencoder(),
+        study.denoiser(study.pretrained),
+        study.profile.denoiser.schedule,
+        guidance=GUIDANCE,
+        seed=0,
+        batch=2 * TOGETHER,
+    )
+    said = f"{study.pretrained.key} {study.autoencoder.key} {patients.path.name} {GUIDANCE}"
+    folder = RUNS / "sampling" / hashlib.sha256(said.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, tuple[list[np.ndarray], list[float]]] = {name: ([], []) for name in SAMPLERS}
+    parts = [np.flatnonzero(patients.owners // TOGETHER == i) for i in range(-(-len(patients) // TOGETHER))]
+    for i, rows in enumerate(tqdm(parts, desc="parts")):
+        for name, (sampler, steps) in SAMPLERS.items():
+            stem = f"{name.replace(', ', '-').replace(' ', '-')}-{i}-{len(rows)}"
+            volumes, took = folder / f"{stem}.npz", folder / f"{stem}.json"
+            if not took.exists():
+                torch.manual_seed(i)
+                timed = Timed(sampler)
+                drawing(patients.attributes[rows], patients.owners[rows], steps=steps, sampler=timed).save(volumes)
+                took.write_text(json.dumps(timed.core_seconds / len(rows)))
+            drawn[name][0].append(SyntheticCohort.load(volumes).images)
+            drawn[name][1].append(json.loads(took.read_text()))
+    return {name: (np.concatenate(volumes), seconds) for name, (volumes, seconds) in drawn.items()}
+
+
+def main() -> None:
+    """Draw, read and compare; keep one row a sampler."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--patients", type=int, default=50, help="of the validation split; 50 unless told")
+    study = Study(Parameters(profile="laptop"))
+    patients = study.public.split("validation")[: arguments.parse_args().patients]
+    settings, n = study.profile.evaluation, len(patients)
+    drawn, rows_by_patient = draw(study, patients), rows_of(np.repeat(patients.owners, 7))
+    real, _ = slice_features(patients.images(np.arange(len(patients.owners))), patients.owners)
+    features = {name: slice_features(volumes, patients.owners)[0] for name, (volumes, _) in drawn.items()}
+
+    def distance(name: str, some: np.ndarray, others: np.ndarray) -> float:
+        ours, theirs = (np.concatenate([rows_by_patient[p] for p in part]) for part in (some, others))
+        return frechet_distance(features[name][ours], real[theirs])
+
+    def in_halves(statistic: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
+        pairs = settings.half_sample_pairs
+        return half_samples(statistic, n, n, n // 2, pairs=pairs, seed=0, progress=False)
+
+    def over_ddpm(name: str, some: np.ndarray, others: np.ndarray) -> float:
+        return distance(name, some, others) / distance(BASELINE, some, others)
+
+    rows = []
+    for name, (volumes, seconds) in drawn.items():
+        anatomy = read_anatomy(volumes, patients.attributes, patients.owners, *study.instruments, progress=False)
+        (volume, n_known), (phase, n_phased) = agreement(anatomy, "LVEDV"), phase_accuracy(anatomy)
+        ratios = np.divide(seconds, drawn[BASELINE][1])
+        found = {
+            "FD-EffNet": in_halves(partial(distance, name)),
+            "FD-EffNet over DDPM's": in_halves(partial(over_ddpm, name)),
+            "correlation LVEDV": bootstrap(volume["correlation"], n_known, resamples=settings.resamples, seed=0),
+            "phase accuracy": bootstrap(phase, n_phased, resamples=settings.resamples, seed=0),
+        }
+        about = {"sampler": name, "steps": SAMPLERS[name][1], "core_seconds_a_volume": float(np.mean(seconds))}
+        about |= {"time_over_ddpm": float(np.median(ratios)), "of_parts": [float(ratios.min()), float(ratios.max())]}
+        rows.append(about | {metric: asdict(estimate) for metric, estimate in found.items()})
+    keep("sampling", run=study.pretrained.key, guidance=GUIDANCE, validation_patients=n, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

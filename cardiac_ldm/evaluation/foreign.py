@@ -1,0 +1,160 @@
+"""Synthetic cohorts whoever made them: a folder of NIfTI volumes and a CSV, brought to the study's grid."""
+
+import csv
+import difflib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patient
+from cardiac_ldm.cohort.files import OURS, Reading, Stack
+from cardiac_ldm.cohort.grid import place_on_grid
+from cardiac_ldm.cohort.manifest import TableReader
+from cardiac_ldm.errors import CohortError
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+
+TABLE = "attributes.csv"
+_COLUMNS = ("file", *ATTRIBUTE_NAMES)
+
+
+def read_folder(folder: Path) -> SyntheticCohort:
+    """Read a synthetic cohort from a folder such as `write_release` leaves, whoever made it.
+
+    `attributes.csv` has a row per volume: patient, file (NIfTI, stored x, y, z; its path below the folder), ESED (1
+    end-diastole, 0 end-systole) and, as far as they were asked for, the other attributes, one value a patient. Labels,
+    0 background, 1 RV, 2 myocardium, 3 LV, lie beside the volumes, `_seg` in the name, of all of them or of none.
+
+    Volumes in a release's own layout (8 bits, the study's grid and axes) are taken as they are. Others go the way of
+    real patients: turned by their affine or labels, resampled round the labels, else round the middle of the field of
+    view, and scaled between percentiles; what was mended is warned of. A patient's volumes share one geometry.
+
+    Returns:
+        The cohort, patients in the order of their names, ED before ES; what isn't in the table is NaN.
+
+    Raises:
+        CohortError: the table or a volume can't be used; it names file, field and value.
+        PrivacyError: the folder shares files with a cohort of real private patients.
+    """
+    reading = _SyntheticReading(folder)
+    rows = _rows(reading)
+    stacks = [
+        Stack("ED" if row["ESED"] else "ES", row["file"], labels)
+        for row, labels in zip(rows.to_dict("records"), _labels_beside(reading, list(rows["file"])), strict=True)
+    ]
+    patients = rows.groupby("patient")
+    placed = [_placed(reading, str(patient), [stacks[row] for row in own]) for patient, own in patients.indices.items()]
+    if n := len(reading.repairs):
+        warnings.warn(f"{folder}: {n} repair(s): {'; '.join(reading.repairs[:10])}", stacklevel=2)
+    return SyntheticCohort(
+        np.concatenate([images for images, _ in placed]),
+        rows[list(ATTRIBUTE_NAMES)].to_numpy(np.float32),
+        patients.ngroup().to_numpy(np.int64),
+        np.concatenate([labels for _, labels in placed]) if stacks[0].labels else None,
+    )
+
+
+class _SyntheticReading(Reading):
+    """Reads synthetic files; labels that were drawn may be as poor as the model, empty for one."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CohortError(f"{folder}: there's no such folder; give the one that holds {TABLE}")
+        manifest = Manifest.model_construct(
+            name=folder.resolve().name,
+            role="public",
+            root=None,
+            checksums=None,
+            reader=TableReader(kind="table", table=TABLE),
+        )
+        super().__init__(manifest, manifest.data_root(folder))  # refuses the folder of a real private cohort
+
+    def _labels(self, stack: Stack) -> np.ndarray:
+        assert stack.labels
+        stored, _ = self._stack(stack.labels, None, labels=True)
+        if met := [f"{v:g}" for v in np.unique(stored) if v not in (0, *OURS)][:8]:
+            raise self.error(
+                stack.labels,
+                f"has the label values {', '.join(met)}; write 0 for background, 1 RV, 2 myocardium, 3 LV",
+            )
+        return stored.astype(np.uint8)
+
+    def is_released(self, file: str) -> bool:
+        """Whether a volume that was read has the layout in which `write_release` leaves them."""
+        image, (dz, dy, dx) = nib.load(self.root / file), GRID.spacing_mm
+        return (
+            image.shape == GRID.shape[::-1]
+            and image.get_data_dtype() == np.uint8
+            and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+            and np.allclose(self._affines[file][:3, :3], np.diag([dx, -dy, -dz]), atol=1e-4)
+        )
+
+
+def _rows(reading: Reading) -> pd.DataFrame:
+    """The table, sorted: patient and file as text, attributes as numbers. Raises CohortError."""
+    text = reading.table(TABLE, "patient", ("file",), ATTRIBUTE_NAMES)
+    header = next(csv.reader(reading.text(TABLE).lstrip("\ufeff").splitlines()))
+    known = {name.casefold(): name for name in ("patient", *_COLUMNS)}
+    for column in (name.strip() for name in header):
+        if column not in known.values():
+            close = difflib.get_close_matches(column.casefold(), known, 1)
+            hint = f"did you mean {known[close[0]]}?" if close else f"the others may be {', '.join(ATTRIBUTE_NAMES)}"
+            raise reading.error(TABLE, f"has the unknown column {column!r}; rename or remove it; {hint}")
+    text = text.reindex(columns=list(_COLUMNS), fill_value="").reset_index()
+    if twice := list(text["file"][text["file"].duplicated()]):
+        raise reading.error(TABLE, f"lists the file {twice[0]} more than once; give each volume a row and a file")
+    numbers = []
+    for row in text.to_dict("records"):
+        reading.file(row["file"])
+        where = f"{TABLE}: {row['file']}"
+        numbers.append(reading.attributes((where, name, row[name]) for name in ATTRIBUTE_NAMES))
+        reading.raise_problems()
+        if (phase := numbers[-1].get("ESED")) not in (0, 1):
+            met = "missing" if phase is None else f"{phase:g}"
+            raise reading.error(where, f"ESED is {met}, but it's needed: give 1 at end-diastole, 0 at end-systole")
+    rows = text[["patient", "file"]].join(pd.DataFrame(numbers, columns=list(ATTRIBUTE_NAMES), dtype=float))
+    for patient, own in rows.groupby("patient"):
+        where = f"{TABLE}: {patient}"
+        if own["ESED"].duplicated().any():
+            raise reading.error(where, f"has {len(own)} volumes, two of one phase; give each pair a patient of its own")
+        for name in (n for n in ATTRIBUTE_NAMES if n != "ESED" and own[n].nunique(dropna=False) > 1):
+            met = " and ".join("unknown" if np.isnan(value) else f"{value:g}" for value in own[name])
+            raise reading.error(where, f"{name} is {met}; expected one value a patient")
+    return rows.sort_values(["patient", "ESED"], ascending=[True, False], ignore_index=True)
+
+
+def _labels_beside(reading: Reading, files: Sequence[str]) -> list[str | None]:
+    """The labels' file of each volume, all None if there are none. Raises CohortError if some lack it."""
+    beside = ["_seg.nii".join(file.rsplit(".nii", 1)) for file in files]
+    lacking = [file for file in beside if not reading.exists(file)]
+    if len(lacking) == len(beside):
+        return [None] * len(beside)
+    if lacking:
+        n_labelled = len(beside) - len(lacking)
+        raise reading.error(
+            lacking[0], f"isn't there, but {n_labelled} of {len(beside)} volumes have labels; give all of them, or none"
+        )
+    return list(beside)
+
+
+def _placed(reading: _SyntheticReading, patient: str, stacks: Sequence[Stack]) -> tuple[np.ndarray, np.ndarray]:
+    """A patient's images float32 and labels uint8 (v, 13, 96, 96), the latter 0 if none. Raises CohortError."""
+    volumes = [volume for stack in stacks if (volume := reading.volume(stack))]
+    reading.raise_problems()
+    for stack, volume in zip(stacks, volumes, strict=True):
+        if volume.image.shape != volumes[0].image.shape or not np.allclose(volume.spacing_mm, volumes[0].spacing_mm):
+            raise reading.error(
+                stack.image, f"differs in shape or spacing from {stacks[0].image}; expected one geometry per patient"
+            )
+    if all(reading.is_released(stack.image) for stack in stacks):
+        drawn = np.stack([volume.image for volume in volumes]) / 255
+        meant = [volume.labels for volume in volumes if volume.labels is not None]
+        return drawn, np.stack(meant) if meant else np.zeros(drawn.shape, np.uint8)
+    record = place_on_grid(Patient(str(reading.root / patient), None, reading.turned(stacks[0], volumes), {}))
+    reading.repairs.extend(record.repairs)
+    if not record.labelled:
+        reading.mend(TABLE, "its volumes have no labels; the middle of the field of view was taken for the heart")
+    return record.images, record.labels

@@ -1,0 +1,235 @@
+"""The privacy evidence of a study: audits, attacks, what breaks the bound; what they show, and whom they may touch."""
+
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from cardiac_ldm import study as module
+from cardiac_ldm.cohort import Cohort, Patients, load_manifest
+from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.evaluation.memorisation import groups_of
+from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
+from cardiac_ldm.privacy.audit import LotLoss, gaussian_bound, ledger_scores, sensitivity
+from cardiac_ldm.report import tables
+from cardiac_ldm.report.figures import audit_bounds
+from cardiac_ldm.study import Parameters, Run, Study
+from cardiac_ldm.training.leaks import scaled_by_lot, sensitivities
+from cardiac_ldm.training.pretrain import pretrain
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "nobody", "public_data": "phantom_public"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of simulated patients whose public stages are done."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CARDIAC_LDM_RUNS", str(tmp_path_factory.mktemp("runs")))
+        # threads will do: processes would take longer to start than to simulate a few patients
+        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
+        environment.setattr(sys.modules["cardiac_ldm.cohort.prepare"], "ProcessPoolExecutor", threads)
+        study = Study(Parameters(profile=TINY))
+        _ = study.pretrained, study.private
+    return study
+
+
+@pytest.fixture
+def hospital(study: Study, tmp_path: Path) -> Study:
+    """The same study of real private patients, as far as the library can tell: their files are the simulated ones."""
+    manifest = tmp_path / "hospital.yaml"
+    splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
+    terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
+    real = Study(Parameters(profile=TINY, cohort_private=str(manifest)))
+    real.runs, real.public = study.runs, study.public
+    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
+    return real
+
+
+# --- The audit -------------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_stays_below_what_is_stated_its_controls_exceed_it_and_no_patient_is_read(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ = study.finetuned(1), study.finetuned(math.inf)
+    monkeypatch.delattr(Patients, "_read")
+    monkeypatch.delattr(Patients, "attributes")
+    audits = [study.audited(epsilon).metrics for epsilon in (1, math.inf)]
+    private, none = audits
+    assert private["n_canaries"] >= 2000
+    assert (private["stated"], private["delta"]) == (pytest.approx(1), 1e-5)
+    shown = {(row["noise"], row["bound"]): row["shown"] for row in private["rows"]}
+    assert set(shown) == {(noise, name) for noise in (1, 0.1) for name in ("one run", "thresholds", "Gaussian")}
+    assert all((epsilon <= private["stated"]) == (noise == 1) for (noise, _), epsilon in shown.items())
+    assert all(3 < row["shown"] <= row["at_most"] for row in none["rows"])
+    rows = tables.audit_rows(audits)
+    table = tables.audit_table(rows)
+    assert list(table.index) == ["ε = 1", "ε = 1", "no privacy", "any, every canary found"]
+    assert table["Gaussian"].iloc[0] == pytest.approx(shown[1, "Gaussian"], abs=0.005)
+    assert list(audit_bounds(rows).data[0].x) == [pytest.approx(1)] * 2  # what is not finite has no bar
+
+
+def test_the_public_model_has_nothing_to_audit(study: Study) -> None:
+    with pytest.raises(ParameterError, match="epsilon: 0 is the public model, which met no private patient"):
+        study.audited(0)
+
+
+def ledger(*noise: float, n: int = 50) -> Ledger:
+    """Of mechanisms with these noise multipliers, one after the other."""
+    plan = PrivatePlan(n, 10, 3, 1.0, 1, math.inf, 1e-3, noise_multiplier=0.0)
+    stated = plan.ledger(Randomness(0, simulated=True), **WORDS)
+    stages = tuple(stated.mechanisms[0].model_copy(update={"noise_multiplier": sigma}) for sigma in noise)
+    return stated.model_copy(update={"mechanisms": stages})
+
+
+def test_canaries_are_in_all_stages_of_a_ledger_or_in_none() -> None:
+    scores, included = ledger_scores(ledger(0.0, 0.0), 0, n_canaries=600)
+    assert len(scores) == 600
+    assert not scores[~included].any()
+    assert scores[included].max() > 3  # each of the two stages has 3 lots
+    assert scores[included].mean() == pytest.approx(6 * 0.2, abs=0.2)
+
+
+def test_two_stages_together_show_more_than_either() -> None:
+    both, one = (gaussian_bound(*ledger_scores(stated, 0), 1e-3) for stated in (ledger(0.8, 0.8), ledger(0.8)))
+    assert both > 1.2 * one > 0
+
+
+# --- Membership inference --------------------------------------------------------------------------------------------
+
+
+def test_an_attack_tells_members_from_as_many_others_by_their_losses(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = study.attacked(0)
+
+    def losses(model: object, name: str, latents: np.ndarray, patients: Patients, draws: int) -> np.ndarray:
+        assert len(latents) == len(patients.owners)
+        return np.arange(len(patients)) - 2.5 * (patients.split == "train")
+
+    monkeypatch.setattr(module, "held_out_loss", losses)
+    found = study.attacked(2)
+    assert (found.metrics["n_members"], found.metrics["n_others"]) == (16, 16)
+    members, others = np.load(found.folder / "losses.npz").values()
+    rates = {(row["attack"], row["measure"]): row["value"] for row in found.metrics["membership"]}
+    assert rates["loss", "auc"] == pytest.approx(mannwhitneyu(-members, -others).statistic / 16**2)
+    below = [np.load(public.folder / "losses.npz")[f"arr_{side}"] - x for side, x in enumerate((members, others))]
+    attack = "loss below the public model's"
+    assert rates[attack, "auc"] == pytest.approx(mannwhitneyu(*below).statistic / 16**2)
+    assert rates["loss", "tpr_at_fpr_0.01"] is None  # sixteen can't show it
+    assert {row["attack"] for row in public.metrics["membership"]} == {"loss"}
+    table = tables.membership_table({"public data only": public.metrics, "ε = 2": found.metrics})
+    assert list(table.index) == [("public data only", "loss"), ("ε = 2", "loss"), ("ε = 2", attack)]
+    assert table.loc[("ε = 2", "loss"), "TPR at 1 % FPR [95 %]"] == "not defined"
+
+
+# --- Memorisation ----------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_private_patients_show_and_so_do_the_groups_that_they_are_from(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = study.private.split("train")[:10]
+    cohort = SyntheticCohort(train.images(np.arange(len(train.owners))), train.attributes, train.owners)
+    cohort.save(tmp_path / "synthetic.npz")
+    monkeypatch.setattr(study, "synthesised", lambda epsilon: Run("synthesise", "copies", tmp_path))
+    found = study.memorised(1).metrics
+    rows = [row for row in found["memorisation"] if row["statistic"] == "nearer to training"]
+    assert {row["grouping"] for row in rows} == {None, "sex", "age", "disease"}
+    kept = np.isin(np.random.default_rng(0).permutation(24)[:8], range(10)).sum()  # as many as are held out
+    assert all(row["value"] >= kept / 10 for row in rows if row["grouping"] is None)
+    assert len(found["suspicious"]) == 3 * 6
+    assert all(row["request"] == row["patient"] for row in found["suspicious"])  # also of those beyond the 8 drawn
+    table = tables.memorisation_table({"copies": found})
+    assert list(table.index) == [("copies", space) for space in ("image", "latent", "feature")]
+    assert set(tables.memorised_groups_table({"copies": found}, "latent").index.get_level_values(0)) <= {
+        "sex",
+        "age",
+        "disease",
+    }
+
+
+def test_groups_are_sex_age_band_and_disease_and_missing_where_unknown(study: Study) -> None:
+    patients, first = study.private.split("train"), study.private.split("train").offsets[:-1]
+    groups, (sex, age) = groups_of(patients), patients.attributes[first][:, [9, 8]].T
+    assert list(groups.columns) == ["sex", "age", "disease"]
+    assert list(groups.sex == "male") == list(sex == 1)
+    assert list(groups.age == "50 to 60") == list((age >= 50) & (age < 60))
+    assert list(groups.disease) == list(patients.groups)
+
+
+def test_the_control_starts_from_the_public_model(study: Study, tmp_path: Path) -> None:
+    still = study.profile.pretrain.model_copy(update={"steps": 1, "learning_rate": 1e-12})
+    public, train = study.denoiser(study.pretrained), study.public.split("train")
+    latents, state = study.latents(train, study.public)[:], tmp_path / "state.pt"
+    model, _ = pretrain(train, latents, study.profile.denoiser, still, 0, state, start=study.denoiser(study.pretrained))
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, public.state_dict()[name])
+
+
+# --- What breaks the bound -------------------------------------------------------------------------------------------
+
+
+def lot_loss(numbers: list[float], weight: Tensor, dependent: bool) -> LotLoss:
+    """Patients whose losses are their number times the weight, and times the lot's size if `dependent`."""
+    return lambda lot: lambda unit, generator: (len(lot) if dependent else 1) * numbers[unit] * weight.sum()
+
+
+def test_sensitivity_is_what_one_unit_adds_and_changes() -> None:
+    weight, numbers = torch.zeros(1, requires_grad=True), [0.3, -0.1, 0.25, 5.0]
+    plan = PrivatePlan(5, 1, 1, 2.0, 1, 1.0, 1e-5, noise_multiplier=0.0)
+    alone = sensitivity(plan, [weight], lot_loss(numbers, weight, False), [0, 1, 2], 3)
+    assert alone == pytest.approx(1, abs=1e-5)  # 5 is clipped to 2
+    assert alone <= 1
+    moved = (2 + 4 * (0.3 - 0.1 + 0.25) - 3 * (0.3 - 0.1 + 0.25)) / 2
+    found = sensitivity(plan, [weight], lot_loss(numbers, weight, True), [0, 1, 2], 3)
+    assert found == pytest.approx(moved, rel=1e-5)
+
+
+def test_both_habits_exceed_the_bound_and_the_mechanism_does_not(study: Study) -> None:
+    models = study.load_autoencoder(), study.denoiser(study.pretrained)
+    found = sensitivities(study.public.split("train")[:4], *models, "modern", 0.1, "fixed")
+    table = tables.sensitivity_table({"rows": found.to_dict("records")})
+    assert list(table.index) == ["the mechanism", "latents scaled by the lot", "a critic that learnt from the lot"]
+    assert (found[found.loss == "the mechanism"].sensitivity <= 1).all()
+    assert (table.loc["a critic that learnt from the lot"] > 1.2).any()
+    latents = np.random.default_rng(0).normal(size=(6, 2, 13, 12, 12)).astype(np.float32)
+    latents[5] *= 9  # one odd patient
+    plan, weights = PrivatePlan(7, 1, 1, 0.1, 1, 1.0, 1e-5, noise_multiplier=0.0), list(models[1].parameters())
+    losses = [
+        scaled_by_lot(models[1], "modern", latents, np.full((6, 14), np.nan, np.float32), of_lot)
+        for of_lot in (False, True)
+    ]
+    own, scaled = (sensitivity(plan, weights, loss, range(5), 5) for loss in losses)
+    assert own <= 1
+    assert scaled > 1.2
+
+
+# --- Whom they may touch ---------------------------------------------------------------------------------------------
+
+
+def test_what_looks_at_private_patients_refuses_real_ones_and_the_audit_does_not(hospital: Study) -> None:
+    with pytest.raises(PrivacyError, match=r"hospital holds real private .* who among private patients trained"):
+        hospital.attacked(1)
+    with pytest.raises(PrivacyError, match=r"hospital holds real private .* whom among private patients the synthetic"):
+        hospital.memorised(1)
+    with pytest.raises(PrivacyError, match=r"hospital holds real private .* which groups private patients belong to"):
+        groups_of(hospital.private.split("train"))
+    assert not list(hospital.runs.glob("finetune-*hospital*"))
+    assert {row["noise"] for row in hospital.audited(3).metrics["rows"]} == {1.0, 0.1}
+
+
+def test_what_breaks_the_bound_is_shown_on_public_patients_alone(study: Study) -> None:
+    models = study.load_autoencoder(), study.denoiser(study.pretrained)
+    with pytest.raises(PrivacyError, match="exact gradients of private patients"):
+        sensitivities(study.private.split("train")[:4], *models, "modern", 0.3, "fixed")
