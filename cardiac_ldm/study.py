@@ -466,7 +466,8 @@ class Study:
         Raises:
             ParameterError: epsilon is 0: no private patient trained the public model.
         """
-        ledger = self.finetuned(epsilon).ledger
+        model = self.finetuned(epsilon)
+        ledger = model.ledger
 
         def work(folder: Path) -> dict[str, Any]:
             rows = []
@@ -480,7 +481,7 @@ class Study:
             told = {"stated": _plain(ledger.epsilon), "delta": ledger.delta, "n_canaries": len(scores)}
             return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
 
-        return self._run("audit", "", [self.finetuned(epsilon).key], work)
+        return self._run("audit", "", [model.key], work)
 
     def attacked(self, epsilon: float) -> Run:
         """Stage: membership inference from losses, against a budget's model and its simulated private patients.
@@ -529,7 +530,8 @@ class Study:
         """Stage: the positive control: a copy of the public model that learns a few of its patients by heart.
 
         They are at most 20 training patients, held against as many public validation patients, by the same tests as
-        private ones; requests are the public test patients' attributes. Leaves `synthetic.npz` too.
+        private ones; requests are the public test patients' attributes. The public model, the attack's reference, met the
+        few as well, which hides some of what the copy learnt. Leaves `synthetic.npz` too.
         """
         settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
 
@@ -551,7 +553,7 @@ class Study:
                 for run in (copy, self.pretrained)
             )
             parts = (self._embedded(patients) for patients in (known, others))
-            return {"model": "copies"} | _attacks(losses, references) | self._memorisation(cohort, *parts)
+            return _attacks(losses, references) | self._memorisation(cohort, *parts)
 
         upstream = [self.pretrained.key, self.public.key]
         every = [settings, self.profile.sampling, self.profile.evaluation.resamples]
