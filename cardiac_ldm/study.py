@@ -530,8 +530,8 @@ class Study:
         """Stage: the positive control: a copy of the public model that learns a few of its patients by heart.
 
         They are at most 20 training patients, held against as many public validation patients, by the same tests as
-        private ones; requests are the public test patients' attributes. The public model, the attack's reference, met the
-        few as well, which hides some of what the copy learnt. Leaves `synthetic.npz` too.
+        private ones; requests are the public test patients' attributes. The public model, the attack's reference, met
+        the few as well, which hides some of what the copy learnt. Leaves `synthetic.npz` too.
         """
         settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
 
