@@ -126,8 +126,9 @@ def rehearse() -> dict[str, object]:
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
         plan = settings.plan(recipe.epsilon, settings.delta, "patient", len(train))
-        drawn: dict[str, Any] = {"expected_batch": plan.expected_batch // SHARE, "noise_multiplier": plan.noise_multiplier / SHARE}
-        smaller, model = replace(plan, epsilon=math.inf, **drawn), study.denoiser(study.pretrained)
+        batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
+        smaller = replace(plan, epsilon=math.inf, expected_batch=batch, noise_multiplier=noise)
+        model = study.denoiser(study.pretrained)
         finetune(model, train, latents, smaller, settings, name, randomness, folder, "phantom_public")
         change = held_out_loss(model.eval(), name, held_out, validation) - before
         worth = bootstrap(partial(_mean, change), len(change), resamples=1000, seed=0)
