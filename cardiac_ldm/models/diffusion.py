@@ -97,10 +97,7 @@ def sample_ddim(
     steps: int,
     callback: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Deterministic DDIM (Song et al., arXiv 2010.02502) in `steps` evenly spaced steps: latents from `noise`.
-
-    The first is taken at T - 1 where `steps` divides T; else a little below (8 steps start at 143, 20 at 139).
-    """
+    """Deterministic DDIM (Song et al., arXiv 2010.02502) in `steps` steps that end at T - 1: latents from `noise`."""
     offset = TIMESTEPS // steps - 1
     sampler = DDIMScheduler(TIMESTEPS, clip_sample=False, steps_offset=offset, **_SCHEDULES[name])
     sampler.set_timesteps(steps)
