@@ -1,12 +1,13 @@
-"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [NAME ... | none]`.
+"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [chosen] [NAME ...]`.
 
 Asks the `laptop` profile's public model (the one that is shipped, where it is) for both volumes of 150 patients of the
 public test split. Its distance from them stands beside that of their own reconstructions, which no model of these
 latents can beat, and beside that of the patients from each other, all from parts of 75 patients. Volumes are read by
 the segmenter and the phase classifier, trained on other public patients.
 
-Variants of its training, all for a twelfth of the profile's steps, and other ways to sample it draw for 100 public
-validation patients, so nothing is chosen on a test split. Name those to measure (minutes each; resumable).
+Variants of its training, all for a twenty-fourth of the profile's steps, and other ways to sample it draw for 100
+public validation patients, so nothing is chosen on a test split. Name those to measure, `chosen` for the model itself
+(minutes each; resumable).
 """
 
 import argparse
@@ -30,8 +31,8 @@ from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import pretrain
 
 N_PATIENTS = 150
-SHARE = 12
-"""Variants are trained for a twelfth of the profile's steps."""
+SHARE = 24
+"""Variants are trained for a twenty-fourth of the profile's steps."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "the profile's": {},
     "the paper's schedule, noise predicted": {"denoiser": {"schedule": "paper"}},
@@ -106,18 +107,13 @@ def shown(found: Metrics) -> dict[str, float | None]:
     return {title: titled[title] for title in SHOWN}
 
 
-def main() -> None:
-    """Sample, reconstruct, measure; keep one row a measure, one a variant, one a sampler."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("variants", nargs="*", choices=[*VARIANTS, *SAMPLERS, "none", []], help="all unless told")
-    given = arguments.parse_args().variants or [*VARIANTS, *SAMPLERS]
-    study = Study(Parameters(profile="laptop"))
+def judge_chosen(study: Study) -> dict[str, object]:
+    """One row a measure, of what the profile's model draws and of reconstructions."""
     patients, schedule = study.public.split("test")[:N_PATIENTS], study.profile.denoiser.schedule
-    model = study.denoiser(study.pretrained)
     real = patients.images(np.arange(len(patients.owners)))
     cohorts = {
         "reconstructed": measured(study, reconstruct(study.load_autoencoder(), real, seed=0), patients),
-        "drawn": judge(study, model, schedule, patients),
+        "drawn": judge(study, study.denoiser(study.pretrained), schedule, patients),
     }
     rows: dict[str, dict[str, object]] = {}
     for name, found in cohorts.items():
@@ -128,29 +124,38 @@ def main() -> None:
             about = {"measure": title, "unit": row.unit, "n_patients": row.n_patients, "real": row.reference}
             rows.setdefault(title, about)
             rows[title] |= {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high}
-    path = RESULTS / "pretraining.json"  # rows that weren't asked for stay
-    known = json.loads(path.read_text()) if path.exists() else {}
-    variants = {row["variant"]: row for row in known.get("variants", []) if row["variant"] in VARIANTS}
-    samplers = {row["sampler"]: row for row in known.get("samplers", []) if row["sampler"] in SAMPLERS}
+    about = {"run": study.pretrained.key, "n_patients": len(patients), "n_volumes": len(real)}
+    return about | {"rows": list(rows.values())}
+
+
+def main() -> None:
+    """Sample, reconstruct, measure; keep one row a measure, one a variant, one a sampler."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    parts = ["chosen", *SAMPLERS, *VARIANTS]
+    arguments.add_argument("parts", nargs="*", choices=[*parts, []], help="all unless told")
+    given = arguments.parse_args().parts or parts
+    study, path = Study(Parameters(profile="laptop")), RESULTS / "pretraining.json"
+    known = json.loads(path.read_text()) if path.exists() else {}  # what isn't asked for stays
+    known.pop("benchmark", None)
+    if "chosen" in given:
+        known |= judge_chosen(study)
+        keep("pretraining", **known)
     validation = study.public.split("validation")
-    for name in tqdm([name for name in given if name in SAMPLERS], desc="samplers"):
+    known["validation_patients"] = len(validation)
+    samplers = {row["sampler"]: row for row in known.get("samplers", [])}
+    for name in tqdm([name for name in SAMPLERS if name in given], desc="samplers"):
+        model, schedule = study.denoiser(study.pretrained), study.profile.denoiser.schedule
         samplers[name] = {"sampler": name, **shown(judge(study, model, schedule, validation, **SAMPLERS[name]))}
-    for variant in tqdm([name for name in given if name in VARIANTS], desc="variants"):
-        profile = varied(variant, study.profile)
+        known["samplers"] = [samplers[name] for name in SAMPLERS if name in samplers]
+        keep("pretraining", **known)
+    variants = {row["variant"]: row for row in known.get("variants", [])}
+    for name in tqdm([name for name in VARIANTS if name in given], desc="variants"):
+        profile = varied(name, study.profile)
         other = trained(study, profile, study.public.split("train"))
-        about = {"variant": variant, "parameters": sum(p.numel() for p in other.parameters())}
-        variants[variant] = about | shown(judge(study, other, profile.denoiser.schedule, validation))
-        print(variants[variant], flush=True)
-    keep(
-        "pretraining",
-        run=study.pretrained.key,
-        n_patients=len(patients),
-        n_volumes=len(real),
-        rows=list(rows.values()),
-        validation_patients=len(validation),
-        samplers=list(samplers.values()),
-        variants=list(variants.values()),
-    )
+        about = {"variant": name, "parameters": sum(p.numel() for p in other.parameters())}
+        variants[name] = about | shown(judge(study, other, profile.denoiser.schedule, validation))
+        known["variants"] = [variants[name] for name in VARIANTS if name in variants]
+        keep("pretraining", **known)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def finetune(
                 repeat(given, "v n -> (v k) n", k=rows).to(device),
                 generator,
                 settings.timesteps,
+                antithetic=True,
             ).mean()
 
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
