@@ -30,7 +30,8 @@ from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
-from cardiac_ldm.study import Parameters, Study
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.study import Study
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 

@@ -36,7 +36,7 @@ from cardiac_ldm.models.diffusion import diffusion_loss, schedule
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
-from cardiac_ldm.study import Profile
+from cardiac_ldm.profile import Profile
 
 PATIENTS = 8
 SEEDED = Randomness(0, simulated=True)

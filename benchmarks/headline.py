@@ -3,9 +3,10 @@
 import pandas as pd
 
 from benchmarks import keep
+from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.report.figures import save_headline, tradeoff
 from cardiac_ldm.report.tables import tradeoff_table
-from cardiac_ldm.study import ROOT, CompareParameters, Study
+from cardiac_ldm.study import ROOT, Study
 
 PICTURE = ROOT / "book" / "assets" / "headline.svg"
 SHOWN = {

@@ -25,7 +25,9 @@ from cardiac_ldm.evaluation.metrics import Metrics, compare, estimate, measure, 
 from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import ScheduleName
-from cardiac_ldm.study import Parameters, Profile, Study
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.profile import Profile
+from cardiac_ldm.study import Study
 from cardiac_ldm.training.autoencoder import reconstruct
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import pretrain

@@ -6,8 +6,7 @@ nothing is chosen on private patients, simulated or not. Every recipe starts fro
 patients, patient by patient, with the same timesteps and noise. A rehearsal draws lots of a twelfth of the recipe's
 size with a twelfth of its noise: what privacy adds to the mean gradient is the same, what sampling adds is more, and
 nothing is claimed for it. First, how much of a mean gradient each part of the network holds, and how much noise it
-would get, with noise drawn for a patient's volumes in pairs, as in a private run, and independently (half an hour or
-more; resumable).
+would get (half an hour or more; resumable).
 
 private: the profile's recipe, frozen, runs once on the simulated private cohort at every budget. Beside it stand all
 weights tuned with no noise, and all weights trained from scratch at epsilon 10. On test patients: the Frechet distance,
@@ -32,8 +31,9 @@ from tqdm import tqdm
 from benchmarks import RESULTS, keep
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap
 from cardiac_ldm.models.diffusion import schedule
+from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
-from cardiac_ldm.study import Parameters, Run, Study
+from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import held_out_loss, random_loss
 
@@ -42,7 +42,7 @@ SHARE = 12
 """A rehearsal draws this part of a recipe's lots, with this part of its noise."""
 N_GRADIENTS = 192
 """Patients from whom the mean gradient is estimated."""
-BASE = {"tuned": "edges", "learning_rate": 1e-3, "steps": 30, "expected_batch": 192, "draws": 1, "average_decay": 0.9}
+BASE = {"tuned": "edges", "learning_rate": 1e-3, "steps": 20, "expected_batch": 384, "draws": 1, "average_decay": 0.9}
 BASE |= {"clip": 0.1}
 ALL = {"tuned": "all", "learning_rate": 1e-3, "clip": 0.3}
 
@@ -57,21 +57,22 @@ class Recipe:
 
 GRID = [
     Recipe(math.inf),
-    Recipe(math.inf, ALL),
-    Recipe(10),
+    Recipe(math.inf, {"tuned": "head"}),
+    Recipe(math.inf, {"tuned": "head", "learning_rate": 3e-3}),
     Recipe(1),
+    Recipe(1, {"tuned": "head"}),
+    Recipe(1, {"tuned": "head", "learning_rate": 3e-3}),
+    Recipe(10),
+    Recipe(10, {"tuned": "head"}),
+    Recipe(10, {"tuned": "head", "learning_rate": 3e-3}),
+    Recipe(1, {"tuned": "head", "draws": 2}),
+    Recipe(1, {"learning_rate": 5e-4}),
+    Recipe(math.inf, ALL),
     Recipe(10, ALL),
     Recipe(1, ALL),
-    Recipe(10, {"learning_rate": 2e-3}),
-    Recipe(1, {"learning_rate": 5e-4}),
-    Recipe(1, {"learning_rate": 2e-3}),
-    Recipe(10, {"steps": 20}),
-    Recipe(1, {"steps": 20}),
-    Recipe(1, {"steps": 15, "expected_batch": 384}),
     Recipe(10, {"tuned": "lora-4", "clip": 0.3}),
-    Recipe(10, {"tuned": "attention", "clip": 0.1}),
-    Recipe(10, {"draws": 2}),
-    Recipe(10, {"clip": 0.03}),
+    Recipe(10, {"tuned": "attention"}),
+    Recipe(10, {"learning_rate": 2e-3}),
     Recipe(1, {"timesteps": ((30, 150, 1.0),)}),
 ]
 
@@ -89,30 +90,28 @@ def signal(study: Study) -> list[dict[str, object]]:
     plans = [
         settings.plan(epsilon, settings.delta, "patient", len(study.private.split("train"))) for epsilon in (10, 1)
     ]
+    gradients = []
+    for patient in tqdm(range(len(patients)), desc="gradients"):
+        own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
+        loss = random_loss(model, noising, torch.from_numpy(latents[own]), attributes[own], generator).mean()
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        gradients.append(dict(zip(parameters, parts, strict=True)))
     rows: list[dict[str, object]] = []
-    for antithetic in (False, True):
-        gradients = []
-        for patient in tqdm(range(len(patients)), desc="gradients"):
-            own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
-            volumes = torch.from_numpy(latents[own])
-            loss = random_loss(model, noising, volumes, attributes[own], generator, antithetic=antithetic).mean()
-            parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-            gradients.append(dict(zip(parameters, parts, strict=True)))
-        for tuned in ("all", "edges", "attention", "attributes"):
-            names = list(deepcopy(model).tunable(tuned))
-            flat = torch.stack([torch.cat([gradient[name].flatten() for name in names]) for gradient in gradients])
-            norms = flat.norm(dim=1)
-            clip = float(norms.median())
-            clipped = flat * (clip / norms).clamp(max=1)[:, None]
-            total, pairs = clipped.sum(dim=0), len(clipped) * (len(clipped) - 1)
-            squared = float(total @ total - clipped.square().sum()) / pairs  # no patient with themselves
-            row = {"tuned": tuned, "noise": "in pairs" if antithetic else "independent", "parameters": len(flat.T)}
-            row |= {"median_norm": clip, "mean_gradient": math.sqrt(max(squared, 0.0))}
-            for plan in plans:
-                noise = plan.noise_multiplier * clip / plan.expected_batch * math.sqrt(len(flat.T))
-                row[f"noise_{plan.epsilon:g}"] = noise
-                row[f"run_{plan.epsilon:g}"] = math.sqrt(max(squared, 0.0) * plan.steps) / noise
-            rows.append(row)
+    for tuned in ("all", "edges", "head", "attention", "attributes"):
+        names = list(deepcopy(model).tunable(tuned))
+        flat = torch.stack([torch.cat([gradient[name].flatten() for name in names]) for gradient in gradients])
+        norms = flat.norm(dim=1)
+        clip = float(norms.median())
+        clipped = flat * (clip / norms).clamp(max=1)[:, None]
+        total, pairs = clipped.sum(dim=0), len(clipped) * (len(clipped) - 1)
+        signal = math.sqrt(
+            max(float(total @ total - clipped.square().sum()) / pairs, 0.0)
+        )  # no patient with themselves
+        row = {"tuned": tuned, "parameters": len(flat.T), "median_norm": clip, "mean_gradient": signal}
+        for plan in plans:
+            noise = plan.noise_multiplier * clip / plan.expected_batch * math.sqrt(len(flat.T))
+            row |= {f"noise_{plan.epsilon:g}": noise, f"run_{plan.epsilon:g}": signal * math.sqrt(plan.steps) / noise}
+        rows.append(row)
     return rows
 
 

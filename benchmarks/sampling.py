@@ -37,7 +37,8 @@ from cardiac_ldm.models.diffusion import (
     sample_ddpm,
     sample_dpm_solver,
 )
-from cardiac_ldm.study import Parameters, Study
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.study import Study
 
 GUIDANCE = 1.0
 TOGETHER = 4

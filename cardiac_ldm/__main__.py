@@ -13,7 +13,8 @@ import torch
 from torch import distributed
 
 from cardiac_ldm.errors import StudyError
-from cardiac_ldm.study import FinetuneParameters
+from cardiac_ldm.parameters import FinetuneParameters
+from cardiac_ldm.study import Study
 from cardiac_ldm.training.private import is_first_process
 
 
@@ -23,10 +24,10 @@ def main() -> None:
     for name, field in FinetuneParameters.model_fields.items():
         kind = float if field.annotation is float else type(field.default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
-    parameters, study = FinetuneParameters.start(vars(parser.parse_args()))
+    parameters = FinetuneParameters.read(vars(parser.parse_args()))
     if "WORLD_SIZE" in os.environ:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
-    run = study.finetuned(parameters.epsilon)
+    run = Study(parameters).finetuned(parameters.epsilon)
     if is_first_process():
         print(f"weights, ledger and metrics: {run.folder}")
     if distributed.is_initialized():

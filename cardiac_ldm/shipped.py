@@ -72,7 +72,8 @@ def ship(stage: str, key: str, wanted: Mapping[str, object], run: Path, weights:
 def main() -> None:
     """Train the public stages of the `laptop` profile, or read what has been trained, and replace what is shipped."""
     os.environ["CARDIAC_LDM_SHIPPED"] = "0"
-    from cardiac_ldm.study import Parameters, Study
+    from cardiac_ldm.parameters import Parameters
+    from cardiac_ldm.study import Study
 
     study = Study(Parameters(profile="laptop"))
     for run in (study.anatomy, study.autoencoder, study.pretrained):

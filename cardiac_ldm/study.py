@@ -1,259 +1,58 @@
-"""The study: its profiles, its notebooks' parameters, and which stage needs which.
+"""The study: which stage needs which.
 
 A stage's folder is `runs/<stage>-<key>`; the key hashes its settings and the keys of the stages before it, so the same
 settings are never trained twice and changed ones never reuse a result. `metrics.json` is written last and says that a
 stage is complete.
 """
 
-import builtins
-import difflib
 import hashlib
 import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel
 
 from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
-from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.features import InceptionEncoder
 from cardiac_ldm.evaluation.foreign import read_folder
-from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, groups_of, memorisation
+from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation
 from cardiac_ldm.evaluation.metrics import Estimates, Measured, compare, differences, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
 from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tabulate_arms, utility
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
 from cardiac_ldm.privacy.audit import BOUNDS, calibrated, ledger_scores, membership
+from cardiac_ldm.profile import AnatomySettings, Profile, Role
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
-from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
+from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import FinetuneSettings, finetune, finetune_decoder
+from cardiac_ldm.training.finetune import finetune, finetune_decoder
 from cardiac_ldm.training.leaks import sensitivities
-from cardiac_ldm.training.pretrain import DenoiserSettings, Latents, PretrainSettings, held_out_loss, pretrain
+from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 from cardiac_ldm.training.private import is_first_process, shared_decision
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = Path(__file__).parent / "profiles"
-Role = Literal["public", "private"]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
 """Attributes whose calibration is shown."""
 _STEERED = 10
 """Reference patients whose requests are asked anew, in many ways."""
 T = TypeVar("T")
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, and a name that is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TrainingSettings(Settings):
-    """Length of a supervised training."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-
-
-class AnatomySettings(Settings):
-    """Training of the two instruments that read synthetic hearts."""
-
-    segmenter: TrainingSettings
-    phase: TrainingSettings
-
-
-class PatientLimits(Settings):
-    """At most how many patients of each split are used."""
-
-    train: int
-    validation: int
-    test: int
-
-
-class SamplingSettings(Settings):
-    """DDIM steps and guidance strength of the synthetic cohorts."""
-
-    steps: int
-    guidance: float
-
-
-class EvaluationSettings(Settings):
-    """Bootstrap resamples of the intervals, pairs of half samples of the distances, and what gives FID its name.
-
-    inception: the path of an Inception-v3 in TorchScript (see `InceptionEncoder`); null leaves FID out.
-    """
-
-    resamples: int
-    half_sample_pairs: int
-    inception: Path | None
-
-
-class UtilitySettings(Settings):
-    """Patients in an arm of the comparison of training data, those of the `few`, and the trainings, alike for all."""
-
-    patients: int
-    few: int
-    segmenter: TrainingSettings
-    phase: TrainingSettings
-
-
-class Profile(Settings):
-    """The size of the study: one YAML file in `cardiac_ldm/profiles`, or wherever the `profile` parameter points."""
-
-    patients: dict[Role, PatientLimits]
-    autoencoder: AutoencoderSettings
-    anatomy: AnatomySettings
-    denoiser: DenoiserSettings
-    pretrain: PretrainSettings
-    finetune: FinetuneSettings
-    sampling: SamplingSettings
-    evaluation: EvaluationSettings
-    utility: UtilitySettings
-    overfit: TrainingSettings
-
-    @classmethod
-    def load(cls, name: str) -> Self:
-        """Read a profile by its name or its file's path.
-
-        Raises:
-            ParameterError: there is no such profile, or a setting in it is wrong.
-        """
-        path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-            raise ParameterError(f"profile: there is no {name!r}; choose {known}, or give the path of a YAML file")
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text()))
-        except (ValidationError, yaml.YAMLError) as error:
-            raise ParameterError(f"{path}: {_sentence(error)}") from error
-
-
-def _sentence(error: ValidationError | yaml.YAMLError) -> str:
-    """All that is wrong, each with its field and value, on one line."""
-    if isinstance(error, yaml.YAMLError):
-        return " ".join(str(error).split())
-    said = {"missing": "is missing", "extra_forbidden": "is no setting of this study; look for a typo"}
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: "
-        + said.get(e["type"], f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}")
-        for e in error.errors()
-    )
-
-
-class Parameters(BaseModel):
-    """What every notebook takes.
-
-    profile: a name in `cardiac_ldm/profiles`, or the path of a YAML file. cohort_public, cohort_private: manifests in
-    `data_manifests`, or their paths. data_root_public, data_root_private: where the cohorts' files are (else the
-    environment or the manifest says). seed: of everything but the randomness that protects real patients.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    profile: str = "quick"
-    cohort_public: str = "phantom_public"
-    cohort_private: str = "phantom_private"
-    data_root_public: str = ""
-    data_root_private: str = ""
-    seed: int = 0
-
-    @classmethod
-    def start(cls, namespace: Mapping[str, object]) -> tuple[Self, "Study"]:
-        """Validate what the parameters cell, and papermill after it, put into the notebook's `globals()`.
-
-        Raises:
-            ParameterError: a name is unknown or a value is wrong; the message names it and says what is expected.
-        """
-        given = {
-            name: value
-            for name, value in namespace.items()
-            if not name.startswith("_")
-            and name not in ("In", "Out")
-            and (value is None or isinstance(value, str | int | float | list | dict))
-            and not hasattr(builtins, name)
-        }
-        if unknown := [name for name in given if name not in cls.model_fields]:
-            close = difflib.get_close_matches(unknown[0], cls.model_fields, 1)
-            hint = f"did you mean {close[0]}?" if close else ""
-            raise ParameterError(
-                f"{unknown[0]}: no such parameter{'; ' + hint if hint else ''}; "
-                f"this notebook takes {', '.join(cls.model_fields)}"
-            )
-        try:
-            parameters = cls.model_validate(given)
-        except ValidationError as error:
-            raise ParameterError(_sentence(error)) from error
-        return parameters, Study(parameters)
-
-
-class CohortParameters(Parameters):
-    """Of the notebook about cohorts. cohort_beside: a third cohort to hold beside them, which the study doesn't use."""
-
-    cohort_beside: str = ""
-    data_root_beside: str = ""
-
-
-class ModelParameters(Parameters):
-    """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy."""
-
-    epsilon: float = 10
-    lowest: ClassVar[float] = 0
-
-    @field_validator("epsilon", mode="before")
-    @classmethod
-    def _in_range(cls, value: object) -> float:
-        bound = "above 0" if cls.lowest else "at least 0 (0 is the public model alone)"
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < cls.lowest:
-            raise ValueError(f"must be a number {bound}, such as 1 or 10; inf means no privacy")
-        return float(value)
-
-
-class FinetuneParameters(ModelParameters):
-    """Of the fine-tuning notebook: epsilon is above 0."""
-
-    lowest: ClassVar[float] = float(np.nextafter(0, 1))
-
-
-class CompareParameters(Parameters):
-    """Of a notebook that compares models. epsilons: budgets, separated by commas."""
-
-    epsilons: str = "0, 1, 10, inf"
-
-    @field_validator("epsilons", mode="before")
-    @classmethod
-    def _all_in_range(cls, value: object) -> object:
-        for part in str(value).split(","):
-            try:
-                ModelParameters(epsilon=float(part))
-            except ValueError as error:
-                raise ValueError(f"{part.strip()!r} must be a number of at least 0; separate them by commas") from error
-        return str(value)
-
-    @property
-    def budgets(self) -> tuple[float, ...]:
-        """The budgets as numbers, in rising order."""
-        return tuple(sorted(float(part) for part in self.epsilons.split(",")))
-
-
-class EvaluateParameters(CompareParameters):
-    """Of the notebook that evaluates. folder: a synthetic cohort that anyone made, measured beside the models."""
-
-    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -325,7 +124,7 @@ class Study:
         store, on_demand = self.runs / "cohorts", role == "private"
         return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=on_demand)
 
-    def beside(self, parameters: "CohortParameters") -> list[Cohort]:
+    def beside(self, parameters: CohortParameters) -> list[Cohort]:
         """The cohort to hold beside the study's own; none where none is named."""
         if not parameters.cohort_beside:
             return []
@@ -395,7 +194,7 @@ class Study:
     def described(self, stage: str) -> dict[str, object]:
         """What the weights of a public stage depend on, as shipped ones say it."""
         profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
-        settings: dict[str, list[Settings | BaseModel]] = {
+        settings: dict[str, list[BaseModel]] = {
             "anatomy": [profile.anatomy],
             "autoencoder": [profile.autoencoder],
             "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],
@@ -586,7 +385,7 @@ class Study:
         return self._embedded(self.private.split("train")), self._embedded(self.private.split("validation"))
 
     def _embedded(self, patients: Patients) -> Embedded:
-        return embed_real(patients, self.load_autoencoder(), groups_of(patients))
+        return embed_real(patients, self.load_autoencoder())
 
     def _memorisation(self, cohort: SyntheticCohort, train: Embedded, held_out: Embedded) -> dict[str, Any]:
         synthetic = embed(cohort.images, cohort.owners, self.load_autoencoder())

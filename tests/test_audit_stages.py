@@ -15,13 +15,13 @@ from torch import Tensor
 from cardiac_ldm import study as module
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.memorisation import groups_of
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.audit import LotLoss, gaussian_bound, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
 from cardiac_ldm.report.figures import audit_bounds
-from cardiac_ldm.study import Parameters, Run, Study
+from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.leaks import scaled_by_lot, sensitivities
 from cardiac_ldm.training.pretrain import pretrain
 
@@ -159,15 +159,6 @@ def test_copies_of_private_patients_show_and_so_do_the_groups_that_they_are_from
     }
 
 
-def test_groups_are_sex_age_band_and_disease_and_missing_where_unknown(study: Study) -> None:
-    patients, first = study.private.split("train"), study.private.split("train").offsets[:-1]
-    groups, (sex, age) = groups_of(patients), patients.attributes[first][:, [9, 8]].T
-    assert list(groups.columns) == ["sex", "age", "disease"]
-    assert list(groups.sex == "male") == list(sex == 1)
-    assert list(groups.age == "50 to 60") == list((age >= 50) & (age < 60))
-    assert list(groups.disease) == list(patients.groups)
-
-
 def test_the_control_starts_from_the_public_model(study: Study, tmp_path: Path) -> None:
     still = study.profile.pretrain.model_copy(update={"steps": 1, "learning_rate": 1e-12})
     public, train = study.denoiser(study.pretrained), study.public.split("train")
@@ -226,8 +217,6 @@ def test_what_looks_at_private_patients_refuses_real_ones_before_anything_is_tra
         hospital.attacked(1)
     with pytest.raises(PrivacyError, match=r"hospital holds real private .* whom among private patients the synthetic"):
         hospital.memorised(1)
-    with pytest.raises(PrivacyError, match=r"hospital holds real private .* which groups private patients belong to"):
-        groups_of(hospital.private.split("train"))
 
 
 def test_what_breaks_the_bound_is_shown_on_public_patients_alone(study: Study) -> None:

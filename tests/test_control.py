@@ -31,8 +31,9 @@ from cardiac_ldm.evaluation.control import (
     read_anatomy,
     response,
 )
+from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import public_ledger
-from cardiac_ldm.study import Parameters, Run, Study
+from cardiac_ldm.study import Run, Study
 
 VOXEL_ML = np.prod(GRID.spacing_mm) / 1000
 GREY = np.array([0.0, 0.25, 0.5, 1.0], np.float32)

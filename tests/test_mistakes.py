@@ -28,10 +28,12 @@ from cardiac_ldm.evaluation.metrics import measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.perception import Critic
+from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
+from cardiac_ldm.profile import PROFILES, Profile
 from cardiac_ldm.report.card import privacy_statement, write_release
-from cardiac_ldm.study import PROFILES, Parameters, Profile, Run, Study
+from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import VQRegularisation, train_autoencoder
 from cardiac_ldm.training.finetune import DecoderSettings, finetune_decoder

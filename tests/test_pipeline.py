@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from cardiac_ldm.evaluation.metrics import Metrics
+from cardiac_ldm.parameters import FinetuneParameters
 from cardiac_ldm.privacy import Ledger, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
-from cardiac_ldm.study import ROOT, FinetuneParameters, Study
+from cardiac_ldm.study import ROOT, Study
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TINY = ROOT / "tests" / "tiny.yaml"

@@ -31,8 +31,8 @@ from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsi
 from cardiac_ldm.privacy.accounting import Terms, affordable_steps, calibrate, epsilon_of_group, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
+from cardiac_ldm.profile import Profile
 from cardiac_ldm.report.card import write_release
-from cardiac_ldm.study import Profile
 from cardiac_ldm.training.pretrain import random_loss
 
 SEEDED = Randomness(0, simulated=True)

@@ -20,18 +20,12 @@ from cardiac_ldm.cohort import Manifest, Patient
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.parameters import CompareParameters, FinetuneParameters, ModelParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
+from cardiac_ldm.profile import PROFILES, Profile
 from cardiac_ldm.report.tables import utility_rows
-from cardiac_ldm.study import (
-    PROFILES,
-    CompareParameters,
-    FinetuneParameters,
-    ModelParameters,
-    Parameters,
-    Profile,
-    Study,
-)
+from cardiac_ldm.study import Study
 from cardiac_ldm.training.private import PrivateSettings
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -40,33 +34,33 @@ TINY = Path(__file__).parent / "tiny.yaml"
 @pytest.mark.parametrize("epsilon", [0, -2, math.nan, "ten", None, True])
 def test_finetuning_refuses_a_budget_that_is_none(epsilon: object) -> None:
     with pytest.raises(ParameterError, match=r"epsilon: .*must be a number above 0"):
-        FinetuneParameters.start({"epsilon": epsilon})
+        FinetuneParameters.read({"epsilon": epsilon})
 
 
 def test_other_notebooks_take_zero_for_the_public_model() -> None:
-    parameters, _ = ModelParameters.start({"epsilon": 0})
+    parameters = ModelParameters.read({"epsilon": 0})
     assert parameters.epsilon == 0
     with pytest.raises(ParameterError, match="at least 0"):
-        ModelParameters.start({"epsilon": -0.1})
+        ModelParameters.read({"epsilon": -0.1})
 
 
 def test_budgets_are_read_in_rising_order() -> None:
-    parameters, _ = CompareParameters.start({"epsilons": "10, inf,0, 1"})
+    parameters = CompareParameters.read({"epsilons": "10, inf,0, 1"})
     assert parameters.budgets == (0, 1, 10, math.inf)
     with pytest.raises(ParameterError, match="'one' must be a number"):
-        CompareParameters.start({"epsilons": "0, one"})
+        CompareParameters.read({"epsilons": "0, one"})
 
 
 def test_a_mistyped_parameter_is_named_and_corrected() -> None:
     with pytest.raises(ParameterError, match=r"epsilom: no such parameter; did you mean epsilon\?"):
-        FinetuneParameters.start({"epsilon": 1, "epsilom": 2})
+        FinetuneParameters.read({"epsilon": 1, "epsilom": 2})
     with pytest.raises(ParameterError, match=r"seed: 1\.5"):
-        Parameters.start({"seed": 1.5})
+        Parameters.read({"seed": 1.5})
 
 
 def test_what_a_notebook_holds_besides_parameters_is_ignored() -> None:
     namespace = {"In": [""], "Out": {}, "_i1": "", "exit": print, "Parameters": Parameters, "seed": 3, "json": json}
-    assert Parameters.start(namespace)[0].seed == 3
+    assert Parameters.read(namespace).seed == 3
 
 
 def test_errors_show_as_one_sentence_in_a_notebook() -> None:

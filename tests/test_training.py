@@ -13,7 +13,7 @@ from torch import nn
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
-from cardiac_ldm.study import Profile
+from cardiac_ldm.profile import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import (
     AutoencoderSettings,

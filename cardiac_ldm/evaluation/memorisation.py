@@ -15,10 +15,11 @@ import torch
 from einops import rearrange, reduce
 from tqdm import tqdm
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_releasable
+from cardiac_ldm.cohort import Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
+from cardiac_ldm.evaluation.metrics import groups_of
 from cardiac_ldm.models.autoencoder import Autoencoder
 
 _POOLING = 4
@@ -59,10 +60,8 @@ class Memorisation:
     pairs: pd.DataFrame
 
 
-def embed_real(
-    patients: Patients, autoencoder: Autoencoder, groups: pd.DataFrame | None = None, *, progress: bool = True
-) -> Embedded:
-    """Embed real patients as `embed` does, some at a time.
+def embed_real(patients: Patients, autoencoder: Autoencoder, *, progress: bool = True) -> Embedded:
+    """Embed real patients as `embed` does, some at a time, and tell the groups they belong to.
 
     Raises:
         PrivacyError: they are private and not simulated.
@@ -71,21 +70,8 @@ def embed_real(
     volumes = np.arange(len(patients.owners))
     bar = tqdm(range(0, len(volumes), _BATCH), desc="embed", unit="batch", disable=not progress, leave=False)
     parts = [_vectors(patients.images(volumes[start : start + _BATCH]), autoencoder) for start in bar]
+    groups = groups_of(patients.attributes, patients.owners, patients.groups)
     return Embedded(_joined(parts), patients.owners, groups)
-
-
-def groups_of(patients: Patients) -> pd.DataFrame:
-    """Sex, age band and disease of every patient, for `embed_real`; missing where unknown.
-
-    Raises:
-        PrivacyError: they are private and not simulated.
-    """
-    require_releasable(patients, "which groups private patients belong to")
-    first = patients.attributes[patients.offsets[:-1]]
-    sex, age = (pd.Series(first[:, ATTRIBUTE_NAMES.index(name)]) for name in ("SEX", "AGE"))
-    bands = pd.cut(age, [0, 50, 60, 70, math.inf], right=False, labels=["below 50", "50 to 60", "60 to 70", "from 70"])
-    groups = {"sex": sex.map({0.0: "female", 1.0: "male"}), "age": bands.astype(object), "disease": patients.groups}
-    return pd.DataFrame(groups, dtype=object)
 
 
 def embed(images: np.ndarray, owners: np.ndarray, autoencoder: Autoencoder, *, progress: bool = True) -> Embedded:

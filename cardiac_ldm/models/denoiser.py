@@ -200,7 +200,9 @@ class Denoiser(nn.Module):
         tuned: "all"; "attributes", the path from the attributes to the features they steer: their encoder, its
         projection, and cross-attention; "attention", all attention and the attributes' encoder (as DP-LDM, Lyu et al.,
         arXiv 2305.15759); "edges", the first and the last convolution, every bias and every norm's scale (with privacy:
-        Bu et al., arXiv 2210.00036); "lora-r", rank-r additions to convolutions and attention, merged by `merge_lora`.
+        Bu et al., arXiv 2210.00036); "head", the last convolution and its norm, whose gradients need no backward pass
+        through the rest (with privacy: Mehta et al., arXiv 2205.02973); "lora-r", rank-r additions to convolutions and
+        attention, merged by `merge_lora`.
         """
         self.requires_grad_(False)
         if tuned.startswith("lora-"):
@@ -217,6 +219,7 @@ class Denoiser(nn.Module):
                 "attention": ("attributes.", "condition.", ".attention."),
                 "attributes": ("attributes.", "condition.", ".attn2."),
                 "edges": ("stem.", "head."),
+                "head": ("head.",),
             }[tuned]
         found = {
             name: p

@@ -53,7 +53,7 @@ class FinetuneSettings(PrivateSettings):
     delta: float
     attribute_dropout: float = Field(ge=0, le=1)
     timesteps: tuple[Band, ...]
-    tuned: str = Field(pattern=r"^(all|attention|attributes|edges|lora-[1-9]\d*)$")
+    tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*)$")
 
     @field_validator("timesteps")
     @classmethod
@@ -121,7 +121,6 @@ def finetune(
                 repeat(given, "v n -> (v k) n", k=rows).to(device),
                 generator,
                 settings.timesteps,
-                antithetic=True,
             ).mean()
 
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)

@@ -1,6 +1,5 @@
 """Pre-train the latent diffusion model on public patients, whose latents are encoded once and cached."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,22 +189,16 @@ def random_loss(
     generator: torch.Generator,
     bands: Sequence[tuple[int, int, float]] = ((0, TIMESTEPS, 1.0),),
     min_snr: float | None = None,
-    antithetic: bool = False,
 ) -> Tensor:
     """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row, weighed if `min_snr`.
 
-    Timesteps are uniform in [low, high) of a band (low, high, weight), chosen by weight. Where they are `antithetic`,
-    the second half of the rows has the timesteps of the first and its noise with the other sign: every row's loss is
-    distributed as before, and what their mean owes to the noise alone partly cancels.
+    Timesteps are uniform in [low, high) of a band (low, high, weight), chosen by weight.
     """
     lows, highs, weights = torch.tensor(bands).T
-    n = math.ceil(len(latents) / 2) if antithetic else len(latents)
-    chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
-    within = torch.rand(n, generator=generator) * (highs - lows)[chosen]
+    chosen = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
+    within = torch.rand(len(latents), generator=generator) * (highs - lows)[chosen]
     timesteps = (lows[chosen].long() + within.long()).to(latents.device)
-    noise = torch.randn((n, *latents.shape[1:]), generator=generator).to(latents.device)
-    if antithetic:
-        timesteps, noise = timesteps.repeat(2)[: len(latents)], torch.cat([noise, -noise])[: len(latents)]
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     loss = diffusion_loss(model, noising, latents, attributes, timesteps, noise)
     return loss if min_snr is None else loss * min_snr_weight(noising, timesteps, min_snr)
 
