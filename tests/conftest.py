@@ -2,17 +2,23 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
-from cardiac_ldm.cohort import PatientRecord
+from cardiac_ldm.cohort import Cohort, PatientRecord, load_manifest
 from cardiac_ldm.cohort.patients import open_split, write_patient
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.study import Study
 
 ACDC_VARIABLE = "CARDIAC_LDM_ROOT_ACDC"
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]) -> None:
@@ -59,3 +65,29 @@ def make_acdc_patient(tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of simulated patients whose public stages are done."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CARDIAC_LDM_RUNS", str(tmp_path_factory.mktemp("runs")))
+        # threads will do: processes would take longer to start than to simulate a few patients
+        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
+        environment.setattr(sys.modules["cardiac_ldm.cohort.prepare"], "ProcessPoolExecutor", threads)
+        study = Study(Parameters(profile=str(TINY)))
+        _ = study.pretrained, study.private
+    return study
+
+
+@pytest.fixture(scope="module")
+def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The same study of real private patients, as far as the library can tell: their files are the simulated ones."""
+    manifest = tmp_path_factory.mktemp("hospital") / "hospital.yaml"
+    splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
+    terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
+    real = Study(Parameters(profile=str(TINY), cohort_private=str(manifest)))
+    real.runs, real.public = study.runs, study.public
+    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
+    return real

@@ -1,22 +1,18 @@
 """The privacy evidence of a study: audits, attacks, what breaks the bound; what they show, and whom they may touch."""
 
 import math
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from cardiac_ldm import study as module
-from cardiac_ldm.cohort import Cohort, Patients, load_manifest
+from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
-from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.audit import LotLoss, gaussian_bound, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
@@ -25,34 +21,7 @@ from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.leaks import scaled_by_lot, sensitivities
 from cardiac_ldm.training.pretrain import pretrain
 
-TINY = str(Path(__file__).parent / "tiny.yaml")
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "nobody", "public_data": "phantom_public"}
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study of simulated patients whose public stages are done."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CARDIAC_LDM_RUNS", str(tmp_path_factory.mktemp("runs")))
-        # threads will do: processes would take longer to start than to simulate a few patients
-        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
-        environment.setattr(sys.modules["cardiac_ldm.cohort.prepare"], "ProcessPoolExecutor", threads)
-        study = Study(Parameters(profile=TINY))
-        _ = study.pretrained, study.private
-    return study
-
-
-@pytest.fixture
-def hospital(study: Study, tmp_path: Path) -> Study:
-    """The same study of real private patients, as far as the library can tell: their files are the simulated ones."""
-    manifest = tmp_path / "hospital.yaml"
-    splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
-    terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
-    manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
-    real = Study(Parameters(profile=TINY, cohort_private=str(manifest)))
-    real.runs, real.public = study.runs, study.public
-    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
-    return real
 
 
 # --- The audit -------------------------------------------------------------------------------------------------------

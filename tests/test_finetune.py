@@ -31,9 +31,8 @@ from cardiac_ldm.training import pretrain, private
 from cardiac_ldm.training.autoencoder import VQRegularisation
 from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state
 from cardiac_ldm.training.finetune import DecoderSettings, FinetuneSettings, finetune, finetune_decoder
-from tests.conftest import store_patients
+from tests.conftest import TINY, store_patients
 
-TINY = Path(__file__).parent / "tiny.yaml"
 PROFILE = Profile.load(str(TINY))
 SEEDED, ENTROPY = Randomness(5, simulated=True), Randomness(None, simulated=True)
 BROAD = PROFILE.denoiser

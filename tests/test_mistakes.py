@@ -7,28 +7,24 @@ NIST SP 800-226; Chua et al., arXiv 2411.04205). Every test goes through the cod
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cardiac_ldm.cohort import ATTRIBUTES, GRID, Cohort, Patients, load_manifest
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.metrics import measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.perception import Critic
-from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.profile import PROFILES, Profile
@@ -39,36 +35,10 @@ from cardiac_ldm.training.autoencoder import VQRegularisation, train_autoencoder
 from cardiac_ldm.training.finetune import DecoderSettings, finetune_decoder
 from cardiac_ldm.training.pretrain import held_out_loss, pretrain
 from cardiac_ldm.training.private import PrivateSettings, train_privately
+from tests.conftest import TINY
 
-TINY = str(Path(__file__).parent / "tiny.yaml")
-ALL_PROFILES = [*sorted(path.stem for path in PROFILES.glob("*.yaml")), TINY]
+ALL_PROFILES = [*sorted(path.stem for path in PROFILES.glob("*.yaml")), str(TINY)]
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "hospital (train)", "public_data": "phantom_public"}
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study of simulated patients whose public stages are done."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CARDIAC_LDM_RUNS", str(tmp_path_factory.mktemp("runs")))
-        # threads will do: processes would take longer to start than to simulate a few patients
-        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
-        environment.setattr(sys.modules["cardiac_ldm.cohort.prepare"], "ProcessPoolExecutor", threads)
-        study = Study(Parameters(profile=TINY))
-        _ = study.pretrained
-    return study
-
-
-@pytest.fixture(scope="module")
-def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The same study of real private patients, as far as the library can tell: their files are the simulated ones."""
-    manifest = tmp_path_factory.mktemp("hospital") / "hospital.yaml"
-    splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
-    terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
-    manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
-    real = Study(Parameters(profile=TINY, cohort_private=str(manifest)))
-    real.runs, real.public = study.runs, study.public
-    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
-    return real
 
 
 def finetuned_afresh(study: Study) -> Run:

@@ -16,9 +16,9 @@ from cardiac_ldm.parameters import FinetuneParameters
 from cardiac_ldm.privacy import Ledger, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.study import ROOT, Study
+from tests.conftest import TINY
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TINY = ROOT / "tests" / "tiny.yaml"
 
 
 def papermill(notebook: str, *arguments: str, runs: Path, profile: str = str(TINY)) -> subprocess.CompletedProcess[str]:

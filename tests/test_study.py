@@ -27,8 +27,7 @@ from cardiac_ldm.profile import PROFILES, Profile
 from cardiac_ldm.report.tables import utility_rows
 from cardiac_ldm.study import Study
 from cardiac_ldm.training.private import PrivateSettings
-
-TINY = Path(__file__).parent / "tiny.yaml"
+from tests.conftest import TINY
 
 
 @pytest.mark.parametrize("epsilon", [0, -2, math.nan, "ten", None, True])
