@@ -65,7 +65,7 @@ class Case:
         ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
         attention = (False, *[True] * (len(self.channels) - 1))
         sizes = (1, 2, 32, 0) if quick else (2, 4, 16, 0)
-        return Denoiser(self.latent[0], self.channels, attention, *sizes, GRID.n_slices, ranges)
+        return Denoiser(self.latent[0], 1, self.channels, attention, *sizes, GRID.n_slices, ranges)
 
 
 QUICK, PAPER = ((16, 32), (4, 12)), ((32, 64, 96), (1, 24))

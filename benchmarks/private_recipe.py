@@ -3,8 +3,8 @@
 rehearsal: a second PUBLIC phantom population of 4,000 patients (`phantom_rehearsal`) plays the private one, so that
 nothing is chosen on private patients, simulated or not. Every recipe starts from the `laptop` profile's public model
 (the one that is shipped, where it is); what it is worth is the change of the denoising loss on held-out rehearsal
-patients, patient by patient, with the same timesteps and noise. A rehearsal draws lots of a twelfth of the recipe's
-size with a twelfth of its noise: what privacy adds to the mean gradient is the same, what sampling adds is more, and
+patients, patient by patient, with the same timesteps and noise. A rehearsal draws lots of a sixth of the recipe's
+size with a sixth of its noise: what privacy adds to the mean gradient is the same, what sampling adds is more, and
 nothing is claimed for it. First, how much of a mean gradient each part of the network holds, and how much noise it
 would get (half an hour or more; resumable).
 
@@ -38,7 +38,7 @@ from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import held_out_loss, random_loss
 
 N_VALIDATION = 100
-SHARE = 12
+SHARE = 6
 """A rehearsal draws this part of a recipe's lots, with this part of its noise."""
 N_GRADIENTS = 192
 """Patients from whom the mean gradient is estimated."""

@@ -32,7 +32,7 @@ RANGE = torch.stack([torch.zeros(14), torch.full((14,), 10.0)])
 
 def small_denoiser(depth: int = 13) -> Denoiser:
     torch.manual_seed(0)
-    model = Denoiser(2, (8, 16), (False, True), 1, 2, 16, 2, depth, RANGE)
+    model = Denoiser(2, 1, (8, 16), (False, True), 1, 2, 16, 2, depth, RANGE)
     for parameter in model.parameters():  # what starts at zero would hide the paths behind it
         nn.init.normal_(parameter, std=0.1)
     return model
@@ -41,9 +41,24 @@ def small_denoiser(depth: int = 13) -> Denoiser:
 @pytest.mark.parametrize("depth", [1, 12, 13])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8, 16)])
 def test_the_denoiser_keeps_the_shape_at_any_depth(depth: int, channels: tuple[int, ...]) -> None:
-    model = Denoiser(2, channels, (False,) + (True,) * (len(channels) - 1), 2, 2, 16, 2, depth, RANGE)
+    model = Denoiser(2, 1, channels, (False,) + (True,) * (len(channels) - 1), 2, 2, 16, 2, depth, RANGE)
     x = torch.randn(2, 2, depth, 12, 12)
     assert model(x, torch.tensor([0, 149]), torch.rand(2, 14)).shape == x.shape
+
+
+def test_patches_of_a_latent_are_channels_of_a_smaller_one() -> None:
+    torch.manual_seed(0)
+    sizes = ((8, 16), (False, True), 1, 2, 16, 2, 3, RANGE)
+    whole, patched = Denoiser(8, 1, *sizes), Denoiser(2, 2, *sizes)
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    patched.load_state_dict(whole.state_dict())
+    x, given = torch.randn(2, 2, 3, 8, 8), (torch.tensor([0, 149]), torch.rand(2, 14))
+    small = torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=2).flatten(1, 2)
+    expected = torch.empty_like(x)
+    for number, drawn in enumerate(whole(small, *given).unflatten(1, (2, 4)).unbind(2)):
+        expected[..., number // 2 :: 2, number % 2 :: 2] = drawn
+    torch.testing.assert_close(patched(x, *given), expected)
 
 
 def test_the_denoiser_sees_across_depth_and_within_the_slice() -> None:

@@ -115,6 +115,8 @@ class Denoiser(nn.Module):
 
     Args:
         latent_channels: channels of the latent.
+        patch: the in-plane side of a patch of the latent whose numbers become channels (as in Peebles and Xie, arXiv
+            2212.09748); 1 for none.
         channels: width at each level; every level after the first halves the plane, never the depth.
         attention: whether each level has attention.
         residual_blocks: residual blocks a level on the way down (one more on the way up).
@@ -128,6 +130,7 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         latent_channels: int,
+        patch: int,
         channels: tuple[int, ...],
         attention: tuple[bool, ...],
         residual_blocks: int,
@@ -138,12 +141,12 @@ class Denoiser(nn.Module):
         attribute_range: Tensor,
     ) -> None:
         super().__init__()
-        self.width = channels[0]
+        self.width, self.patch = channels[0], patch
         embedding = 4 * channels[0]
         self.attributes = AttributeEncoder(attribute_range[0], attribute_range[1], context, frequencies)
         self.time = nn.Sequential(nn.Linear(channels[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.condition = nn.Linear(attribute_range.shape[1] * context, embedding)
-        self.stem = nn.Conv3d(latent_channels, channels[0], 3, padding=1)
+        self.stem = nn.Conv3d(latent_channels * patch**2, channels[0], 3, padding=1)
 
         def stage(channels_in: int, level: int, attended: bool = True) -> Stage:
             wanted = attended and attention[level]
@@ -171,14 +174,15 @@ class Denoiser(nn.Module):
                 self.grow.append(nn.Conv3d(current, channels[level - 1], (1, 3, 3), padding=(0, 1, 1)))
                 current = channels[level - 1]
         self.head = nn.Sequential(
-            nn.GroupNorm(8, current), nn.SiLU(), zeroed(nn.Conv3d(current, latent_channels, 3, padding=1))
+            nn.GroupNorm(8, current), nn.SiLU(), zeroed(nn.Conv3d(current, latent_channels * patch**2, 3, padding=1))
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, attributes: Tensor) -> Tensor:
         """Prediction (b, c, d, h, w) for noisy latents of that shape, timesteps (b,) and attributes (b, n)."""
         tokens = self.attributes(attributes)
         embedding = self.time(get_timestep_embedding(timesteps, self.width)) + self.condition(tokens.flatten(1))
-        x = self.stem(latents)
+        p = self.patch
+        x = self.stem(rearrange(latents, "b c d (h p) (w q) -> b (c p q) d h w", p=p, q=p))
         skips = [x]
         for number, block in enumerate(self.down, start=1):
             x = block(x, embedding, tokens)
@@ -192,7 +196,7 @@ class Denoiser(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
             if number % (self.blocks + 1) == 0 and skips:
                 x = self.grow[number // (self.blocks + 1) - 1](interpolate(x, size=skips[-1].shape[2:]))
-        return self.head(x)
+        return rearrange(self.head(x), "b (c p q) d h w -> b c d (h p) (w q)", p=p, q=p)
 
     def tunable(self, tuned: str) -> dict[str, nn.Parameter]:
         """Freeze all but what fine-tuning may move, and return that by name.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import zarr
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ class DenoiserSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schedule: ScheduleName
+    patch: int = Field(ge=1)
     channels: tuple[int, ...]
     attention: tuple[bool, ...]
     residual_blocks: int
@@ -48,6 +49,7 @@ class DenoiserSettings(BaseModel):
         ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
         return Denoiser(
             latent_channels,
+            self.patch,
             self.channels,
             self.attention,
             self.residual_blocks,
