@@ -6,6 +6,11 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
+def titled(benchmark: str, profile: str) -> str:
+    """The name under which a benchmark of a profile keeps its results: its own for `laptop`."""
+    return benchmark if profile == "laptop" else f"{benchmark}_{Path(profile).stem}"
+
+
 def keep(benchmark: str, **measured: object) -> None:
     """Write results/<benchmark>.json and print it on one line."""
     result = {"benchmark": benchmark, **measured}

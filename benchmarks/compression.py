@@ -1,4 +1,4 @@
-"""What an autoencoder loses: `python -m benchmarks.compression [--data DIR] [chosen] [ACDC] [VARIANT ...]` (hours).
+"""What an autoencoder loses: `python -m benchmarks.compression [--data DIR] [--profile P] [PART ...]` (hours).
 
 Variants of an autoencoder, all trained for 250 steps and 200 of texture, are judged on public validation patients; so
 nothing is chosen on a test split. The `laptop` profile's own (`chosen`; the one that is shipped, where it is) is judged
@@ -21,7 +21,7 @@ import torch
 from monai.metrics import PSNRMetric
 from monai.metrics.regression import compute_ms_ssim
 
-from benchmarks import RESULTS, keep
+from benchmarks import RESULTS, keep, titled
 from benchmarks.acdc import RUNS, parser
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patients, load_manifest, measure_attributes, prepare
 from cardiac_ldm.evaluation.control import volume_dice
@@ -38,10 +38,11 @@ from cardiac_ldm.training.checkpoint import load_weights, save_weights
 READ = ("LVEDV", "LVESV", "RVEDV", "RVESV", "MYOEDTHICK", "MYOESTHICK")
 SHORT: dict[str, Any] = {"steps": 250, "heart": None}
 EIGHT = SHORT | {"latent_channels": 4, "channels": [64, 96], "residual_blocks": 1}
-"""What was the profile's before the paper's latent proved better."""
+"""The profile's, short."""
+FOUR = SHORT | {"latent_channels": 1, "channels": [64], "residual_blocks": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "8x with 4 channels": EIGHT,
-    "4x with 1 channel, as in the paper": SHORT | {"channels": [64]},
+    "4x with 1 channel, as in the paper": FOUR,
     "the heart weighs more in L1": EIGHT | {"heart": {"emphasis": 4.0, "labels": 0.0, "guide": 0.0, "guide_steps": 0}},
     "VQ, 1,024 codes": EIGHT | {"regularisation": {"kind": "vq", "codes": 1024, "weight": 0.25}},
     "KL weight / 100": EIGHT | {"regularisation": {"kind": "kl", "weight": 1e-5}},
@@ -170,17 +171,19 @@ def main() -> None:
     """Train what has not been trained, judge, keep one row a variant and one for the profile's on each cohort."""
     arguments = parser(__doc__)
     arguments.add_argument("parts", nargs="*", choices=["chosen", "ACDC", *VARIANTS, []], help="all unless told")
+    arguments.add_argument("--profile", default="laptop", help="a profile's name or file")
     given = arguments.parse_args()
     parts = given.parts or ["chosen", "ACDC", *VARIANTS]
-    study, path = Study(Parameters(profile="laptop")), RESULTS / "compression.json"
+    study, title = Study(Parameters(profile=given.profile)), titled("compression", given.profile)
+    path = RESULTS / f"{title}.json"
     known = json.loads(path.read_text()) if path.exists() else {}  # what isn't asked for stays
     known.pop("benchmark", None)
     if "chosen" in parts:
         known |= judge_chosen(study, given.data)
-        keep("compression", **known)
+        keep(title, **known)
     if "ACDC" in parts and given.data:
         known["chosen"] = [*known["chosen"][:3], judge_on_acdc(study, given.data)]
-        keep("compression", **known)
+        keep(title, **known)
     rows = {row["variant"]: row for row in known.get("rows", [])}
     for variant in [name for name in VARIANTS if name in parts]:
         model = trained(varied(study.profile.autoencoder, VARIANTS[variant]), study.public.split("train"))
@@ -188,7 +191,7 @@ def main() -> None:
         about = {"variant": variant, "latent": f"{model.latent_channels} x {GRID.n_slices} x {side} x {side}"}
         rows[variant] = about | judge(model, study.public.split("validation"), study.instruments[0])
         print(rows[variant], flush=True)
-        keep("compression", **known | {"rows": [rows[name] for name in VARIANTS if name in rows]})
+        keep(title, **known | {"rows": [rows[name] for name in VARIANTS if name in rows]})
 
 
 if __name__ == "__main__":

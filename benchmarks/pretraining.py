@@ -1,4 +1,4 @@
-"""What the public model draws for held-out public patients: `python -m benchmarks.pretraining [chosen] [NAME ...]`.
+"""What the public model draws for held-out patients: `python -m benchmarks.pretraining [--profile P] [PART ...]`.
 
 Asks the `laptop` profile's public model (the one that is shipped, where it is) for both volumes of 150 patients of the
 public test split. Its distance from them stands beside that of their own reconstructions, which no model of these
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import RESULTS, keep
+from benchmarks import RESULTS, keep, titled
 from benchmarks.acdc import RUNS
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.evaluation.metrics import Metrics, compare, estimate, measure, measure_real
@@ -135,29 +135,32 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     parts = ["chosen", *SAMPLERS, *VARIANTS]
     arguments.add_argument("parts", nargs="*", choices=[*parts, []], help="all unless told")
-    given = arguments.parse_args().parts or parts
-    study, path = Study(Parameters(profile="laptop")), RESULTS / "pretraining.json"
+    arguments.add_argument("--profile", default="laptop", help="a profile's name or file")
+    given = arguments.parse_args()
+    asked = given.parts or parts
+    study, title = Study(Parameters(profile=given.profile)), titled("pretraining", given.profile)
+    path = RESULTS / f"{title}.json"
     known = json.loads(path.read_text()) if path.exists() else {}  # what isn't asked for stays
     known.pop("benchmark", None)
-    if "chosen" in given:
+    if "chosen" in asked:
         known |= judge_chosen(study)
-        keep("pretraining", **known)
+        keep(title, **known)
     validation = study.public.split("validation")
     known["validation_patients"] = len(validation)
     samplers = {row["sampler"]: row for row in known.get("samplers", [])}
-    for name in tqdm([name for name in SAMPLERS if name in given], desc="samplers"):
+    for name in tqdm([name for name in SAMPLERS if name in asked], desc="samplers"):
         model, schedule = study.denoiser(study.pretrained), study.profile.denoiser.schedule
         samplers[name] = {"sampler": name, **shown(judge(study, model, schedule, validation, **SAMPLERS[name]))}
         known["samplers"] = [samplers[name] for name in SAMPLERS if name in samplers]
-        keep("pretraining", **known)
+        keep(title, **known)
     variants = {row["variant"]: row for row in known.get("variants", [])}
-    for name in tqdm([name for name in VARIANTS if name in given], desc="variants"):
+    for name in tqdm([name for name in VARIANTS if name in asked], desc="variants"):
         profile = varied(name, study.profile)
         other = trained(study, profile, study.public.split("train"))
         about = {"variant": name, "parameters": sum(p.numel() for p in other.parameters())}
         variants[name] = about | shown(judge(study, other, profile.denoiser.schedule, validation))
         known["variants"] = [variants[name] for name in VARIANTS if name in variants]
-        keep("pretraining", **known)
+        keep(title, **known)
 
 
 if __name__ == "__main__":
