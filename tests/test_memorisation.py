@@ -59,8 +59,11 @@ def test_spaces_are_what_they_say(monkeypatch):
     images = RNG(0).random((4, 13, 96, 96), np.float32)
     owners = np.array([0, 0, 1, 1])
     embedded = embed(images, owners, HALVES, progress=False)
-    patients: Any = SimpleNamespace(secret=False, owners=owners, images=lambda volumes: images[volumes])
+    stored = {"owners": owners, "attributes": np.ones((4, 14)), "groups": ["HCM", None]}
+    patients: Any = SimpleNamespace(secret=False, images=lambda volumes: images[volumes], **stored)
     again = embed_real(patients, HALVES, progress=False)
+    assert again.groups is not None
+    assert again.groups.to_dict("list") == {"sex": ["male"] * 2, "age": ["under 50"] * 2, "disease": ["HCM", None]}
     for space, vectors in embedded.vectors.items():
         np.testing.assert_allclose(vectors, again.vectors[space], atol=1e-6)
     np.testing.assert_array_equal(embedded.vectors["latent"], images[:, :, ::2, ::2].reshape(4, -1) - 0.5)
