@@ -63,7 +63,10 @@ class Results(SphinxDirective):
         rows = [[cell.format(**row) for cell in cells] for row in (found if isinstance(found, list) else [found])]
         table = [titles, ["---"] * len(titles), *rows]
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
-        return self.parse_text_to_nodes(f"{text}\n\n<small>Made by `python -m benchmarks.{name}`.</small>")
+        command, _, profile = name.rpartition("_")
+        settings = RESULTS.parent / f"{profile}.yaml"
+        command = f"{command} --profile benchmarks/{settings.name}" if settings.exists() else name
+        return self.parse_text_to_nodes(f"{text}\n\n<small>Made by `python -m benchmarks.{command}`.</small>")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
