@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no texture stage, critic of pixels": EIGHT | {"texture": None, "adversarial": 0.02},
     "texture without a critic": EIGHT | {"texture": {"adversarial": 0.0}},
 }
-"""All but the second differ from the first in one thing."""
+"""All but the second are the first with what their names say."""
 BANDS = {"coarse": (0.0, 1 / 8), "middle": (1 / 8, 1 / 4), "fine": (1 / 4, 1 / 2)}
 """Cycles per voxel, between which the power of reconstructions is held against that of originals."""
 
