@@ -138,7 +138,12 @@ def page(browser: Browser) -> Iterator[Page]:
             route.abort()
 
     page.route("**/*", answer)
-    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+
+    def failed(request):
+        if request.failure != "net::ERR_ABORTED":  # that one was still under way when its page was left
+            complaints.append(f"failed: {request.url}: {request.failure}")
+
+    page.on("requestfailed", failed)
     page.on("response", lambda r: complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
