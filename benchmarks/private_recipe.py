@@ -8,10 +8,10 @@ size with a sixth of its noise: what privacy adds to the mean gradient is the sa
 nothing is claimed for it. First, how much of a mean gradient each part of the network holds, and how much noise it
 would get (half an hour or more; resumable).
 
-private: the profile's recipe, frozen, runs once on the simulated private cohort at every budget. Beside it stand all
-weights tuned with no noise, and all weights trained from scratch at epsilon 10. On test patients: the Frechet distance,
-and the part of the way from the public model to the one that was tuned with no noise (epsilon inf, the same recipe)
-that each model has gone (an hour or two; resumable).
+private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand half the
+lots at epsilon 1, all weights trained from scratch at epsilon 10, and all weights tuned with no noise. On test
+patients: the Frechet distance, and the part of the way from the public model to the one that was tuned with no noise
+(epsilon inf, the same recipe) that each model has gone (an hour or two; resumable).
 """
 
 import argparse
@@ -164,12 +164,15 @@ def rehearse() -> dict[str, object]:
 
 def run_private() -> dict[str, object]:
     """Tune and evaluate what has not been; one row a model."""
-    study, whole, scratch = (Study(Parameters(profile="laptop")) for _ in range(3))
+    study, whole, scratch, halved = (Study(Parameters(profile="laptop")) for _ in range(4))
+    half = {"expected_batch": study.profile.finetune.expected_batch // 2}
+    halved.profile = study.profile.model_copy(update={"finetune": study.profile.finetune.model_copy(update=half)})
     everything = study.profile.finetune.model_copy(update=ALL)
     untrained = study.profile.pretrain.model_copy(update={"steps": 0})
     whole.profile = study.profile.model_copy(update={"finetune": everything})
     scratch.profile = whole.profile.model_copy(update={"pretrain": untrained})
-    models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (scratch, 10.0), (whole, math.inf)]
+    models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (halved, 1.0), (scratch, 10.0)]
+    models += [(whole, math.inf)]
     test, name = study.private.split("test"), study.profile.denoiser.schedule
     latents = study.latents(test, study.private)
     about: dict[str, Any] = {"n_patients": len(test), "patients": len(study.private.split("train"))}
@@ -183,6 +186,7 @@ def run_private() -> dict[str, object]:
             "epsilon": str(epsilon),
             "start": "from scratch" if owner is scratch else "pre-trained",
             "tuned": "nothing" if epsilon == 0 else owner.profile.finetune.tuned,
+            "expected_batch": owner.profile.finetune.expected_batch if epsilon else "",
             "run": run.folder.name,
             "loss": float(losses[-1].mean()),
             **_distance(owner.evaluated(epsilon)),
