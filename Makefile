@@ -28,6 +28,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python3 is %s; the study needs 3.11 or newer' % sys.version.split()[0])"
 	python3 -m venv .venv
 	$(INSTALL) ".[book]"
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; what is for another Python doesn't compile
 	touch $@
 
 .venv/installed-dev: .venv/installed
