@@ -1,5 +1,5 @@
 # Needs python3 (3.11 or newer) and make; everything else is installed into .venv. Variables: PROFILE, EPSILONS, CORES.
-PROFILE ?= quick
+PROFILE ?= demo
 EPSILONS ?= 1,10
 CORES ?= $(shell python3 -c "import os; print(os.cpu_count())")
 BIN := .venv/bin

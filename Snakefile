@@ -1,7 +1,7 @@
 # The study as a workflow: every chapter is a notebook, run by papermill into book/executed/, then the book is built.
-# snakemake --cores 2 --config profile=quick epsilons=1,10
+# snakemake --cores 2 --config profile=demo epsilons=1,10
 
-PROFILE = config.get("profile", "quick")
+PROFILE = config.get("profile", "demo")
 PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"]
 BUDGETS = ["0", *PRIVATE]
 COHORTS = {name: config[name] for name in ("cohort_public", "cohort_private") if name in config}

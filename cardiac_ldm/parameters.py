@@ -22,7 +22,7 @@ class Parameters(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    profile: str = "quick"
+    profile: str = "demo"
     cohort_public: str = "phantom_public"
     cohort_private: str = "phantom_private"
     data_root_public: str = ""

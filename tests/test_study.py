@@ -67,7 +67,7 @@ def test_errors_show_as_one_sentence_in_a_notebook() -> None:
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
-    with pytest.raises(ParameterError, match=r"profile: there is no .quik.; choose .*quick"):
+    with pytest.raises(ParameterError, match=r"profile: there is no .quik.; choose .*demo"):
         Profile.load("quik")
 
 
