@@ -121,8 +121,8 @@ class Study:
             raise PrivacyError(f"cohort_public: {manifest.name} is private; pre-training would reveal its patients")
         root = Path(data_root) if data_root else None
         limits = self.profile.patients[role].model_dump()
-        store, on_demand = self.runs / "cohorts", role == "private"
-        return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=on_demand)
+        store = self.runs / "cohorts"
+        return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=True)
 
     def beside(self, parameters: CohortParameters) -> list[Cohort]:
         """The cohort to hold beside the study's own; none where none is named."""
@@ -202,7 +202,7 @@ class Study:
         cohort = {
             "name": manifest.name,
             "reader": _plain(manifest.reader),
-            "patients": _plain(profile.patients["public"]),
+            "train": profile.patients["public"].train,
         }
         return {"settings": _plain(settings[stage]), "cohort": cohort, "seed": self.seed}
 
