@@ -16,6 +16,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients
@@ -25,6 +26,7 @@ from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
 from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
 from cardiac_ldm.report.tables import (
     attributes_table,
+    compared,
     metrics_table,
     quality_table,
     source,
@@ -350,3 +352,19 @@ def test_arms_of_training_data_stand_beside_each_other_and_beyond_a_baseline() -
     beyond = utility_table(rows, "public")
     assert beyond.loc["few private + synthetic (ε = 1)"].to_dict() == {"Dice LV": "+0.2 [+0.1, +0.3]"}
     assert dict(zip(rows.arm, rows.run, strict=True))["public"] == "useful-baselines-1"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-9, -1, "FD-EffNet at ε = 1 is below that of public data only: -5.0 [-9.0, -1.0], paired over 40 patients."),
+        (1, 9, "FD-EffNet at ε = 1 is above that of public data only"),
+        (-9, 1, "FD-EffNet at ε = 1 can't be told from that of public data only"),
+        (0, 9, "FD-EffNet at ε = 1 can't be told from that of public data only"),
+    ],
+)
+def test_only_a_paired_interval_without_zero_is_called_a_difference(low: float, high: float, said: str) -> None:
+    rows = [("FD-EffNet", None, low), ("FD-EffNet", "LVEDV", 1), ("KID", None, 1)]
+    table = pd.DataFrame(rows, columns=["metric", "attribute", "low"]).assign(high=high, n_patients=40)
+    table["value"] = (table.low + table.high) / 2
+    assert compared("ε = 1 less public data only", table).startswith(said)

@@ -199,6 +199,19 @@ def differences_table(tables: Mapping[str, pd.DataFrame], shown: Sequence[str]) 
     return pd.DataFrame(columns).rename_axis("metric")
 
 
+def compared(pair: str, table: pd.DataFrame, metric: str = "FD-EffNet") -> str:
+    """One sentence on a metric of which less is better, from `differences.csv` of a pair called "first less second".
+
+    Only a paired 95 % interval that excludes 0 is called a difference.
+    """
+    row = table[(table.metric == metric) & table.attribute.isna()].iloc[0]
+    first, second = pair.split(" less ")
+    found = f"{row.value:+.1f} [{row.low:+.1f}, {row.high:+.1f}], paired over {row.n_patients} patients"
+    if row.low <= 0 <= row.high:
+        return f"{metric} at {first} can't be told from that of {second}: {found}."
+    return f"{metric} at {first} is {'below' if row.value < 0 else 'above'} that of {second}: {found}."
+
+
 def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per run and metric: metric, epsilon, value, low, high, n_patients, run.
 
