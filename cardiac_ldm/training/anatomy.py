@@ -10,10 +10,10 @@ from einops import rearrange
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_labelled, require_public
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.progress import tqdm
 
 Network = TypeVar("Network", bound=nn.Module)
 
