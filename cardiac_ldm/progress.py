@@ -36,21 +36,22 @@ def tqdm(
     iterable: Iterable[T] | None = None,
     desc: str | None = None,
     total: int | None = None,
+    file: TextIO | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> "std.tqdm[T]":
     """A bar with tqdm's `settings`, on the screen of whoever started this, or in the `file` that is given."""
     settings |= {"desc": desc, "total": total}
-    if settings.get("file"):
-        return std.tqdm(iterable, **settings)
+    if file:
+        return std.tqdm(iterable, file=file, **settings)
     screen, live = _screen()
     after = list(dict.fromkeys(name for name in reversed(_waiting) if name != _waiting[-1]))
     then = f", then {', '.join(after)}" if after else ""
     if live or screen.isatty():
         shown = {"ncols": 100, "mininterval": 0.5} if live else {"dynamic_ncols": True}
         return std.tqdm(iterable, file=screen, bar_format="{l_bar}{bar}{r_bar}" + then, **shown, **settings)
-    unit = settings.pop("unit", "step").strip()
-    line = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}" + then
-    settings |= {"unit": f" {unit}" if unit.endswith("s") else f" {unit}s", "bar_format": line}
+    unit = settings.pop("unit", "step").strip().removesuffix("s")
+    settings["unit"] = f" {unit}{'es' if unit.endswith('ch') else 's'}"
+    settings["bar_format"] = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}" + then
     settings |= {"mininterval": _EVERY, "maxinterval": _EVERY, "delay": _EVERY if settings.get("leave") is False else 0}
     return std.tqdm(iterable, file=_Lines(screen), **settings)
 
@@ -62,7 +63,7 @@ class _Lines(io.TextIOBase):
         self._file, self._last = file, ""
 
     def write(self, text: str) -> int:
-        line = text.strip()
+        line = " ".join(text.split())
         if line and line != self._last:
             print(line, file=self._file, flush=True)
             self._last = line

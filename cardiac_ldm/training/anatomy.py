@@ -131,5 +131,5 @@ def _train(
         optimiser.step()
         schedule.step()
         losses.append({"step": step, "loss": loss.item()})
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return network.eval(), losses

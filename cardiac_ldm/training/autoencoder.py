@@ -351,8 +351,8 @@ def _descend(
                 critics_loss().backward()
                 of_critic.step()
             losses.append({"step": step} | {name: term.item() for name, term in terms.items()})
+            bar.set_postfix({n: f"{value:.4f}" for n, value in list(losses[-1].items())[1:2]}, refresh=False)
             bar.update()
-            bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses[-1].items())[1:2]})
             if time.monotonic() - written > save_every:
                 saved_parts = {name: part.state_dict() for name, part in parts.items()}
                 save_state(state, first=first, losses=losses, **saved_parts)

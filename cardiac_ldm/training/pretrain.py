@@ -167,8 +167,8 @@ def pretrain(
             rate.step()
             update_average(average, dict(model.named_parameters()), step, settings.average_decay)
             losses.append({"step": step, "loss": loss.item()})
+            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in losses[-20:]]):.4f}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in losses[-20:]]):.4f}")
             if time.monotonic() - written > save_every:
                 save_state(
                     state,
