@@ -44,7 +44,8 @@ ONE_VALUE = {
 
 def paths(arguments: list[str]) -> list[str]:
     """The paths among papermill's arguments: what is neither an option nor an option's value."""
-    found, left = [], list(arguments)
+    found: list[str] = []
+    left = list(arguments)
     while left:
         argument = left.pop(0)
         if argument == "--":

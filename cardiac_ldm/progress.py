@@ -12,14 +12,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from tqdm import std
 
 _EVERY = 30.0
 """Seconds between two lines of a log."""
 _waiting: list[str] = []
-T = TypeVar("T")
 
 
 @contextmanager
@@ -33,12 +32,12 @@ def awaited(name: str) -> Iterator[None]:
 
 
 def tqdm(
-    iterable: Iterable[T] | None = None,
+    iterable: Iterable[Any] | None = None,
     desc: str | None = None,
     total: int | None = None,
     file: TextIO | None = None,
     **settings: Any,  # noqa: ANN401
-) -> "std.tqdm[T]":
+) -> "std.tqdm[Any]":
     """A bar with tqdm's `settings`, on the screen of whoever started this, or in the `file` that is given."""
     settings |= {"desc": desc, "total": total}
     if file:

@@ -26,7 +26,13 @@ from papermill import execute_notebook
 
 from cardiac_ldm.command_line import ONE_VALUE, TWO_VALUES, complete, paths
 from cardiac_ldm.errors import StudyError
-from cardiac_ldm.parameters import CohortParameters, CompareParameters, EvaluateParameters, FinetuneParameters
+from cardiac_ldm.parameters import (
+    CohortParameters,
+    CompareParameters,
+    EvaluateParameters,
+    FinetuneParameters,
+    Parameters,
+)
 from cardiac_ldm.study import ROOT
 from tests.conftest import TINY
 
@@ -315,7 +321,7 @@ def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(tmp_path
     tiny, there = {"profile": str(TINY)}, {"data_root_private": str(root), "cohort_private": str(hospital)}
     many: dict[str, Any] = {"data_root_public": str(root), "cohort_public": str(clinic)}
 
-    def refused(given: dict[str, Any], message: str, of: type = FinetuneParameters) -> None:
+    def refused(given: dict[str, Any], message: str, of: type[Parameters] = FinetuneParameters) -> None:
         with pytest.raises(StudyError, match=message):
             of.read(tiny | given)
 
@@ -391,27 +397,49 @@ def streams(path: Path) -> list[str]:
     return [o.name for c in nbformat.read(path, 4).cells for o in c.get("outputs", []) if o.output_type == "stream"]
 
 
-def test_progress_goes_where_a_person_looks(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = [PAPERMILL, NOTEBOOK, "-p", "profile", str(TINY), "-p", "epsilon"]
-    out, log = tmp_path / "out.ipynb", tmp_path / "log"
-    with out.open("w") as stdout, log.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "1"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
-        )
-        assert process.wait(timeout=500) == 0, log.read_text()[-3000:]
-    assert set(streams(out)) == {"stdout"}
-    lines = log.read_text()
-    assert re.search(r"^pretrain: 4/4 steps, [\d.]+ steps/s, 00:00 left, loss=[\d.]+, then fine-tuning$", lines, re.M)
-    assert re.search(r"^autoencoder: 0/4 steps, .* left, then pretraining, fine-tuning$", lines, re.M)
-    assert "\r" not in lines
-    assert "IProgress" not in lines
-    assert len(lines.splitlines()) < 40
+STAGES = """
+import time
+from cardiac_ldm.progress import awaited, tqdm
 
-    status, shown = at_a_terminal([*command, "2"], environment)
-    assert status == 0, shown[-3000:]
-    (executed,) = (tmp_path / "runs" / "notebooks").iterdir()
-    assert set(streams(executed)) == {"stdout"}
-    assert re.search(r"\rprivate denoiser: 100%\|█+\| 4/4 \[\d\d:\d\d<00:00, +[\d.]+(step/s|s/step)\]", shown)
+@awaited("pretraining")
+def pretrained():
+    for _ in tqdm(range(3), desc="pretrain", unit="step"):
+        time.sleep(0.2)
+    for _ in tqdm(range(3), desc="sample", unit="batch", leave=False):
+        pass
+
+@awaited("fine-tuning")
+def finetuned():
+    pretrained()
+    for _ in tqdm(range(3), desc="private denoiser", unit="step"):
+        time.sleep(0.2)
+
+finetuned()
+"""
+
+
+def test_progress_goes_where_a_person_looks(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The same with the stages themselves: test_pipeline."""
+    notebook, out, log = tmp_path / "stages.ipynb", tmp_path / "out.ipynb", tmp_path / "log"
+    cells = [nbformat.v4.new_code_cell(STAGES)]
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
+    environment["PYTHONPATH"] = str(ROOT)
+    with log.open("w") as stderr:
+        subprocess.run([PAPERMILL, notebook, out], cwd=ROOT, env=environment, stderr=stderr, check=True)
+    assert streams(out) == []
+    lines = log.read_text()
+    assert re.search(r"^pretrain: 0/3 steps, .*left, then fine-tuning$", lines, re.M)
+    assert re.search(r"^pretrain: 3/3 steps, [\d.]+ steps/s, 00:00 left, then fine-tuning$", lines, re.M)
+    assert re.search(r"^private denoiser: 3/3 steps, [\d.]+ steps/s, 00:00 left$", lines, re.M)
+    assert "sample" not in lines  # parts of a stage show when they take long
+    assert "IProgress" not in lines
+
+    status, shown = at_a_terminal([PAPERMILL, str(notebook), str(out)], environment)
+    assert status == 0, shown
+    assert streams(out) == []
+    assert re.search(r"\rpretrain: 100%\|█+\| 3/3 \[\d\d:\d\d<00:00, +[\d.]+step/s\], then fine-tuning", shown)
+    assert re.search(r"\rprivate denoiser: 100%\|█+\| 3/3 \[\d\d:\d\d<00:00, +[\d.]+step/s\]", shown)
 
 
 @pytest.mark.parametrize("attended", [True, False])
