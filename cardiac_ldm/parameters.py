@@ -4,13 +4,18 @@ import builtins
 import difflib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.profile import sentence
+from cardiac_ldm.cohort import Manifest, load_manifest
+from cardiac_ldm.cohort.prepare import enrolled
+from cardiac_ldm.cohort.readers import list_patients
+from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
+from cardiac_ldm.profile import Profile, Role, sentence
 
 
 class Parameters(BaseModel):
@@ -28,21 +33,48 @@ class Parameters(BaseModel):
     data_root_public: str = ""
     data_root_private: str = ""
     seed: int = 0
+    fewest_tested: ClassVar[int] = MIN_PATIENTS
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: object, of: ValidationInfo) -> object:
+        if cls.model_fields[str(of.field_name)].annotation is str and not isinstance(value, str):
+            raise ValueError("must be text; papermill's option -r keeps what looks like a number as it is")
+        return value
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> int:
+        number = _number(value)
+        if not (number is not None and 0 <= number < 2**32 and number == int(number)):
+            raise ValueError(f"must be a whole number from 0 to {2**32 - 1}")
+        return int(number)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets that are asked for, in rising order: none here."""
+        return ()
 
     @classmethod
     def read(cls, namespace: Mapping[str, object]) -> Self:
         """Validate what the parameters cell, and papermill after it, put into the notebook's `globals()`.
 
+        What would stop a stage later on is found here, before any is run: see `check`. A cell that is run again meets
+        the variables of later ones, so a notebook that has its `study` isn't searched for unknown names.
+
         Raises:
-            ParameterError: a name is unknown or a value is wrong; the message names it and says what is expected.
+            StudyError: a name is unknown or a value is wrong; the message names it and says what is expected.
         """
+        plain = str | int | float | list | dict | None
+        again = not isinstance(namespace.get("study"), plain)
         given = {
             name: value
             for name, value in namespace.items()
             if not name.startswith("_")
             and name not in ("In", "Out")
-            and (value is None or isinstance(value, str | int | float | list | dict))
+            and isinstance(value, plain)
             and not hasattr(builtins, name)
+            and (name in cls.model_fields or not again)
         }
         if unknown := [name for name in given if name not in cls.model_fields]:
             close = difflib.get_close_matches(unknown[0], cls.model_fields, 1)
@@ -52,9 +84,71 @@ class Parameters(BaseModel):
                 f"this notebook takes {', '.join(cls.model_fields)}"
             )
         try:
-            return cls.model_validate(given)
+            parameters = cls.model_validate(given)
         except ValidationError as error:
             raise ParameterError(sentence(error)) from error
+        parameters.check()
+        return parameters
+
+    def check(self) -> None:
+        """Find what would stop a stage, as far as that's cheap: nothing of a patient is read.
+
+        Raises:
+            ParameterError: the profile isn't sound, or no private training of its can spend a budget.
+            CohortError: a manifest isn't sound, or patients aren't where it says.
+            PrivacyError: the private cohort's patients would be exposed.
+        """
+        profile, patients = Profile.load(self.profile), dict[str, dict[str, tuple[str, ...]]]()
+        profile.check_networks()
+        roles: tuple[Role, Role] = ("public", "private")
+        for role in roles:
+            limits = profile.patients[role].model_dump()
+            patients[role] = _present(self.manifest(role), getattr(self, f"data_root_{role}"), limits)
+        private = self.manifest("private")
+        for epsilon in filter(None, self.budgets):
+            profile.finetune.check(epsilon, private.name, len(patients["private"]["train"]), private.secret)
+        reference = "private" if private.simulated else "public"
+        if (tested := len(patients[reference]["test"])) < self.fewest_tested:
+            raise ParameterError(
+                f"patients.{reference}.test: {tested}; at least {self.fewest_tested} are needed for an interval"
+            )
+
+    def manifest(self, role: Role) -> Manifest:
+        """The manifest of the public or the private cohort.
+
+        Raises:
+            PrivacyError: the public one is private.
+            CohortError: it isn't sound.
+        """
+        manifest = load_manifest(getattr(self, f"cohort_{role}"))
+        if role == "public" and manifest.role != "public":
+            raise PrivacyError(f"cohort_public: {manifest.name} is private; pre-training would reveal its patients")
+        return manifest
+
+
+def _number(value: object) -> float | None:
+    """A number, which papermill may hand over as text; None where it's none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def _present(manifest: Manifest, root: str, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """A cohort's patients by split, all of whom must be where its files are."""
+    place = manifest.data_root(Path(root) if root else None)
+    members, found = enrolled(manifest, place, limits), list_patients(manifest, place)
+    wanted = [patient for split in members.values() for patient in split] if place else []
+    if missing := [patient for patient in wanted if patient not in set(found)]:
+        named = "" if manifest.secret else f" ({', '.join(missing[:3])}{', ...' if missing[3:] else ''})"
+        raise CohortError(
+            f"{manifest.name}: {len(missing)} of {len(wanted)} patients{named} aren't in {place}; is this the data "
+            f"root? `python -m cardiac_ldm.cohort check` with this manifest says all that is wrong with it"
+        )
+    return members
 
 
 class CohortParameters(Parameters):
@@ -62,6 +156,13 @@ class CohortParameters(Parameters):
 
     cohort_beside: str = ""
     data_root_beside: str = ""
+    fewest_tested: ClassVar[int] = 1
+
+    def check(self) -> None:
+        """The same, and that the third cohort is there."""
+        super().check()
+        if self.cohort_beside:
+            _present(load_manifest(self.cohort_beside), self.data_root_beside, {})
 
 
 class ModelParameters(Parameters):
@@ -69,14 +170,21 @@ class ModelParameters(Parameters):
 
     epsilon: float = 10
     lowest: ClassVar[float] = 0
+    fewest_tested: ClassVar[int] = 1
 
     @field_validator("epsilon", mode="before")
     @classmethod
     def _in_range(cls, value: object) -> float:
-        bound = "above 0" if cls.lowest else "at least 0 (0 is the public model alone)"
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < cls.lowest:
+        number = _number(value)
+        if number is None or number < cls.lowest:
+            bound = "above 0" if cls.lowest else "at least 0 (0 is the public model alone)"
             raise ValueError(f"must be a number {bound}, such as 1 or 10; inf means no privacy")
-        return float(value)
+        return number
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budget that is asked for."""
+        return (self.epsilon,)
 
 
 class FinetuneParameters(ModelParameters):
@@ -86,27 +194,35 @@ class FinetuneParameters(ModelParameters):
 
 
 class CompareParameters(Parameters):
-    """Of a notebook that compares models. epsilons: budgets, separated by commas."""
+    """Of a notebook that compares models. epsilons: their budgets, as a list or as text with commas between them."""
 
-    epsilons: str = "0, 1, 10, inf"
+    epsilons: tuple[float, ...] = (0, 1, 10, math.inf)
 
     @field_validator("epsilons", mode="before")
     @classmethod
-    def _all_in_range(cls, value: object) -> object:
-        for part in str(value).split(","):
-            try:
-                ModelParameters(epsilon=float(part))
-            except ValueError as error:
-                raise ValueError(f"{part.strip()!r} must be a number of at least 0; separate them by commas") from error
-        return str(value)
+    def _in_range(cls, value: object) -> tuple[float, ...]:
+        given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        numbers = {part.strip() if isinstance(part, str) else part: _number(part) for part in given}
+        for part, number in numbers.items():
+            if number is None or number < 0:
+                raise ValueError(f"{part!r} must be a number of at least 0; separate them by commas")
+        if not numbers:
+            raise ValueError("must hold at least one budget, such as 1")
+        return tuple(sorted({number for number in numbers.values() if number is not None}))
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """The budgets as numbers, in rising order."""
-        return tuple(sorted(float(part) for part in self.epsilons.split(",")))
+        """The budgets that are asked for, in rising order."""
+        return self.epsilons
 
 
 class EvaluateParameters(CompareParameters):
     """Of the notebook that evaluates. folder: a synthetic cohort that anyone made, measured beside the models."""
 
     folder: str = ""
+
+    def check(self) -> None:
+        """The same, and that the folder is there."""
+        super().check()
+        if self.folder and not Path(self.folder, "attributes.csv").is_file():
+            raise CohortError(f"folder: {self.folder} has no attributes.csv; name a folder of volumes that has one")

@@ -1,18 +1,24 @@
 """A profile is the size of the study: every setting of every stage, in one YAML file."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, model_validator
 
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
+from cardiac_ldm.models.diffusion import TIMESTEPS
 from cardiac_ldm.training.autoencoder import AutoencoderSettings
 from cardiac_ldm.training.finetune import FinetuneSettings
 from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 Role = Literal["public", "private"]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -24,9 +30,9 @@ class Settings(BaseModel):
 class TrainingSettings(Settings):
     """Length of a supervised training."""
 
-    steps: int
-    batch: int
-    learning_rate: float
+    steps: Count
+    batch: Count
+    learning_rate: Positive
 
 
 class AnatomySettings(Settings):
@@ -39,16 +45,16 @@ class AnatomySettings(Settings):
 class PatientLimits(Settings):
     """At most how many patients of each split are used."""
 
-    train: int
-    validation: int
-    test: int
+    train: Count
+    validation: Count
+    test: Count
 
 
 class SamplingSettings(Settings):
     """DDIM steps and guidance strength of the synthetic cohorts."""
 
-    steps: int
-    guidance: float
+    steps: int = Field(ge=1, le=TIMESTEPS)
+    guidance: float = Field(ge=0, allow_inf_nan=False)
 
 
 class EvaluationSettings(Settings):
@@ -57,18 +63,24 @@ class EvaluationSettings(Settings):
     inception: the path of an Inception-v3 in TorchScript (see `InceptionEncoder`); null leaves FID out.
     """
 
-    resamples: int
-    half_sample_pairs: int
-    inception: Path | None
+    resamples: Count
+    half_sample_pairs: int = Field(ge=2)
+    inception: FilePath | None
 
 
 class UtilitySettings(Settings):
     """Patients in an arm of the comparison of training data, those of the `few`, and the trainings, alike for all."""
 
-    patients: int
-    few: int
+    patients: int = Field(ge=MIN_PATIENTS)
+    few: int = Field(ge=MIN_PATIENTS)
     segmenter: TrainingSettings
     phase: TrainingSettings
+
+    @model_validator(mode="after")
+    def _few_of_them(self) -> Self:
+        if self.few > self.patients:
+            raise ValueError(f"few: {self.few} of an arm's {self.patients} patients; give fewer few, or more patients")
+        return self
 
 
 class Profile(Settings):
@@ -85,6 +97,12 @@ class Profile(Settings):
     utility: UtilitySettings
     overfit: TrainingSettings
 
+    @model_validator(mode="after")
+    def _both_roles(self) -> Self:
+        if len(self.patients) < 2:
+            raise ValueError("patients: must say how many are public and how many private")
+        return self
+
     @classmethod
     def load(cls, name: str) -> Self:
         """Read a profile by its name or its file's path.
@@ -100,6 +118,21 @@ class Profile(Settings):
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except (ValidationError, yaml.YAMLError) as error:
             raise ParameterError(f"{path}: {sentence(error)}") from error
+
+    def check_networks(self) -> None:
+        """Build the networks without memory, and try their shapes.
+
+        Raises:
+            ParameterError: their settings don't fit each other.
+        """
+        try:
+            with torch.device("meta"):
+                channels, size = self.autoencoder.latent_channels, GRID.size // self.autoencoder.build().reduction
+                denoiser, one = self.denoiser.build(channels), torch.zeros(1, dtype=torch.int64)
+                denoiser(torch.empty(1, channels, GRID.n_slices, size, size), one, torch.empty(1, len(ATTRIBUTE_NAMES)))
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ParameterError(f"profile: autoencoder or denoiser can't be built: {said}") from error
 
 
 def sentence(error: ValidationError | yaml.YAMLError) -> str:

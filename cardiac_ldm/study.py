@@ -24,7 +24,6 @@ from pydantic import BaseModel
 
 from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
-from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.features import InceptionEncoder
 from cardiac_ldm.evaluation.foreign import read_folder
@@ -39,6 +38,7 @@ from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
 from cardiac_ldm.privacy.audit import BOUNDS, calibrated, ledger_scores, membership
 from cardiac_ldm.profile import AnatomySettings, Profile, Role
+from cardiac_ldm.progress import awaited
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
@@ -114,11 +114,9 @@ class Study:
             _ = self.anatomy
             return self._cohort(role, finder)
 
+    @awaited("cohorts")
     def _cohort(self, role: Role, localiser: HeartFinder | None = None) -> Cohort:
-        name, data_root = (getattr(self.parameters, f"{field}_{role}") for field in ("cohort", "data_root"))
-        manifest = load_manifest(name)
-        if role == "public" and manifest.role != "public":
-            raise PrivacyError(f"cohort_public: {manifest.name} is private; pre-training would reveal its patients")
+        manifest, data_root = self.parameters.manifest(role), getattr(self.parameters, f"data_root_{role}")
         root = Path(data_root) if data_root else None
         limits = self.profile.patients[role].model_dump()
         store = self.runs / "cohorts"
@@ -142,6 +140,7 @@ class Study:
         return (self.private if simulated else self.public).split("test")
 
     @cached_property
+    @awaited("autoencoder")
     def autoencoder(self) -> Run:
         """Stage: the autoencoder, trained on public patients."""
         settings = self.profile.autoencoder
@@ -159,6 +158,7 @@ class Study:
         return "anatomy", self.profile.anatomy, [self._public_as_given.key]
 
     @cached_property
+    @awaited("segmenter and phase classifier")
     def anatomy(self) -> Run:
         """Stage: the segmenter and the phase classifier, trained on public labels."""
         settings = self.profile.anatomy
@@ -175,6 +175,7 @@ class Study:
         return self._shipped("anatomy") or self._run(*self._anatomy, work)
 
     @cached_property
+    @awaited("pretraining")
     def pretrained(self) -> Run:
         """Stage: the denoiser, pre-trained on public patients; the model of epsilon 0."""
         settings = self.profile.pretrain
@@ -211,6 +212,7 @@ class Study:
         found = shipped.find(stage, self.described(stage))
         return found and Run(stage, *found)
 
+    @awaited("fine-tuning")
     def finetuned(self, epsilon: float) -> Run:
         """Stage: the denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
 
@@ -220,10 +222,7 @@ class Study:
         if epsilon == 0:
             return self.pretrained
         patients, settings = self.private.split("train"), self.profile.finetune
-        if patients.secret and math.isinf(epsilon):
-            raise PrivacyError(f"epsilon: inf on {patients.name} would reveal real private patients; give a finite one")
-        if patients.secret and settings.unit != "patient":
-            raise PrivacyError(f"unit: {patients.name} holds real patients, who are protected whole; set it to patient")
+        settings.check(epsilon, patients.name, len(patients), patients.secret)
 
         def work(folder: Path) -> dict[str, Any]:
             randomness = Randomness(None if patients.secret else self.seed, simulated=patients.simulated)
@@ -244,6 +243,7 @@ class Study:
         upstream = [self.pretrained.key, self.private.key]
         return self._run("finetune", [settings, epsilon], upstream, work, together=True)
 
+    @awaited("held-out loss")
     def held_out_loss(self, epsilon: float) -> Run:
         """Stage: the denoising loss of a budget's model on the reference patients, with its standard error."""
         model = self.finetuned(epsilon)
@@ -408,6 +408,7 @@ class Study:
         mine = [x for x in found if (x.guarantee, x.private_data, x.n_units, x.delta) == own]
         return sorted(mine, key=lambda ledger: ledger.epsilon)
 
+    @awaited("sampling")
     def synthesised(self, epsilon: float) -> Run:
         """Stage: one synthetic volume for each volume of the reference patients, by the model of a budget."""
         model, settings = self.finetuned(epsilon), self.profile.sampling
@@ -480,6 +481,7 @@ class Study:
         cohort = self._drawn(model, attributes, owners)
         return control.read_anatomy(cohort.images, attributes, owners, *self.instruments, progress=False)
 
+    @awaited("evaluation")
     def evaluated(self, epsilon: float) -> Run:
         """Stage: everything that is measured on the synthetic cohort of a budget: its report, `metrics.json`."""
         return self._evaluated(self.synthesised(epsilon), epsilon)

@@ -52,6 +52,10 @@ def test_finetuning_runs_what_it_lacks_and_leaves_weights_metrics_and_ledger(run
     spent = epsilon_pld(terms_of(ledger.mechanisms), ledger.delta)
     assert ledger.epsilon * 0.985 <= spent <= ledger.epsilon * 1.015
     assert ledger.epsilon == pytest.approx(1, rel=0.005)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [o for o in outputs if o.get("name") == "stderr"]  # bars go to whoever called papermill
+    assert "pretrain: 4/4 steps, " in finished.stderr
+    assert "left, then pretraining, fine-tuning\n" in finished.stderr
 
 
 def test_two_processes_run_what_they_lack_and_the_study_finds_it(

@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTES, measure_attributes
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest, load_manifest
 from cardiac_ldm.cohort.prepare import ONE_THREAD
 from cardiac_ldm.cohort.readers import list_patients, read_patient
 from cardiac_ldm.errors import CohortError, StudyError
+from cardiac_ldm.progress import tqdm
 
 
 @dataclass(frozen=True)

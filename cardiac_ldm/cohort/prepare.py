@@ -10,20 +10,20 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from cardiac_ldm.cohort.grid import Localiser, place_on_grid
 from cardiac_ldm.cohort.manifest import SPLITS, Manifest, PhantomReader
@@ -31,6 +31,7 @@ from cardiac_ldm.cohort.patients import Cohort, open_split, read_rows, table_row
 from cardiac_ldm.cohort.readers import list_patients, read_patient
 from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import CohortError, PrivacyError
+from cardiac_ldm.progress import tqdm
 
 _PART = 16
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -79,11 +80,13 @@ def prepare(
         CohortError: the problems of all patients together, or a want of space or memory.
         PrivacyError: real public patients share a file with real private ones of this store.
     """
+    if getattr(current_process(), "_inheriting", False):  # a spawned process, which imports the script that spawned it
+        sys.exit('this script starts processes, which run it anew: put its calls under `if __name__ == "__main__":`')
     limits = dict(limits or {})
     if wrong := {k: n for k, n in limits.items() if k not in SPLITS or n < 1}:
         raise CohortError(f"{manifest.name}: limits {wrong}: expected at least 1 patient for {', '.join(SPLITS)}")
     root = manifest.data_root(data_root)
-    members = _members(manifest, root, limits)
+    members = enrolled(manifest, root, limits)
     on_demand &= isinstance(manifest.reader, PhantomReader)
     plan = _plan(manifest, members, _salt(store) if manifest.secret else "", on_demand)
     work = store / f".{manifest.name}-{plan[:12]}"
@@ -104,7 +107,7 @@ def _draw(manifest: Manifest, path: Path, split: str, number: int, patient_id: s
     write_patient(open_split(path / split), number, place_on_grid(read_patient(manifest, None, patient_id)))
 
 
-def _members(manifest: Manifest, root: Path | None, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def enrolled(manifest: Manifest, root: Path | None, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Who is in which split.
 
     Where a folder's content says who is there, a limit would let the next patient in for one who's taken out: that's a

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import (
     ATTRIBUTE_NAMES,
@@ -23,6 +22,7 @@ from cardiac_ldm.cohort import (
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
+from cardiac_ldm.progress import tqdm
 
 STRUCTURES = {"RV": 1, "myocardium": 2, "LV": 3}
 MOVES = ("LVEDV", "LVEF", "RVEDV", "MYOEDTHICK", "ANGLE", "AGE", "SEX")

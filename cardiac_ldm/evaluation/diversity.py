@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from monai.metrics.regression import compute_ms_ssim
 from scipy.special import comb
-from tqdm import tqdm
 
 from cardiac_ldm.evaluation.features import SLICES
 from cardiac_ldm.evaluation.fidelity import NeighbourMeasures
 from cardiac_ldm.evaluation.intervals import Estimate, half_samples
+from cardiac_ldm.progress import tqdm
 
 _BATCH = 8
 _OUT_OF_REACH = 1e3

@@ -7,12 +7,12 @@ import torch
 from einops import rearrange
 from monai.networks.layers import SkipConnection
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import GRID
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.perception import PerceptionEncoder
+from cardiac_ldm.progress import tqdm
 
 SLICES = slice(3, 10)
 """Slices 3..9 of 13, as Daum et al., arXiv 2407.16405: further out, many volumes are padding."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from tqdm import tqdm
+
+from cardiac_ldm.progress import tqdm
 
 MIN_PATIENTS = 8
 """Fewer patients give no interval worth the name."""

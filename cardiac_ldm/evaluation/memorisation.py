@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange, reduce
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
@@ -21,6 +20,7 @@ from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
 from cardiac_ldm.evaluation.metrics import groups_of
 from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.progress import tqdm
 
 _POOLING = 4
 _BATCH = 32

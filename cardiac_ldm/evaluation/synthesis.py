@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import Sampler, ScheduleName, sample_ddim
+from cardiac_ldm.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ Terms = tuple[tuple[float, float, int], ...]
 AGREEMENT = 0.015
 _PRV_ERROR = 0.002
 _INTERVAL = 1e-4
+_MOST_NOISE = 1e4
 
 
 @cache
@@ -90,7 +91,7 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
     """The noise multiplier of `steps` steps at sampling rate `rate` that, after `before`, spend `epsilon` and no more.
 
     Raises:
-        ParameterError: `before` leaves nothing of the budget, or no multiplier below 10,000 reaches it.
+        ParameterError: `before` leaves nothing of the budget, or no multiplier below 10,000 is enough.
     """
     interval = 1e-3 if steps <= 300 else 2e-4  # coarser is safe: PLD rounds up
 
@@ -98,16 +99,15 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
         return measure((*before, (math.exp(log_sigma), rate, steps))) - epsilon
 
     def gdp(terms: Terms) -> float:
-        return _gaussian_epsilon(math.sqrt(sum(t * q * q * math.expm1(min(s**-2, 60)) for s, q, t in terms)), delta)
+        return _epsilon_gdp(terms, delta)
 
     def pld(terms: Terms) -> float:
         return epsilon_pld(terms, delta, interval)
 
     if before and pld(before) >= epsilon:
         raise ParameterError(f"epsilon: {epsilon} is spent before this stage begins; give the stage before it less")
-    lowest, highest = math.log(0.13), math.log(1e4)
-    if excess(highest, gdp) > 0:
-        raise ParameterError(f"epsilon: {epsilon} can't be reached in {steps} steps; ask for fewer steps")
+    require_reachable(epsilon, delta, rate, steps, before)
+    lowest, highest = math.log(0.13), math.log(_MOST_NOISE)
     guess = brentq(excess, lowest, highest, args=(gdp,)) if excess(lowest, gdp) > 0 else lowest
     low, high = guess - 0.03, guess + 0.03
     while excess(high, pld) > 0:
@@ -118,6 +118,17 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
     while excess(found, lambda terms: epsilon_prv(terms, delta, epsilon)) > 0:
         found += 0.0005
     return math.exp(found)
+
+
+def require_reachable(epsilon: float, delta: float, rate: float, steps: int, before: Terms = ()) -> None:
+    """Raise ParameterError where no noise multiplier that `calibrate` tries is enough."""
+    if _epsilon_gdp((*before, (_MOST_NOISE, rate, steps)), delta) > epsilon:
+        raise ParameterError(f"epsilon: {epsilon} can't be reached in {steps} steps; ask for fewer steps")
+
+
+def _epsilon_gdp(terms: Terms, delta: float) -> float:
+    """Epsilon as the central limit has it (Bu et al., arXiv 1911.11607): near, not safe."""
+    return _gaussian_epsilon(math.sqrt(sum(t * q * q * math.expm1(min(s**-2, 60)) for s, q, t in terms)), delta)
 
 
 def affordable_steps(epsilon: float, delta: float, rate: float, noise_multiplier: float) -> int:

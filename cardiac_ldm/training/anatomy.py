@@ -10,10 +10,10 @@ from einops import rearrange
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_labelled, require_public
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.progress import tqdm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -131,5 +131,5 @@ def _train(
         optimiser.step()
         schedule.step()
         losses.append({"step": step, "loss": loss.item()})
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return network.eval(), losses

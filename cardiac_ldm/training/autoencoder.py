@@ -18,13 +18,13 @@ from monai.networks.nets import PatchDiscriminator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import Patients, require_public
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.models.perception import Critic, PerceptionEncoder
+from cardiac_ldm.progress import tqdm
 from cardiac_ldm.training.anatomy import train_segmenter
 from cardiac_ldm.training.checkpoint import load_state, save_state
 
@@ -56,10 +56,10 @@ class TextureSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int
-    learning_rate: float
-    perceptual: float
-    adversarial: float
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    perceptual: float = Field(ge=0, allow_inf_nan=False)
+    adversarial: float = Field(ge=0, allow_inf_nan=False)
 
 
 class HeartSettings(BaseModel):
@@ -87,18 +87,18 @@ class AutoencoderSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    latent_channels: int
+    latent_channels: int = Field(ge=1)
     channels: tuple[int, ...]
-    residual_blocks: int
-    stem: int
-    steps: int
-    volumes: int
-    slices: int
-    learning_rate: float
-    l2: float
+    residual_blocks: int = Field(ge=0)
+    stem: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    volumes: int = Field(ge=1)
+    slices: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    l2: float = Field(ge=0, allow_inf_nan=False)
     regularisation: Annotated[KLRegularisation | VQRegularisation, Field(discriminator="kind")]
-    perceptual: float
-    adversarial: float
+    perceptual: float = Field(ge=0, allow_inf_nan=False)
+    adversarial: float = Field(ge=0, allow_inf_nan=False)
     heart: HeartSettings | None
     texture: TextureSettings | None
 
@@ -351,8 +351,8 @@ def _descend(
                 critics_loss().backward()
                 of_critic.step()
             losses.append({"step": step} | {name: term.item() for name, term in terms.items()})
+            bar.set_postfix({n: f"{value:.4f}" for n, value in list(losses[-1].items())[1:2]}, refresh=False)
             bar.update()
-            bar.set_postfix({name: f"{value:.4f}" for name, value in list(losses[-1].items())[1:2]})
             if time.monotonic() - written > save_every:
                 saved_parts = {name: part.state_dict() for name, part in parts.items()}
                 save_state(state, first=first, losses=losses, **saved_parts)

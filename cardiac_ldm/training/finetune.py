@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from cardiac_ldm.cohort import Patients
-from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attributes, schedule
@@ -50,7 +50,7 @@ class FinetuneSettings(PrivateSettings):
 
     decoder: DecoderSettings | None
     unit: Unit
-    delta: float
+    delta: float = Field(gt=0, lt=1)
     attribute_dropout: float = Field(ge=0, le=1)
     timesteps: tuple[Band, ...]
     tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*)$")
@@ -68,6 +68,24 @@ class FinetuneSettings(PrivateSettings):
         if others.data.get("decoder") and unit != "patient":
             raise ValueError("the decoder's private stage takes whole patients: set unit to patient or decoder to null")
         return unit
+
+    def check(self, epsilon: float, cohort: str, n_patients: int, secret: bool) -> None:
+        """Find, before anything is trained, what would stop the private stages of a budget.
+
+        Args:
+            secret: whether the cohort's patients are real.
+
+        Raises:
+            PrivacyError: real patients wouldn't be protected, or not whole.
+            ParameterError: no plan with these settings spends the budget on so many patients.
+        """
+        if secret and math.isinf(epsilon):
+            raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
+        if secret and self.unit != "patient":
+            raise PrivacyError(f"unit: {cohort} holds real patients, who are protected whole; set it to patient")
+        if self.decoder:
+            self.decoder.require_reachable(self.decoder.share * epsilon, self.delta, self.unit, n_patients)
+        self.require_reachable(epsilon, self.delta, self.unit, n_patients)
 
 
 def finetune(

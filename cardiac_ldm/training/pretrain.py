@@ -11,7 +11,6 @@ import zarr
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_public, require_releasable
 from cardiac_ldm.models.autoencoder import Autoencoder
@@ -24,6 +23,7 @@ from cardiac_ldm.models.diffusion import (
     min_snr_weight,
     schedule,
 )
+from cardiac_ldm.progress import tqdm
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
 
 _SHOWN = 64
@@ -39,10 +39,10 @@ class DenoiserSettings(BaseModel):
     patch: int = Field(ge=1)
     channels: tuple[int, ...]
     attention: tuple[bool, ...]
-    residual_blocks: int
-    heads: int
-    context: int
-    frequencies: int
+    residual_blocks: int = Field(ge=0)
+    heads: int = Field(ge=1)
+    context: int = Field(ge=1)
+    frequencies: int = Field(ge=0)
 
     def build(self, latent_channels: int) -> Denoiser:
         """A fresh denoiser; attributes are scaled by the fixed public ranges of `cohort.ATTRIBUTES`."""
@@ -66,12 +66,12 @@ class PretrainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int
-    batch: int
-    learning_rate: float
-    attribute_dropout: float
-    average_decay: float
-    min_snr: float | None
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    attribute_dropout: float = Field(ge=0, le=1)
+    average_decay: float = Field(ge=0, lt=1)
+    min_snr: float | None = Field(gt=0)
 
 
 class Latents:
@@ -167,8 +167,8 @@ def pretrain(
             rate.step()
             update_average(average, dict(model.named_parameters()), step, settings.average_decay)
             losses.append({"step": step, "loss": loss.item()})
+            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in losses[-20:]]):.4f}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{np.mean([row['loss'] for row in losses[-20:]]):.4f}")
             if time.monotonic() - written > save_every:
                 save_state(
                     state,

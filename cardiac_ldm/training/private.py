@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
-from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.privacy.accounting import Unit, require_reachable
+from cardiac_ldm.progress import tqdm
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
 
 
@@ -26,12 +26,12 @@ class PrivateSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int
-    expected_batch: int
-    clip: float
+    steps: int = Field(ge=1)
+    expected_batch: int = Field(ge=1)
+    clip: float = Field(gt=0, allow_inf_nan=False)
     clipping: Literal["fixed", "normalised"]
-    draws: int
-    learning_rate: float = Field(gt=0)
+    draws: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
     average_decay: float = Field(ge=0, lt=1)
     precision: Literal["fp32", "bf16"]
 
@@ -51,6 +51,16 @@ class PrivateSettings(BaseModel):
             unit=unit,
             before=before,
         )
+
+    def require_reachable(self, epsilon: float, delta: float, unit: Unit, n_patients: int) -> None:
+        """Check what `plan` would, but for the search of the noise multiplier, which takes seconds.
+
+        Raises:
+            ParameterError: a setting doesn't fit so many patients, or no noise suffices for the budget.
+        """
+        settings = (n_patients, self.expected_batch, self.steps, self.clip, self.draws, epsilon, delta)
+        plan = PrivatePlan(*settings, noise_multiplier=0.0, clipping=self.clipping, unit=unit)
+        require_reachable(epsilon, delta, plan.sampling_rate, self.steps)
 
 
 def is_first_process() -> bool:
