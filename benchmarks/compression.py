@@ -91,7 +91,6 @@ def judge(model: Autoencoder, patients: Patients, segmenter: Segmenter) -> dict[
     """All that is measured on these patients and their reconstructions."""
     volumes = np.arange(len(patients.owners))
     real, drawn = (images := patients.images(volumes)), reconstruct(model, images, seed=0)
-    drawn[~images.any(axis=(2, 3))] = 0  # beyond the stack, where synthetic cohorts are empty too
     (x, owners), (y, _) = (slice_features(z, patients.owners) for z in (real, drawn))
     everyone, half = np.arange(len(patients)), owners < len(patients) // 2
     before, after = power(real), power(drawn)

@@ -504,7 +504,7 @@ class Study:
 
     @cached_property
     def reconstructed(self) -> Run:
-        """Stage: the reference patients' volumes, encoded and decoded."""
+        """Stage: the reference patients' volumes, encoded and decoded; beyond their stacks they are empty."""
 
         def work(folder: Path) -> dict[str, Any]:
             volumes = self.reference.images(np.arange(len(self.reference.owners)))
@@ -512,7 +512,7 @@ class Study:
             SyntheticCohort(images, self.reference.attributes, self.reference.owners).save(folder / "synthetic.npz")
             return {"n_volumes": len(images)}
 
-        return self._run("reconstruct", "", [self._reference_key, self.autoencoder.key], work)
+        return self._run("reconstruct", "empty beyond the stack", [self._reference_key, self.autoencoder.key], work)
 
     @cached_property
     def ceiling(self) -> Run:

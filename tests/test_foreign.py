@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, load_manifest
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
@@ -118,6 +118,87 @@ def test_a_stack_turned_over_is_turned_back_by_its_affine(tmp_path: Path) -> Non
         assert np.array_equal(came, read_folder(upright).images)
 
 
+def phantoms(n: int = 3) -> SyntheticCohort:
+    """Simulated hearts on the grid, with their labels."""
+    manifest = load_manifest("phantom_private")
+    placed = [place_on_grid(read_patient(manifest, None, f"p{i:06d}", imaged=False)) for i in range(n)]
+    images = np.concatenate([record.labels for record in placed]).astype(np.float32) / 3
+    attributes = np.full((2 * n, 14), np.nan, np.float32)
+    attributes[:, ESED] = [1, 0] * n
+    labels = np.concatenate([record.labels for record in placed])
+    return SyntheticCohort(images, attributes, np.repeat(np.arange(n), 2), labels)
+
+
+def turn(folder: Path, axes: str, dtype: type, descrip: bytes | None = None) -> None:
+    """Store the volumes along other axes, as a library's reorientation does; descrip: what the header then says."""
+    for file in folder.glob("*.nii.gz"):
+        image = nib.load(file)
+        there = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
+        image = image.as_reoriented(there)
+        image.set_data_dtype(dtype)
+        if descrip is not None:
+            image.header["descrip"] = descrip
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(dtype), image.affine, image.header), file)
+
+
+@pytest.mark.filterwarnings("ignore:.*repair")
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "RPI", "LPI"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_release_that_was_turned_comes_back_as_it_left(tmp_path: Path, axes: str, labelled: bool) -> None:
+    left = phantoms()
+    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    if not labelled:
+        without_labels(folder)
+    turn(folder, axes, np.uint8)
+    came = read_folder(folder)
+    np.testing.assert_allclose(came.images, left.images, atol=0.5 / 255 + 1e-6)
+    if labelled:
+        assert came.labels is not None
+        assert np.array_equal(came.labels, left.labels)
+
+
+@pytest.mark.filterwarnings("ignore:.*repair")
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "LPI", "ARS", "PRI", "PLI"])
+def test_hearts_that_others_store_along_other_axes_come_upright_by_affine_and_labels(tmp_path: Path, axes: str) -> None:
+    left = phantoms()
+    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    turn(folder, axes, np.int16, b"")
+    came = read_folder(folder).labels
+    assert came is not None
+    for volume, meant in zip(came, left.labels, strict=True):
+        both = 2 * ((volume > 0) & (volume == meant)).sum() / ((volume > 0).sum() + (meant > 0).sum())
+        assert both > 0.8  # placed anew round the labels, by half a voxel at most
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1, 2)])
+def test_a_short_axis_with_rows_for_columns_is_upright_by_its_affine(tmp_path: Path, axes: tuple[int, ...]) -> None:
+    upright, exchanged = (
+        write_foreign(tmp_path / "upright", oblique(())),
+        write_foreign(tmp_path / "b", oblique(axes), axes),
+    )
+    for each in (upright, exchanged):
+        without_labels(each)
+    for file in exchanged.glob("*.nii.gz"):
+        image = nib.load(file)
+        affine = image.affine[:, [1, 0, 2, 3]]
+        mini.save(np.asarray(image.dataobj).swapaxes(0, 1), file, affine)
+    with pytest.warns(UserWarning, match="turned"):
+        came = read_folder(exchanged).images
+    with pytest.warns(UserWarning, match="no labels"):
+        assert np.array_equal(came, read_folder(upright).images)
+
+
+def test_a_release_of_old_whose_affine_mirrors_the_heart_is_taken_as_its_voxels_lie(tmp_path: Path) -> None:
+    left = phantoms(1)
+    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    for file in folder.glob("*.nii.gz"):
+        image = nib.load(file)
+        mini.save(np.asarray(image.dataobj), file, np.diag([-1, 1, 1, 1]) @ image.affine)
+    came = read_folder(folder)
+    np.testing.assert_allclose(came.images, left.images, atol=0.5 / 255 + 1e-6)
+    assert np.array_equal(came.labels, left.labels)  # type: ignore[arg-type]
+
+
 Spoil = Callable[[Path], Any]
 
 
@@ -170,6 +251,10 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "one phase of another size": (
         lambda f: [array(file, lambda a: a[..., :-1])(f) for file in (ED, SEG)],
         "a_ES.nii.gz: differs in shape or spacing from a_ED.nii.gz; expected one geometry per patient",
+    ),
+    "one phase turned over": (
+        lambda f: [array(file, lambda a: a, np.diag([-2, 2, 10, 1]))(f) for file in (ED, SEG)],
+        "a_ES.nii.gz: lies otherwise than a_ED.nii.gz, as their affines say; expected one geometry per patient",
     ),
     "an attribute in words": (table(LAST, "b,b_ED.nii.gz,1,old"), "csv: b_ED.nii.gz: AGE is 'old'; expected"),
     "an attribute in another unit": (table(LAST, "b,b_ED.nii.gz,1,650"), "it looks like months: give 54.17"),

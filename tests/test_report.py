@@ -148,6 +148,17 @@ def test_the_statement_says_what_is_guaranteed_and_to_whom() -> None:
     assert privacy_statement(public_ledger("acdc")).startswith("**No private patient was used.**")
 
 
+def test_no_ledger_and_no_statement_says_of_tuning_runs_what_nobody_has_stated(tmp_path: Path) -> None:
+    said = ledger(2, simulated=False)
+    assert said.tuning_runs is None
+    assert "| tuning runs | not stated; " in privacy_statement(said)
+    counted = said.model_copy(update={"tuning_runs": "2, counted above"})
+    assert "| tuning runs | 2, counted above |" in privacy_statement(counted)
+    once = said.model_dump() | {"tuning_runs": "none on private data: all settings come from the profile"}
+    said.model_validate(once).save(tmp_path / "privacy.json")  # of a ledger that said so by default
+    assert Ledger.load(tmp_path / "privacy.json") == said
+
+
 def test_the_statement_of_volumes_says_what_a_patient_gets() -> None:
     volume = ledger(2, unit="volume")
     assert 4 < volume.epsilon_patient < 5  # two volumes of epsilon 2, and more because delta grows too

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
 from cardiac_ldm.profile import Profile
@@ -301,6 +301,21 @@ def test_the_seed_of_a_reconstruction_draws_its_texture_and_nothing_else(
     assert np.allclose(reconstruct(model, images, 1), first, atol=1e-6) != grain
     for other in first[1:]:
         assert np.allclose(other, first[0], atol=1e-6) != grain
+
+
+@pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
+def test_a_reconstruction_is_empty_where_a_synthetic_volume_of_its_depth_is(
+    grain: bool, public: Cohort, profile: Profile
+) -> None:
+    settings = profile.autoencoder.model_copy(update={} if grain else {"texture": None})
+    patients = public.split("train")
+    images, model = patients.images(np.arange(len(patients.owners))), settings.build().eval()
+    drawn = reconstruct(model, images, 0)
+    depths = patients.attributes[:, ATTRIBUTE_NAMES.index("DEPTH")].astype(int)
+    assert depths.min() < GRID.n_slices
+    for volume, depth in zip(drawn, depths, strict=True):
+        first = (GRID.n_slices - depth) // 2  # as `synthesise` has it
+        assert np.flatnonzero(volume.any(axis=(1, 2))).tolist() == list(range(first, first + depth))
 
 
 def test_training_teaches_the_codebook_and_using_it_does_not(public: Cohort, profile: Profile, tmp_path: Path) -> None:

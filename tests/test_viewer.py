@@ -9,7 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cardiac_ldm.cohort import GRID, Patients
+from cardiac_ldm.cohort import GRID, Patients, load_manifest
+from cardiac_ldm.cohort.grid import place_on_grid
+from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.report.viewer import nifti, show_patients, show_synthetic, view_live
 
@@ -33,12 +35,31 @@ def test_volumes_are_embedded_on_the_studys_grid_and_every_voxel_survives_to_8_b
     np.testing.assert_allclose(restored, volume, atol=0.5 / 255 + 1e-6)
 
 
-def test_a_volume_lies_as_in_a_picture_with_its_base_up_and_its_centre_at_the_origin():
-    affine = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(np.zeros((13, 96, 96), np.float32)))).affine
-    right, up, base = np.diag(affine)[:3]
-    assert right > 0 > up
-    assert base < 0
-    np.testing.assert_allclose(affine @ [47.5, 47.5, 6, 1], [0, 0, 0, 1], atol=1e-3)
+def test_a_volume_lies_as_a_radiologist_sees_it_with_its_base_up_and_its_centre_at_the_origin():
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(np.zeros((13, 96, 96), np.float32))))
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "I")
+    np.testing.assert_allclose(image.affine @ [47.5, 47.5, 6, 1], [0, 0, 0, 1], atol=1e-3)
+
+
+def test_a_volumes_header_says_how_it_lies_twice_and_in_mm():
+    header = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(np.zeros((13, 96, 96), np.uint8)))).header
+    assert header.get_xyzt_units() == ("mm", "unknown")
+    assert (header["sform_code"], header["qform_code"]) == (2, 2)
+    np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=1e-4)
+    assert header["descrip"].item().startswith(b"cardiac_ldm")
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_right_ventricle_lies_on_the_patients_right_and_the_base_above_the_apex(number):
+    patient = read_patient(load_manifest("phantom_private"), None, f"p{number:06d}", imaged=False)
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(place_on_grid(patient).labels[0])))
+    at = {structure: np.argwhere(np.asarray(image.dataobj) == structure) for structure in (1, 2, 3)}
+    rv, _, lv = (nib.affines.apply_affine(image.affine, voxels).mean(axis=0) for voxels in at.values())
+    assert rv[0] > lv[0] + 10
+    area = np.bincount(at[3][:, 2], minlength=13)  # the cavity narrows towards the apex
+    z = nib.affines.apply_affine(image.affine, [[48, 48, k] for k in range(13)])[:, 2]
+    shown = np.flatnonzero(area)
+    assert np.corrcoef(z[shown], area[shown])[0, 1] > 0.3
 
 
 def test_every_volume_is_shown_under_its_title_and_a_title_can_not_end_the_script():

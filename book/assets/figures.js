@@ -18,7 +18,7 @@
     await load("niivue.umd.js");
     const viewer = new niivue.Niivue({
       backColor: [0, 0, 0, 1], crosshairWidth: 0.5, crosshairColor: [0.34, 0.71, 0.91, 0.6], show3Dcrosshair: false,
-      isOrientationTextVisible: false, isColorbar: false, dragAndDropEnabled: false, logLevel: "error", loadingText: "",
+      isOrientationTextVisible: false, isColorbar: false, isRadiologicalConvention: true, dragAndDropEnabled: false, logLevel: "error", loadingText: "",
       multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS, heroImageFraction: 0.55, heroSliceType: niivue.SLICE_TYPE.RENDER,
       clipPlaneColor: [0, 0, 0, 0],
     });

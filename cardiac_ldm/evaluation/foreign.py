@@ -4,6 +4,7 @@ import csv
 import difflib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,11 +12,13 @@ import numpy as np
 import pandas as pd
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patient
+from cardiac_ldm.cohort.attributes import LV, RV
 from cardiac_ldm.cohort.files import OURS, Reading, Stack
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.manifest import TableReader
+from cardiac_ldm.cohort.volumes import Volume
 from cardiac_ldm.errors import CohortError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES, SyntheticCohort
 
 TABLE = "attributes.csv"
 _COLUMNS = ("file", *ATTRIBUTE_NAMES)
@@ -30,7 +33,8 @@ def read_folder(folder: Path) -> SyntheticCohort:
 
     Volumes in a release's own layout (8 bits, the study's grid and axes) are taken as they are. Others go the way of
     real patients: turned by their affine or labels, resampled round the labels, else round the middle of the field of
-    view, and scaled between percentiles; what was mended is warned of. A patient's volumes share one geometry.
+    view, and scaled between percentiles; what was mended is warned of. An affine along the scanner's axes is believed
+    of a release, whatever has turned it since, and where labels agree with it. A patient's volumes share one geometry.
 
     Returns:
         The cohort, patients in the order of their names, ED before ES; what isn't in the table is NaN.
@@ -83,14 +87,79 @@ class _SyntheticReading(Reading):
         return stored.astype(np.uint8)
 
     def is_released(self, file: str) -> bool:
-        """Whether a volume that was read has the layout in which `write_release` leaves them."""
-        image, (dz, dy, dx) = nib.load(self.root / file), GRID.spacing_mm
+        """Whether a volume that was read is as `write_release` leaves them, whatever has turned it since.
+
+        Releases once said, in error, that columns run to the patient's right; their voxels lie as today's do.
+        """
+        image, affine = nib.load(self.root / file), self.affine(file)
+        said = np.abs(affine) if self.is_ours(file) else affine * RELEASED_AXES * [-1, 1, 1]
         return (
             image.shape == GRID.shape[::-1]
             and image.get_data_dtype() == np.uint8
             and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-            and np.allclose(self._affines[file][:3, :3], np.diag([dx, -dy, -dz]), atol=1e-4)
+            and np.allclose(said, np.diag(GRID.spacing_mm[::-1]), atol=1e-4)
         )
+
+    def affine(self, file: str) -> np.ndarray:
+        """Voxel axes of a volume that was read, (3, 3): columns are x, y and z in RAS, mm."""
+        return self._affines[file][:3, :3]
+
+    def turned(self, stack: Stack, volumes: Sequence[Volume]) -> tuple[Volume, ...]:
+        """As real patients are turned, once `lying` has believed what it can of the affine."""
+        return super().turned(stack, self.lying(stack, volumes))
+
+    def lying(self, stack: Stack, volumes: Sequence[Volume]) -> tuple[Volume, ...]:
+        """Volumes turned by what the readers of real patients leave alone: affines along axes, rows for columns.
+
+        Columns to the left, rows down and slices to the apex of a heart that is no mirror image are a left-handed frame
+        in RAS. Where the affine makes it a right-handed one, and rows run further left than columns, they're exchanged.
+        """
+        directions = self.affine(stack.image) / np.linalg.norm(self.affine(stack.image), axis=0)
+        if not np.allclose(directions.T @ directions, np.eye(3), atol=0.1):
+            return tuple(volumes)
+        backward = np.array([*directions.sum(axis=0)[:2], directions[:, 2] @ (1, -1, 1) / 3**0.5]) > 0.5
+        meant = directions * np.where(backward, -1, 1)
+        left_and_up = (-1, 0, 1) @ meant
+        exchanged = bool(np.linalg.det(meant) > 0 and left_and_up[1] > left_and_up[0])
+        along = np.abs(directions).max() >= 0.999
+        flipped = tuple(np.flatnonzero(backward[::-1])) if along else ()
+        lying = tuple(_turned(volume, flipped, exchanged) for volume in volumes)
+        if not (flipped or exchanged) or (along and not self.is_ours(stack.image) and not _plausible(lying)):
+            return tuple(volumes)
+        self.mend(stack.image, "turned as its affine says")
+        if exchanged:
+            self._affines[stack.image] = self._affines[stack.image][:, [1, 0, 2, 3]]
+        return lying
+
+    def is_ours(self, file: str) -> bool:
+        """Whether its header says that `write_release` wrote it."""
+        return nib.load(self.root / file).header["descrip"].item() == RELEASED.encode()
+
+
+def _turned(volume: Volume, flipped: tuple[int, ...], exchanged: bool) -> Volume:
+    """A volume flipped along these axes, rows and columns then exchanged."""
+
+    def lie(array: np.ndarray) -> np.ndarray:
+        upright = np.flip(array, flipped)
+        return np.ascontiguousarray(upright.swapaxes(1, 2) if exchanged else upright)
+
+    dz, dy, dx = volume.spacing_mm
+    labels = None if volume.labels is None else lie(volume.labels)
+    return replace(
+        volume, image=lie(volume.image), labels=labels, spacing_mm=(dz, dx, dy) if exchanged else (dz, dy, dx)
+    )
+
+
+def _plausible(volumes: Sequence[Volume]) -> bool:
+    """Whether labels have the RV left of the LV and, on average, in the basal half, as all 80 ACDC patients do."""
+    labels = [volume.labels for volume in volumes if volume.labels is not None]
+    rv, lv = (
+        np.concatenate([np.argwhere(a == structure) for a in labels or [np.zeros((1, 1, 1))]]) for structure in (RV, LV)
+    )
+    if not len(rv) or not len(lv):
+        return False
+    shown = np.flatnonzero(np.any([(a > 0).any(axis=(1, 2)) for a in labels], axis=0))
+    return bool(rv[:, 2].mean() < lv[:, 2].mean() and rv[:, 0].mean() < shown.mean())
 
 
 def _rows(reading: Reading) -> pd.DataFrame:
@@ -144,12 +213,22 @@ def _placed(reading: _SyntheticReading, patient: str, stacks: Sequence[Stack]) -
     """A patient's images float32 and labels uint8 (v, 13, 96, 96), the latter 0 if none. Raises CohortError."""
     volumes = [volume for stack in stacks if (volume := reading.volume(stack))]
     reading.raise_problems()
+    first = stacks[0].image
     for stack, volume in zip(stacks, volumes, strict=True):
         if volume.image.shape != volumes[0].image.shape or not np.allclose(volume.spacing_mm, volumes[0].spacing_mm):
             raise reading.error(
-                stack.image, f"differs in shape or spacing from {stacks[0].image}; expected one geometry per patient"
+                stack.image, f"differs in shape or spacing from {first}; expected one geometry per patient"
+            )
+        a, b = (reading.affine(file) / np.linalg.norm(reading.affine(file), axis=0) for file in (stack.image, first))
+        if (a * b).sum(axis=0).min() < 0.9:
+            raise reading.error(
+                stack.image, f"lies otherwise than {first}, as their affines say; expected one geometry per patient"
             )
     if all(reading.is_released(stack.image) for stack in stacks):
+        volumes = [
+            reading.lying(stack, [volume])[0] if reading.is_ours(stack.image) else volume
+            for stack, volume in zip(stacks, volumes, strict=True)
+        ]
         drawn = np.stack([volume.image for volume in volumes]) / 255
         meant = [volume.labels for volume in volumes if volume.labels is not None]
         return drawn, np.stack(meant) if meant else np.zeros(drawn.shape, np.uint8)

@@ -14,6 +14,11 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import Sampler, ScheduleName, sample_ddim
 from cardiac_ldm.progress import tqdm
 
+RELEASED = "cardiac_ldm: short axis, base first"
+"""`descrip` of the NIfTI files in which synthetic volumes are given away: their affines say how the heart lies."""
+RELEASED_AXES = np.array([-1.0, -1.0, -1.0])
+"""Their columns, rows and slices in RAS: to the patient's left, to the back, down from the base."""
+
 
 @dataclass(frozen=True)
 class SyntheticCohort:

@@ -16,7 +16,7 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
@@ -165,7 +165,10 @@ class Mechanism(BaseModel):
 
 
 class Ledger(BaseModel):
-    """`privacy.json`: what a model's training spent, in the terms of NIST SP 800-226 and arXiv 2303.00654."""
+    """`privacy.json`: what a model's training spent, in the terms of NIST SP 800-226 and arXiv 2303.00654.
+
+    tuning_runs: what a person has stated of earlier runs on these patients; training knows nothing of them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -184,8 +187,14 @@ class Ledger(BaseModel):
     public_data: str
     sampler: str = "Poisson over units, independent in every step"
     accountant: str = "PRV (opacus), checked with PLD (dp-accounting)"
-    tuning_runs: str = "none on private data: all settings come from the profile"
+    tuning_runs: str | None = None
     released: str = "final weights and their exponential moving average; no loss, norm, count or example"
+
+    @field_validator("tuning_runs")
+    @classmethod
+    def _unless_nobody_said_it(cls, said: str | None) -> str | None:
+        """Nothing, of ledgers from the time when they said this unasked."""
+        return None if said == "none on private data: all settings come from the profile" else said
 
     @classmethod
     def state(

@@ -18,6 +18,8 @@ from cardiac_ldm.privacy import Ledger
 from cardiac_ldm.report.page import write_page
 from cardiac_ldm.report.viewer import nifti
 
+_UNSTATED = "not stated; earlier runs on these patients whose results were looked at add to what is spent"
+
 
 def privacy_statement(ledger: Ledger) -> str:
     """The guarantee in plain words and its terms, as Markdown."""
@@ -56,7 +58,7 @@ def privacy_statement(ledger: Ledger) -> str:
         f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
         f"{ledger.epsilon_rdp:.4g} |\n"
         f"| public data | {ledger.public_data} |\n"
-        f"| tuning runs | {ledger.tuning_runs} |\n| released | {ledger.released} |\n"
+        f"| tuning runs | {ledger.tuning_runs or _UNSTATED} |\n| released | {ledger.released} |\n"
         f"| randomness | {ledger.randomness} |\n"
     )
 

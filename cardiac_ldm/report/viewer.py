@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES
 from cardiac_ldm.report.figures import embed, mosaic, png
 
 
@@ -54,18 +55,23 @@ def view_live(volume: NDArray[np.float32]) -> object:
 
 
 def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
-    """Return a volume (slices, height, width) in [0, 1] as a gzipped 8-bit NIfTI file on the study's grid.
+    """Return a volume (slices, height, width) in [0, 1] as a gzipped 8-bit NIfTI file on the study's grid, in mm.
 
     uint8 labels are kept as they are; anything else is scaled to 0..255.
 
-    Columns run to the right, rows downwards as in a picture, slices from base (up) to apex, centred at the origin.
+    The heart lies with its base up: columns run to the patient's left, as in pictures of the short axis, rows to the
+    back and slices down, from base to apex; the centre is the origin. So the RV lies on the patient's right.
     """
-    depth, row, column = GRID.spacing_mm
-    affine = np.diag([column, -row, -depth, 1.0])
+    affine = np.diag([*RELEASED_AXES * GRID.spacing_mm[::-1], 1.0])
     scaled = volume if volume.dtype == np.uint8 else (255 * volume.clip(0, 1)).round().astype(np.uint8)
     voxels = scaled.transpose(2, 1, 0)
     affine[:3, 3] = -affine[:3, :3] @ (np.array(voxels.shape) - 1) / 2
-    return gzip.compress(nib.Nifti1Image(voxels, affine).to_bytes(), mtime=0)
+    image = nib.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = RELEASED
+    image.set_sform(affine, code="aligned")
+    image.set_qform(affine, code="aligned")
+    return gzip.compress(image.to_bytes(), mtime=0)
 
 
 def _viewer(volumes: NDArray[np.float32], titles: Sequence[str]) -> VolumeViewer:

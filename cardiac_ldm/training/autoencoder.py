@@ -384,11 +384,17 @@ def _set_latent_scale(model: Autoencoder, patients: Patients, rng: np.random.Gen
 
 @torch.no_grad()
 def reconstruct(model: Autoencoder, images: np.ndarray, seed: int) -> np.ndarray:
-    """What is left of float32 volumes (n, 13, 96, 96) after encoding and decoding; `seed` draws their texture."""
+    """What is left of float32 volumes (n, 13, 96, 96) after encoding and decoding; `seed` draws their texture.
+
+    Slices beyond a patient's stack are all zero in a prepared volume, and stay so, as in synthetic cohorts: otherwise
+    instruments read hearts out of what the decoder makes of padding.
+    """
     batches, generator = torch.from_numpy(images).split(8), torch.Generator().manual_seed(seed)
-    return torch.cat(
+    drawn = torch.cat(
         [
             model.decode(model.encode(batch), torch.randn(batch.shape, generator=generator))
             for batch in tqdm(batches, desc="reconstruct")
         ]
     ).numpy()
+    drawn[~images.any(axis=(2, 3))] = 0
+    return drawn
