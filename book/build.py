@@ -1,7 +1,7 @@
-"""Build the book and accept no warning: `python book/build.py`; of a run of yours: `python book/build.py EXECUTED INTO`.
+"""Build the book, and accept no warning: `python book/build.py`, or `python book/build.py EXECUTED INTO`.
 
-EXECUTED is a folder of executed notebooks, INTO the folder to write their book to; it gets the prose of the published
-one. `jupyter-book build book` builds the published book as well; this writes its contents anew before that.
+`jupyter-book build book` builds the published book as well; this writes its contents anew before that. EXECUTED is a
+folder of executed notebooks of your own run, INTO the folder that gets a book of them, with the published one's prose.
 """
 
 import re

@@ -37,7 +37,7 @@ def serve_assets(app: Sphinx, config: Config) -> None:
 
 
 def fetch_assets(app: Sphinx) -> None:
-    """Fetch what volumes and equations are drawn with, for a builder of HTML; without it the pages say what's missing."""
+    """Fetch what volumes and equations are drawn with, when HTML is built; pages without it say what they lack."""
     if app.builder.format != "html":
         return
     try:
@@ -56,9 +56,9 @@ def introduce(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname == app.config.root_doc and app.config.own_run is not None:
         title, _, text = source[0].partition("\n")
         note = (
-            f":::{{note}}\nThis book shows your own run{app.config.own_run}: that is what the chapters from the cohorts to"
-            " the gallery measured. What is said elsewhere, the findings on this page included, is about the published"
-            " study.\n:::"
+            f":::{{note}}\nThis book shows your own run{app.config.own_run}: that is what the chapters from the cohorts"
+            " to the gallery measured. What is said elsewhere, the findings on this page included, is about the"
+            " published study.\n:::"
         )
         source[0] = f"{title}\n\n{note}\n{text}"
 

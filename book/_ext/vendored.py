@@ -46,7 +46,7 @@ def fetch() -> None:
         if stamp.exists() and stamp.read_text() == source:
             continue
         VENDOR.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=VENDOR.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=VENDOR, prefix=".") as scratch:  # Sphinx leaves hidden files out
             archive = _pack(package, Path(scratch))
             if hashlib.sha256(archive.read_bytes()).hexdigest() != checksum:
                 raise StudyError(f"{package}: the archive fetched is not the one pinned in {Path(__file__).name}")
