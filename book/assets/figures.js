@@ -5,7 +5,7 @@
   const element = (name, properties) => Object.assign(document.createElement(name), properties);
   const lacking = (shown, name) => element("p", {
     className: "bk-lacking",
-    textContent: `${shown}, because ${name} was not there when this book was built. Build it again with a network to mend that.`,
+    textContent: `${shown}, because ${name} could not be fetched when this book was built: build it again with a network connection.`,
   });
   const libraries = {};
   const load = (file) => (libraries[file] ??= new Promise((resolve, reject) => {
@@ -47,6 +47,7 @@
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === number));
       const base64 = volumes[number].nifti;
       const image = await niivue.NVImage.loadFromBase64({ base64, name: "volume.nii.gz", cal_min: 0, cal_max: 255 });
+      if (number !== chosen) return; // another one was asked for meanwhile
       viewer.volumes.slice().forEach((old) => viewer.removeVolume(old));
       viewer.addVolume(image);
       viewer.setSliceType(viewer.sliceTypeMultiplanar);
@@ -77,6 +78,7 @@
         await load("vendor/niivue/niivue.umd.js");
       } catch {
         volumes.unobserve(box);
+        box.style.minHeight = 0;
         return box.append(lacking("These volumes are still pictures", "NiiVue"));
       }
       try {
@@ -108,7 +110,7 @@
 
   window.addEventListener("load", () => {
     if (document.querySelector(".math") && !window.MathJax?.startup?.promise) {
-      document.querySelector("h1").after(lacking("The equations on this page are shown as TeX", "MathJax"));
+      document.querySelector("article h1").after(lacking("The equations on this page are shown as TeX", "MathJax"));
     }
   });
 })();
