@@ -1,9 +1,12 @@
 """The book, built as a reader gets it and driven in a browser that reaches nothing but the book's own files."""
 
+import base64
 import functools
-import importlib.util
+import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +18,17 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import nbformat
+import numpy as np
 import papermill
+import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Browser, Page, sync_playwright
+from sphinx.errors import ExtensionError
 
 from cardiac_ldm.errors import StudyError
+from cardiac_ldm.report.viewer import show_synthetic
 
 BOOK = Path(__file__).parents[1] / "book"
 CHROMIUM = [
@@ -28,9 +36,10 @@ CHROMIUM = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
-CHAPTERS = ["00_cohorts", "03_dp_finetune-eps1", "03_dp_finetune-epsinf", "06_tradeoff", "07_gallery"]
+NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("*.ipynb"))
 CHAPTER = [
     new_markdown_cell("# A chapter\n\n$$ g = \\frac{1}{B} \\sum_i g_i $$"),
+    new_code_cell('profile = "demo"', metadata={"tags": ["parameters"]}),
     new_code_cell("""
 import numpy as np, sys
 import plotly.graph_objects as go
@@ -45,49 +54,83 @@ figures.synthetic_wall(np.stack([heart, heart / 2]), ["ED", "ES"])"""),
 ]
 
 
-def execute_chapters(folder: Path) -> None:
-    """Make a miniature study: one small chapter, executed, under the names of several."""
-    folder.mkdir()
-    notebook = new_notebook(cells=CHAPTER, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    first, *others = [folder / f"{name}.ipynb" for name in CHAPTERS]
-    nbformat.write(notebook, first)
-    papermill.execute_notebook(str(first), str(first), progress_bar=False)
-    for other in others:
-        shutil.copy(first, other)
+def module(name: str) -> ModuleType:
+    """One of the book's scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BOOK)
+        patch.syspath_prepend(BOOK / "_ext")
+        return importlib.import_module(name)
 
 
-def script(book: Path) -> ModuleType:
-    """The copy of build.py that lies in a book."""
-    spec = importlib.util.spec_from_file_location("build", book / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does whose machine reaches no other; whoever tries to is listed in `refused`."""
+    fence = folder / "fence"
+    fence.mkdir(exist_ok=True)
+    (fence / "sitecustomize.py").write_text(f"""
+import socket
+def refuse(self, address):
+    with open({str(folder / "refused")!r}, "a") as refused:
+        print(address, file=refused)
+    raise OSError("no network")
+socket.socket.connect = refuse
+""")
+    found = {name: os.environ.get(name, "") for name in ("PATH", "PYTHONPATH")}
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), found["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(fence), *filter(None, [found["PYTHONPATH"]])]),
+        "npm_config_registry": "http://127.0.0.1:9/",
+        "npm_config_cache": str(folder / "npm"),
+        "NO_COLOR": "1",
+    }
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run([*map(str, command)], cwd=folder, env=environment, text=True, timeout=600, **streams)  # type: ignore[call-overload]
 
 
-def build(book: Path) -> subprocess.CompletedProcess[str]:
-    """Run build.py of a copied book, beside which stand the code and the results that its pages show."""
-    for shown in ("cardiac_ldm", "benchmarks"):
-        if not (book.parent / shown).exists():
-            (book.parent / shown).symlink_to(BOOK.parent / shown)
-    command = [sys.executable, str(book / "build.py")]
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
+def clone(folder: Path) -> Path:
+    """Copy the book as set-up leaves it, and put beside it the code and the results that its pages show."""
+    shutil.copytree(BOOK, folder / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    for shown in ("cardiac_ldm", "benchmarks", "notebooks"):
+        (folder / shown).symlink_to(BOOK.parent / shown)
+    return folder / "book"
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "_build" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def chapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small notebook, executed."""
+    path = tmp_path_factory.mktemp("executed") / "chapter.ipynb"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=CHAPTER, metadata={"kernelspec": kernel}), path)
+    papermill.execute_notebook(str(path), str(path), {"profile": "/elsewhere/mine.yaml"}, progress_bar=False)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path, chapter: Path) -> Path:
+    """A book of two pages, in the published one's settings."""
+    book = clone(tmp_path)
+    for page in (*book.glob("*.md"), *book.glob("executed/*.ipynb")):
+        page.unlink()
+    (book / "intro.md").write_text("# A page\n\n$$ e^x $$\n")
+    (book / "_toc.yml").write_text("{format: jb-book, root: intro, chapters: [{file: executed/06_tradeoff}]}")
+    shutil.copy(chapter, book / "executed" / "06_tradeoff.ipynb")
+    return book
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the book, built: with the notebooks of the last study if there are any, else with a miniature's."""
-    script(BOOK).fetch_vendored()
-    copy = tmp_path_factory.mktemp("site") / "book"
-    shutil.copytree(BOOK, copy, ignore=shutil.ignore_patterns("_build", "_toc.yml"))
-    if not (copy / "executed" / "07_gallery.ipynb").exists():  # the last chapter of a study that was run to its end
-        shutil.rmtree(copy / "executed", ignore_errors=True)
-        execute_chapters(copy / "executed")
-    built = build(copy)
+    """The published book, built by the reader's command from what a clone and its set-up bring, with no network."""
+    module("vendored").fetch()
+    copy = clone(tmp_path_factory.mktemp("site"))
+    before = files(copy)
+    built = run(copy.parent, "jupyter-book", "build", "book")
     assert built.returncode == 0, built.stdout
+    assert "WARNING" not in built.stdout
+    assert not (copy.parent / "refused").exists(), (copy.parent / "refused").read_text()
+    assert {k: v for k, v in files(copy).items() if "__pycache__" not in k.parts} == before
     return copy
 
 
@@ -145,7 +188,12 @@ def page(browser: Browser) -> Iterator[Page]:
 
     page.on("requestfailed", failed)
     page.on("response", lambda r: complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+
+    def said(message):
+        if message.type == "error" or "WebGL contexts" in message.text:
+            complaints.append(message.text)
+
+    page.on("console", said)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     yield page
     context.close()
@@ -172,15 +220,27 @@ def settled(page: Page, before: bytes | None = None) -> bytes:
     raise AssertionError("the volume viewer's picture did not change, or does not settle")
 
 
-def test_every_plot_is_drawn(book: Path, root: str, page: Page):
+CLOUD = re.compile("cloud|chart studio|share|upload|plotly", re.IGNORECASE)
+
+
+def offers(page: Page) -> list[str]:
+    """What the buttons of a page's plots say they do."""
+    return page.locator(".modebar-btn").evaluate_all(
+        "buttons => buttons.map(b => [b.dataset.title, b.getAttribute('aria-label'), b.href].join(' '))"
+    )
+
+
+def test_every_plot_is_drawn_and_none_offers_to_upload_it(book: Path, root: str, page: Page):
     drawn = 0
     for chapter in chapters(book) if root.startswith("file") else chapters(book)[:1]:
         page.goto(f"{root}/executed/{chapter}.html")
         for plot in page.locator(".bk-plot").all():
             plot.scroll_into_view_if_needed()
             plot.locator("svg.main-svg").first.wait_for(timeout=20_000)
+            plot.locator(".modebar-btn").first.wait_for(state="attached", timeout=20_000)
             assert plot.bounding_box()["height"] > 100  # type: ignore[index]
             drawn += 1
+        assert not [offer for offer in offers(page) if CLOUD.search(offer)]
     assert drawn
 
 
@@ -235,12 +295,13 @@ def test_nothing_that_was_printed_as_progress_is_published(book: Path):
     ],
 )
 def test_pages_and_figures_that_the_build_lost_are_noticed(book: Path, tmp_path: Path, damage, complaint: str):
-    copy = tmp_path / "book"
-    shutil.copytree(book, copy)
-    script(copy).check_pages()
-    damage(copy / "_build" / "html" / "executed" / "06_tradeoff.html")
-    with pytest.raises(StudyError, match=complaint):
-        script(copy).check_pages()
+    html = tmp_path / "html"
+    shutil.copytree(book / "_build" / "html", html)
+    check = module("local_figures").check_pages
+    check(book, html)
+    damage(html / "executed" / "06_tradeoff.html")
+    with pytest.raises(ExtensionError, match=complaint):
+        check(book, html)
 
 
 def test_tables_hold_what_benchmarks_measured(book: Path):
@@ -270,30 +331,193 @@ def test_published_notebooks_do_not_tell_how_long_a_cell_took_nor_what_went_to_s
     assert not [p for p in (BOOK / "executed").glob("*.ipynb") if '"duration"' in p.read_text()]
 
 
-def test_a_chapter_that_ended_in_an_error_is_not_published(book: Path, tmp_path: Path):
-    copy = tmp_path / "book"
-    shutil.copytree(book, copy)
-    path = copy / "executed" / "06_tradeoff.ipynb"
+def test_a_chapter_that_ended_in_an_error_fails_the_build(small: Path):
+    path = small / "executed" / "06_tradeoff.ipynb"
     notebook = nbformat.read(path, 4)
     notebook.cells[-1].outputs = [new_output("error", ename="ValueError", evalue="no", traceback=[])]
     nbformat.write(notebook, path)
-    with pytest.raises(StudyError, match="ended in an error"):
-        script(copy).check_pages()
+    built = run(small.parent, "jupyter-book", "build", "book")
+    assert built.returncode != 0
+    assert "06_tradeoff.ipynb: its execution ended in an error" in built.stdout
 
 
-def test_a_broken_link_fails_the_build(book: Path, tmp_path: Path):
-    copy = tmp_path / "book"
-    shutil.copytree(book, copy)
-    with (copy / "data.md").open("a") as chapter:
-        chapter.write("\n[nowhere](executed/nowhere.ipynb)\n")
-    built = build(copy)
+def test_a_chapter_that_the_contents_leave_out_fails_the_build(small: Path):
+    shutil.copy(small / "executed" / "06_tradeoff.ipynb", small / "executed" / "07_gallery.ipynb")
+    built = run(small.parent, "jupyter-book", "build", "book")
+    assert built.returncode != 0
+    assert "does _toc.yml name 07_gallery.ipynb?" in built.stdout
+
+
+def test_contents_are_those_of_the_chapters_that_are_published():
+    assert (BOOK / "_toc.yml").read_text() == module("build").contents(BOOK / "executed")
+
+
+def test_a_broken_link_fails_the_build(small: Path):
+    with (small / "intro.md").open("a") as page:
+        page.write("\n[nowhere](executed/nowhere.ipynb)\n")
+    built = run(small.parent, "jupyter-book", "build", "book", "-W", "-n", "--keep-going")
     assert built.returncode != 0
     assert "nowhere" in built.stdout
 
 
-def test_a_book_without_notebooks_says_to_run_the_study(tmp_path: Path):
-    copy = tmp_path / "book"
-    shutil.copytree(BOOK, copy, ignore=shutil.ignore_patterns("_build", "executed"))
-    built = build(copy)
+def test_without_viewers_the_book_says_so_and_takes_them_up_once_they_are_there(small: Path, page: Page):
+    vendor = small / "assets" / "vendor"
+    shutil.rmtree(vendor)
+    html = small / "_build" / "html"
+    built = run(small.parent, "jupyter-book", "build", "book", "-W", "-n", "--keep-going")
+    assert built.returncode == 0, built.stdout
+    assert "npm could not fetch it" in built.stdout
+    assert not list(vendor.iterdir())
+    lacking = page.locator(".bk-lacking")
+    context = page.context.browser.new_context()  # type: ignore[union-attr]
+    try:  # where files that aren't there may be asked for
+        without = context.new_page()
+        without.goto((html / "intro.html").as_uri())
+        without.get_by_text("equations on this page are shown as TeX").wait_for(timeout=20_000)
+        without.goto((html / "executed" / "06_tradeoff.html").as_uri())
+        volumes = without.locator(".bk-volumes")
+        volumes.scroll_into_view_if_needed()
+        volumes.get_by_text("These volumes are still pictures").wait_for(timeout=20_000)
+        assert volumes.locator("img").is_visible()
+        without.locator(".bk-plot svg.main-svg").first.wait_for()
+    finally:
+        context.close()
+
+    shutil.copytree(BOOK / "assets" / "vendor", vendor, dirs_exist_ok=True)
+    built = run(small.parent, "jupyter-book", "build", "book")
+    assert built.returncode == 0, built.stdout
+    page.goto((html / "executed" / "06_tradeoff.html").as_uri())
+    page.locator(".bk-volumes").scroll_into_view_if_needed()
+    page.locator(".bk-volumes canvas").wait_for(timeout=20_000)
+    page.goto((html / "intro.html").as_uri())
+    page.locator("mjx-container").first.wait_for(timeout=20_000)
+    assert lacking.count() == 0
+
+
+def test_another_archive_than_the_one_pinned_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vendored = module("vendored")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "package.json").write_text('{"name": "small", "version": "1.0.0", "files": ["dist"]}')
+    (package / "dist").mkdir()
+    (package / "dist" / "small.js").write_text("1")
+    monkeypatch.setattr(vendored, "VENDOR", tmp_path / "vendor")
+    members = {"package/dist/": "lib/"}
+    monkeypatch.setattr(vendored, "PACKAGES", {"small": (str(package), "0" * 64, members)})
+    with pytest.raises(StudyError, match="not the one pinned"):
+        vendored.fetch()
+    assert not list(vendored.VENDOR.iterdir())
+    pinned = hashlib.sha256(vendored._pack(str(package), tmp_path).read_bytes()).hexdigest()
+    monkeypatch.setattr(vendored, "PACKAGES", {"small": (str(package), pinned, members)})
+    vendored.fetch()
+    shutil.rmtree(package)
+    vendored.fetch()  # which fetches nothing again
+    fetched = {path.relative_to(vendored.VENDOR) for path in vendored.VENDOR.rglob("*") if path.is_file()}
+    assert fetched == {Path("small/SOURCE"), Path("small/lib/small.js")}
+
+
+def execute(folder: Path, chapter: Path) -> None:
+    """Put a small notebook where a study's chapters go, for budgets that the published one hasn't."""
+    folder.mkdir()
+    for name in NOTEBOOKS:
+        for run in ["-eps0.5", "-eps2", "-epsinf"] if name.startswith("03") else [""]:
+            shutil.copy(chapter, folder / f"{name}{run}.ipynb")
+
+
+def test_a_run_of_ones_own_has_a_book_of_its_own(tmp_path: Path, chapter: Path, page: Page):
+    book = clone(tmp_path)
+    execute(tmp_path / "run", chapter)
+    before = files(book)
+    module("build").assemble(tmp_path / "run", tmp_path / "runs" / "book")  # an earlier run's, of other budgets
+    (tmp_path / "run" / "03_dp_finetune-eps2.ipynb").unlink()
+    built = run(tmp_path, sys.executable, "book/build.py", "run", "runs/book")
+    assert built.returncode == 0, built.stdout
+    assert "WARNING" not in built.stdout
+    assert {k: v for k, v in files(book).items() if "__pycache__" not in k.parts} == before
+    html = tmp_path / "runs" / "book" / "_build" / "html"
+    page.goto((html / "intro.html").as_uri())
+    assert "your own run, with the profile mine" in page.locator(".admonition.note").first.inner_text()
+    assert "your own run" in page.title()
+    contents = page.locator(".bd-sidebar").inner_text()
+    assert "ε = 0.5" in contents
+    assert "ε = 2" not in contents
+    assert "sample_lot" in (html / "mechanism.html").read_text()
+    page.goto((html / "executed" / "03_dp_finetune-eps0.5.html").as_uri())
+    page.locator(".bk-plot svg.main-svg").first.wait_for(timeout=20_000)
+
+
+def test_the_published_book_does_not_speak_of_ones_own_run(book: Path):
+    assert "own run" not in (book / "_build" / "html" / "intro.html").read_text()
+
+
+def test_a_book_goes_neither_over_another_folder_nor_over_what_it_is_made_of(tmp_path: Path, chapter: Path):
+    build = module("build")
+    execute(tmp_path / "run", chapter)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    before = files(tmp_path)
+    for into in (tmp_path / "mine", tmp_path, tmp_path / "run", tmp_path / "run" / "book", BOOK, BOOK / "executed"):
+        with pytest.raises(StudyError, match="name a"):
+            build.assemble(tmp_path / "run", into)
+    assert files(tmp_path) == before
+
+
+def test_a_study_that_was_not_run_to_its_end_has_no_book_yet(tmp_path: Path, chapter: Path):
+    execute(tmp_path / "run", chapter)
+    (tmp_path / "run" / "05_privacy_audit.ipynb").unlink()
+    built = run(tmp_path, sys.executable, BOOK / "build.py", "run", "book")
     assert built.returncode != 0
-    assert "run the study first" in built.stdout
+    assert "no 05_privacy_audit.ipynb: run the study to its end" in built.stdout
+    assert not (tmp_path / "book").exists()
+
+
+def difference(page: Page, *pictures: bytes) -> float:
+    """How far apart the grey values of two pictures are, over all pixels."""
+    return page.evaluate(
+        """async (pictures) => {
+            const [a, b] = await Promise.all(pictures.map(async (picture) => {
+                const image = Object.assign(new Image(), { src: `data:image/png;base64,${picture}` });
+                await image.decode();
+                const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+                canvas.drawImage(image, 0, 0);
+                return canvas.getImageData(0, 0, image.width, image.height).data;
+            }));
+            return a.length === b.length ? a.reduce((sum, value, i) => sum + Math.abs(value - b[i]), 0) : Infinity;
+        }""",
+        [base64.b64encode(picture).decode() for picture in pictures],
+    )
+
+
+def test_a_page_holds_more_volumes_than_a_browser_can_draw_at_once(book: Path, page: Page):
+    z, y, x = np.mgrid[-1:1:13j, -1:1:96j, -1:1:96j]
+    heart = (z**2 + y**2 + (2 * x) ** 2 < 0.6) * (0.5 + 0.5 * y)
+    volumes = show_synthetic(np.stack([heart, heart / 2]).astype(np.float32), ["ED", "ES"])._repr_html_()
+    head = '<link rel="stylesheet" href="_static/book.css"><script defer src="_static/figures.js"></script>'
+    many = book / "_build" / "html" / "many.html"
+    many.write_text(f'<html data-content_root=""><meta charset="utf-8">{head}<body>{volumes * 20}</body></html>')
+    page.set_viewport_size({"width": 500, "height": 500})
+    page.goto(many.as_uri())
+    boxes = page.locator(".bk-volumes").all()
+    boxes[0].locator("canvas").wait_for(timeout=20_000)
+    ed = settled(page)
+    boxes[0].locator("button").nth(1).click()
+    first = settled(page, before=ed)
+    for box in boxes:
+        box.scroll_into_view_if_needed()
+        box.locator("canvas").wait_for(timeout=20_000)
+        assert page.locator("canvas").count() < 10
+    assert boxes[0].locator("canvas").count() == 0
+    assert boxes[0].locator("img").count() == 1
+    page.evaluate("scrollTo(0, 0)")
+    boxes[0].locator("canvas").wait_for(timeout=20_000)
+    assert difference(page, settled(page), first) < 0.1 * difference(page, ed, first)  # as it was left
+
+
+def test_no_plot_of_a_live_notebook_offers_to_upload_it(page: Page):
+    live = pio.renderers["book"].to_mimebundle(go.Figure(go.Scatter(y=[1, 3, 2])).to_dict())
+    page.add_script_tag(path=module("local_figures").PLOTLY)
+    page.evaluate(
+        "f => Plotly.newPlot(document.body, f.data, f.layout, f.config)", live["application/vnd.plotly.v1+json"]
+    )
+    assert "Download" in " ".join(offers(page))
+    assert not [offer for offer in offers(page) if CLOUD.search(offer)]

@@ -300,6 +300,7 @@ def test_the_page_draws_its_figures_from_disk_with_no_network(
     for figure in ("wall", "distances", "control"):
         _, drawing = shown.split(f'id="{figure}"')
         assert 'class="main-svg"' in drawing.split("<h2>")[0], figure
+    assert "modebar-btn" not in shown  # one of plotly's buttons uploads the plot
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,16 @@ def embed(kind: str, payload: str, height: int, poster: str = "") -> str:
     return f'<div class="{kind}" style="min-height: {height}px">{script}{poster}</div>'
 
 
+CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+"""How plotly shows a figure: with no button that uploads it, which it has by default."""
+
+
 class BookRenderer(MimetypeRenderer):
     """Shows a figure the way the book draws it, with plotly's own mimetype beside it for live notebooks."""
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the figure as `text/html` and as plotly's JSON."""
-        figure = pio.to_json(fig_dict, validate=False)
+        figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
         height = fig_dict["layout"].get("height", 450)
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": embed("bk-plot", figure, height)}
 
