@@ -2,8 +2,10 @@
 // this script, and each is loaded when the first figure that needs it comes near the screen: over http and from disk alike.
 (() => {
   const vendor = new URL(`${document.documentElement.dataset.content_root}_static/vendor/`, location.href);
+  // right ventricle blue, myocardium green, left ventricle red, as in the walls of stacks
+  const LABELS = { R: [0, 86, 0, 213], G: [0, 180, 158, 94], B: [0, 233, 115, 0], A: [0, 255, 255, 255], I: [0, 1, 2, 3] };
   const element = (name, properties) => Object.assign(document.createElement(name), properties);
-  const libraries = {};
+  const libraries = window.bkLibraries ?? {}; // an output in a live notebook brings its own
   const load = (file) => (libraries[file] ??= new Promise((resolve, reject) => {
     const onerror = () => reject(new Error(`${file} is missing: build the book with "python book/build.py"`));
     document.head.append(element("script", { src: new URL(file, vendor), onload: resolve, onerror }));
@@ -34,8 +36,10 @@
     async function show(volume) {
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", volumes[i] === volume));
       const image = await niivue.NVImage.loadFromBase64({ base64: volume.nifti, name: "volume.nii.gz", cal_min: 0, cal_max: 255 });
+      const labels = volume.labels && await niivue.NVImage.loadFromBase64({ base64: volume.labels, name: "labels.nii.gz", opacity: 0.4 });
+      labels?.setColormapLabel(LABELS);
       viewer.volumes.slice().forEach((old) => viewer.removeVolume(old));
-      viewer.addVolume(image);
+      [image, labels].filter(Boolean).forEach((shown) => viewer.addVolume(shown));
       viewer.setSliceType(viewer.sliceTypeMultiplanar);
     }
     await show(volumes[0]);
@@ -51,5 +55,9 @@
       console.error(error);
     });
   }), { rootMargin: "400px" });
-  document.querySelectorAll(".bk-plot, .bk-volumes").forEach((box) => watcher.observe(box));
+  window.drawFigures = (kinds) => document.querySelectorAll(kinds).forEach((box) => {
+    if (!box.dataset.watched) watcher.observe(box);
+    box.dataset.watched = "yes";
+  });
+  if (!window.bkLibraries) drawFigures(".bk-plot, .bk-volumes"); // in the book; in a live notebook, outputs ask for it
 })();
