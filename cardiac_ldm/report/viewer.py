@@ -65,7 +65,9 @@ def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -
     if front_end() == "classic" and _itkwidgets_shows():
         from itkwidgets import view as view_itk
 
-        return view_itk(_itk_image(volume), None if labels is None else _itk_image(labels.astype(np.uint8)))
+        viewer = view_itk(_itk_image(volume), None if labels is None else _itk_image(labels.astype(np.uint8)))
+        viewer.channels = [True]  # its front end can't do without, and its `view` doesn't say which there are
+        return viewer
     return _viewer(volume[None], ["volume" if labels is None else "volume with labels"], labels)
 
 
