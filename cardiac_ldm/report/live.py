@@ -30,13 +30,13 @@ def front_end() -> Literal["classic", "other"] | None:
 def loader(library: str, kind: str) -> str:
     """Return the HTML that makes a live page draw its figures of one kind: the library, the book's script and style.
 
-    library: a file in the book's `vendor/`. kind: the class that the figures have (`bk-volumes`). The HTML loads nothing
-    over the network; a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
+    library: a file in the book's `vendor/`. kind: the class that the figures have (`bk-volumes`). Nothing is loaded over
+    the network, and a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
     """
     path = ASSETS / "vendor" / library
     if not path.exists():
-        wanted = f"book/assets/vendor/{library}"
-        return f"<p>{wanted} is missing: <code>python book/_ext/vendored.py</code> fetches it, then run this cell again.</p>"
+        fetch = "<code>python book/_ext/vendored.py</code> fetches it; then run this cell again"
+        return f"<p>book/assets/vendor/{library} is missing: {fetch}.</p>"
     packed = base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
     # the names of module systems are hidden from the library: classic Notebook's would swallow it
     return f"""<style>{(ASSETS / "book.css").read_text()}</style>

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -51,7 +50,7 @@ def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -
     """Show one volume, and its labels in colours, in whatever front end the notebook is opened.
 
     Classic Notebook shows itkwidgets' viewer where `pip install "cardiac-ldm[live]"` has brought it. JupyterLab and
-    VS Code, which itkwidgets' stable version has no viewer for, classic Notebook without it, and the book show NiiVue's.
+    VS Code, for which itkwidgets' stable version has none, classic Notebook without it, and the book show NiiVue's.
 
     volume: (slices, height, width) in [0, 1]. labels: of the same shape; 1 right ventricle, 2 myocardium, 3 left
     ventricle. Raises ParameterError for other shapes or labels.
@@ -65,7 +64,8 @@ def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -
     if front_end() == "classic" and _itkwidgets_shows():
         from itkwidgets import view as view_itk
 
-        viewer = view_itk(_itk_image(volume), None if labels is None else _itk_image(labels.astype(np.uint8)))
+        label_image = None if labels is None else _itk_image(labels.astype(np.uint8))
+        viewer = view_itk(_itk_image(volume), label_image, ui_collapsed=True)
         viewer.channels = [True]  # its front end can't do without, and its `view` doesn't say which there are
         return viewer
     return _viewer(volume[None], ["volume" if labels is None else "volume with labels"], labels)
@@ -81,8 +81,8 @@ def _itkwidgets_shows() -> bool:
         return False
 
 
-def _itk_image(volume: NDArray[np.float32] | NDArray[np.uint8]) -> Any:
-    """Return itk's image of the file that `nifti` makes: the same voxels at the same places, with axes as itk has them."""
+def _itk_image(volume: NDArray[np.float32] | NDArray[np.uint8]) -> object:
+    """Return itk's image of the file that `nifti` makes: the same voxels at the same places, axes as itk has them."""
     import itk
 
     file = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(volume)))
