@@ -5,7 +5,7 @@ CORES ?= $(shell python3 -c "import os; print(os.cpu_count())")
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: study test book clean
+.PHONY: study test test-live book clean
 
 study: .venv/installed
 	snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE) epsilons=$(EPSILONS)
@@ -34,3 +34,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 .venv/installed-dev: .venv/installed
 	$(INSTALL) ".[dev]"
 	touch $@
+
+.venv-live/installed: pyproject.toml tests/live/constraints.txt
+	python3 -m venv .venv-live
+	.venv-live/bin/python -m pip install --quiet --no-compile --constraint tests/live/constraints.txt --editable ".[live]" jupyterlab playwright pytest
+	touch $@
+
+test-live: .venv-live/installed
+	OMP_NUM_THREADS=1 .venv-live/bin/python -m pytest tests/live/test_live.py

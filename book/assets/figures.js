@@ -7,7 +7,9 @@
     className: "bk-lacking",
     textContent: `${shown}, because ${name} could not be fetched when this book was built: build it again with a network connection.`,
   });
-  const libraries = {};
+  const libraries = window.bkLibraries ?? {}; // an output in a live notebook brings its own
+  // right ventricle blue, myocardium green, left ventricle red, as in the walls of stacks
+  const LABELS = { R: [0, 86, 0, 213], G: [0, 180, 158, 94], B: [0, 233, 115, 0], A: [0, 255, 255, 255], I: [0, 1, 2, 3] };
   const load = (file) => (libraries[file] ??= new Promise((resolve, reject) => {
     document.head.append(element("script", { src: new URL(file, assets), onload: resolve, onerror: reject }));
   }));
@@ -45,11 +47,13 @@
     async function show(number) {
       chosen = number;
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === number));
-      const base64 = volumes[number].nifti;
-      const image = await niivue.NVImage.loadFromBase64({ base64, name: "volume.nii.gz", cal_min: 0, cal_max: 255 });
+      const { nifti, labels } = volumes[number];
+      const image = await niivue.NVImage.loadFromBase64({ base64: nifti, name: "volume.nii.gz", cal_min: 0, cal_max: 255 });
+      const overlay = labels && await niivue.NVImage.loadFromBase64({ base64: labels, name: "labels.nii.gz", opacity: 0.4 });
+      overlay?.setColormapLabel(LABELS);
       if (number !== chosen) return; // another one was asked for meanwhile
       viewer.volumes.slice().forEach((old) => viewer.removeVolume(old));
-      viewer.addVolume(image);
+      [image, overlay].filter(Boolean).forEach((shown) => viewer.addVolume(shown));
       viewer.setSliceType(viewer.sliceTypeMultiplanar);
     }
     await show(chosen);
@@ -105,8 +109,12 @@
     plots.unobserve(target);
     drawPlot(target).catch((error) => failed(target, error));
   }), { rootMargin });
-  document.querySelectorAll(".bk-volumes").forEach((box) => volumes.observe(box));
-  document.querySelectorAll(".bk-plot").forEach((box) => plots.observe(box));
+  window.drawFigures = (kind) => document.querySelectorAll(kind).forEach((box) => {
+    if (!box.dataset.watched) (kind === ".bk-plot" ? plots : volumes).observe(box);
+    box.dataset.watched = "yes";
+  });
+  if (window.bkLibraries) return; // in a live notebook outputs ask for what they hold
+  [".bk-plot", ".bk-volumes"].forEach(drawFigures);
 
   window.addEventListener("load", () => {
     if (document.querySelector(".math") && !window.MathJax?.startup?.promise) {

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError, StudyError
+from cardiac_ldm.report.live import PLOTLY, front_end, loader
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart by all common kinds of colour vision
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -63,8 +64,10 @@ class BookRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the figure as `text/html` and as plotly's JSON."""
         figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
-        height = fig_dict["layout"].get("height", 450)
-        return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": embed("bk-plot", figure, height)}
+        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
+        if front_end() == "classic":  # the one that doesn't know plotly's mimetype
+            html += loader(PLOTLY, "bk-plot")
+        return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}
 
 
 pio.renderers["book"] = BookRenderer()

@@ -1,10 +1,11 @@
-"""Volumes that turn: slices and a 3D view, drawn by NiiVue in the book and by itkwidgets in a live notebook."""
+"""Volumes that turn: slices and a 3D view, in the book and in live notebooks, by NiiVue or by itkwidgets."""
 
 import base64
 import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import nibabel as nib
 import numpy as np
@@ -14,17 +15,21 @@ from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES
 from cardiac_ldm.report.figures import embed, mosaic, png
+from cardiac_ldm.report.live import NIIVUE, front_end, loader
 
 
 @dataclass(frozen=True, repr=False)
 class VolumeViewer:
-    """HTML that a notebook cell shows: a still picture, which the book's script turns into a viewer."""
+    """HTML that a notebook cell shows: a still picture, which the book's script turns into a viewer.
+
+    A live notebook has no such script: there, the cell brings it along, with NiiVue (1 MB).
+    """
 
     html: str
 
     def _repr_html_(self) -> str:
         """IPython's hook."""
-        return self.html
+        return self.html + loader(NIIVUE, "bk-volumes") if front_end() else self.html
 
 
 def show_patients(patients: Patients, volumes: Sequence[int], titles: Sequence[str]) -> VolumeViewer:
@@ -42,16 +47,52 @@ def show_synthetic(volumes: NDArray[np.float32], titles: Sequence[str]) -> Volum
     return _viewer(np.asarray(volumes), titles)
 
 
-def view_live(volume: NDArray[np.float32]) -> object:
-    """Return an itkwidgets view, for a live notebook, of one volume (slices, height, width) in [0, 1]."""
+def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -> object:
+    """Show one volume, and its labels in colours, in whatever front end the notebook is opened.
+
+    Classic Notebook shows itkwidgets' viewer where `pip install "cardiac-ldm[live]"` has brought it. JupyterLab and
+    VS Code, for which itkwidgets' stable version has none, classic Notebook without it, and the book show NiiVue's.
+
+    volume: (slices, height, width) in [0, 1]. labels: of the same shape; 1 right ventricle, 2 myocardium, 3 left
+    ventricle. Raises ParameterError for other shapes or labels.
+    """
+    if volume.ndim != 3:
+        raise ParameterError(f"view shows one volume (slices, height, width); this one has the shape {volume.shape}")
+    if labels is not None and labels.shape != volume.shape:
+        raise ParameterError(f"labels of the shape {labels.shape} don't fit a volume of the shape {volume.shape}")
+    if labels is not None and not np.isin(labels, range(4)).all():
+        raise ParameterError(f"labels are 0 to 3; these have {np.unique(labels).tolist()[:8]}")
+    if front_end() == "classic" and _itkwidgets_shows():
+        from itkwidgets import view as view_itk
+
+        label_image = None if labels is None else _itk_image(labels.astype(np.uint8))
+        viewer = view_itk(_itk_image(volume), label_image, ui_collapsed=True)
+        viewer.channels = [True]  # its front end can't do without, and its `view` doesn't say which there are
+        return viewer
+    return _viewer(volume[None], ["volume" if labels is None else "volume with labels"], labels)
+
+
+def _itkwidgets_shows() -> bool:
+    """Whether itkwidgets is there, with the ipywidgets that its viewer in classic Notebook was made for."""
     try:
-        import itk
-        from itkwidgets import view
-    except ImportError as missing:
-        raise ParameterError('the live view needs itkwidgets: pip install "cardiac-ldm[live]"') from missing
-    image = itk.image_from_array(np.ascontiguousarray(volume, dtype=np.float32))
-    image.SetSpacing([float(mm) for mm in reversed(GRID.spacing_mm)])
-    return view(image)
+        import itkwidgets  # noqa: F401
+
+        return version("ipywidgets").startswith("7.7.")
+    except ImportError:
+        return False
+
+
+def _itk_image(volume: NDArray[np.float32] | NDArray[np.uint8]) -> object:
+    """Return itk's image of the file that `nifti` makes: the same voxels at the same places, axes as itk has them."""
+    import itk
+
+    file = nib.Nifti1Image.from_bytes(gzip.decompress(nifti(volume)))
+    axes = nib.orientations.axcodes2ornt(("L", "P", "S"))
+    turned = file.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(file.affine), axes))
+    image = itk.image_from_array(np.ascontiguousarray(np.asarray(turned.dataobj).transpose(2, 1, 0)))
+    image.SetSpacing([float(mm) for mm in turned.header.get_zooms()])
+    image.SetOrigin((turned.affine[:3, 3] * [-1, -1, 1]).tolist())
+    return image
 
 
 def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
@@ -74,12 +115,19 @@ def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
     return gzip.compress(image.to_bytes(), mtime=0)
 
 
-def _viewer(volumes: NDArray[np.float32], titles: Sequence[str]) -> VolumeViewer:
-    """Embed volumes (n, slices, height, width) and, until they're drawn, a picture of their middle slices."""
+def _viewer(
+    volumes: NDArray[np.float32], titles: Sequence[str], labels: NDArray[np.uint8] | None = None
+) -> VolumeViewer:
+    """Embed volumes (n, slices, height, width) and, until they're drawn, a picture of their middle slices.
+
+    labels: of the first volume.
+    """
     if len(titles) != len(volumes) or len(volumes) == 0:
         raise ParameterError(f"a viewer needs one title per volume: {len(titles)} titles, {len(volumes)} volumes")
     files = [base64.b64encode(nifti(volume)).decode() for volume in volumes]
     payload = [{"title": title, "nifti": file} for title, file in zip(titles, files, strict=True)]
+    if labels is not None:
+        payload[0]["labels"] = base64.b64encode(nifti(labels.astype(np.uint8))).decode()
     picture = png(mosaic(volumes, min(6, len(volumes))))
     poster = f'<img alt="the middle slice of each volume" src="{picture}">'
     return VolumeViewer(embed("bk-volumes", json.dumps({"volumes": payload}), 400, poster))

@@ -1,0 +1,56 @@
+"""What an output must bring along to come to life in a live notebook; in the book, the book's own script does that."""
+
+import base64
+import gzip
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import plotly
+from IPython.core.getipython import get_ipython
+
+ASSETS = Path(__file__).resolve().parents[2] / "book" / "assets"
+"""The book's scripts; `vendor/` holds the libraries that the book's set-up fetched, plotly's comes with its package."""
+PLOTLY, NIIVUE = "plotly.min.js", "vendor/niivue/niivue.umd.js"
+"""What the book's script calls its libraries."""
+
+
+def front_end() -> Literal["classic", "other"] | None:
+    """Return who runs this cell: classic Notebook, another front end that a person sees, or nobody who looks (None).
+
+    papermill, nbclient and all other clients written in Python number their messages after their session. Front ends
+    that live in a browser (JupyterLab, Notebook 7, VS Code) give each message an identifier of its own, and classic
+    Notebook alone calls its user "username".
+    """
+    shell = get_ipython()
+    header = shell.get_parent().get("header", {}) if hasattr(shell, "get_parent") else {}
+    if not header or header["msg_id"].startswith(header["session"]):
+        return None
+    return "classic" if header["username"] == "username" else "other"
+
+
+@cache
+def loader(library: str, kind: str) -> str:
+    """Return the HTML that makes a live page draw its figures of one kind: the library, the book's script and style.
+
+    library: PLOTLY or NIIVUE. kind: the class that the figures have (`bk-volumes`). Nothing is loaded over
+    the network, and a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
+    """
+    path = Path(plotly.__file__).parent / "package_data" / PLOTLY if library == PLOTLY else ASSETS / library
+    if not path.exists():
+        fetch = "<code>python book/_ext/vendored.py</code> fetches it; then run this cell again"
+        return f"<p>book/assets/{library} is missing: {fetch}.</p>"
+    packed = base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
+    # the names of module systems are hidden from the library: classic Notebook's would swallow it
+    return f"""<style>{(ASSETS / "book.css").read_text()}</style>
+<script>
+(window.bkLibraries ??= {{}})["{library}"] ??= (async () => {{
+  const packed = Uint8Array.from(atob("{packed}"), (letter) => letter.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  new Function("define", "exports", "module", await new Response(unpacked).text())();
+}})();
+if (!window.drawFigures) {{
+{(ASSETS / "figures.js").read_text()}
+}}
+drawFigures(".{kind}");
+</script>"""
