@@ -136,7 +136,7 @@ def opened(
         if request.param == "lab":
             page.goto(f"{root}/lab/tree/heart.ipynb")
             page.locator(".jp-Notebook").wait_for(timeout=60_000)
-            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+            page.locator("#jp-main-statusbar", has_text="(ipykernel) | Idle").wait_for(timeout=60_000)
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         else:
