@@ -1,19 +1,24 @@
 import gzip
 import json
 import re
-import sys
 from base64 import b64decode
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from uuid import uuid4
 
 import nibabel as nib
 import numpy as np
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.session import Session
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 from cardiac_ldm.cohort import GRID, Patients, load_manifest
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.report.viewer import nifti, show_patients, show_synthetic, view_live
+from cardiac_ldm.report.live import loader
+from cardiac_ldm.report.viewer import nifti, show_patients, show_synthetic, view
 
 
 class FewPatients(Patients):
@@ -86,22 +91,54 @@ def test_real_private_patients_are_never_shown():
         show_patients(FewPatients("private", False), [0], ["ED"])
 
 
-def test_the_live_view_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "itkwidgets", None)
-    with pytest.raises(ParameterError, match=re.escape('pip install "cardiac-ldm[live]"')):
-        view_live(np.zeros((13, 96, 96), np.float32))
+def test_a_volume_is_viewed_with_its_labels_on_the_same_grid():
+    volume, labels = np.zeros((13, 96, 96), np.float32), np.zeros((13, 96, 96), np.uint8)
+    labels[3, 40, 50] = 2
+    (payload,) = re.findall(r"json\">(.*?)</script>", view(volume, labels)._repr_html_(), re.DOTALL)  # type: ignore[attr-defined]
+    (shown,) = json.loads(payload)["volumes"]
+    image, overlay = (nib.Nifti1Image.from_bytes(gzip.decompress(b64decode(shown[key]))) for key in ("nifti", "labels"))
+    np.testing.assert_array_equal(overlay.affine, image.affine)
+    np.testing.assert_array_equal(np.asarray(overlay.dataobj).transpose(2, 1, 0), labels)
 
 
-def test_the_live_view_passes_the_spacing(monkeypatch):
-    class Image:
-        spacing: list[float]
+@pytest.mark.parametrize(
+    ("volume", "labels", "message"),
+    [
+        (np.zeros((2, 13, 96, 96), np.float32), None, "one volume"),
+        (np.zeros((13, 96, 96), np.float32), np.zeros((12, 96, 96), np.uint8), "don't fit"),
+        (np.zeros((13, 96, 96), np.float32), np.full((13, 96, 96), 4, np.uint8), "labels are 0 to 3"),
+    ],
+)
+def test_what_cannot_be_viewed_is_refused(volume, labels, message):
+    with pytest.raises(ParameterError, match=message):
+        view(volume, labels)
 
-        def SetSpacing(self, spacing):  # noqa: N802
-            self.spacing = spacing
 
-    itk, itkwidgets = ModuleType("itk"), ModuleType("itkwidgets")
-    monkeypatch.setattr(itk, "image_from_array", lambda voxels: Image(), raising=False)
-    monkeypatch.setattr(itkwidgets, "view", lambda image: image, raising=False)
-    monkeypatch.setitem(sys.modules, "itk", itk)
-    monkeypatch.setitem(sys.modules, "itkwidgets", itkwidgets)
-    assert view_live(np.zeros((13, 96, 96), np.float32)).spacing == pytest.approx(GRID.spacing_mm[::-1])  # type: ignore[attr-defined]
+class FrontEnd(Session):
+    """Messages as a browser's: each has an identifier of its own, where Python's clients number theirs."""
+
+    @property
+    def msg_id(self) -> str:
+        return uuid4().hex
+
+
+@pytest.mark.parametrize(
+    ("session", "seen_by"),
+    [(Session, "None"), (FrontEnd, "'other'")],
+)
+def test_only_a_front_end_gets_the_script_that_draws(session, seen_by):
+    notebook = new_notebook(
+        cells=[
+            new_code_cell("from cardiac_ldm.report.live import front_end\nprint(repr(front_end()))"),
+            new_code_cell("from cardiac_ldm.report.viewer import VolumeViewer\nVolumeViewer('<p>heart</p>')"),
+        ]
+    )
+    manager = AsyncKernelManager(kernel_name="python3", session=session(username=""))
+    asked, shown = NotebookClient(notebook, km=manager, timeout=120).execute().cells
+    assert asked.outputs[0].text.strip() == seen_by
+    html = shown.outputs[0].data["text/html"]
+    assert (html == "<p>heart</p>") == (session is Session)
+
+
+def test_without_the_library_a_live_figure_says_how_to_fetch_it():
+    assert "python book/_ext/vendored.py" in loader("lacking.js", "bk-volumes")

@@ -33,8 +33,8 @@ def front_end() -> Literal["classic", "other"] | None:
 def loader(library: str, kind: str) -> str:
     """Return the HTML that makes a live page draw its figures of one kind: the library, the book's script and style.
 
-    library: PLOTLY or NIIVUE. kind: the class that the figures have (`bk-volumes`). Nothing is loaded over
-    the network, and a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
+    library: PLOTLY or NIIVUE. kind: the class that the figures have (`bk-volumes`). No network is needed,
+    and a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
     """
     path = Path(plotly.__file__).parent / "package_data" / PLOTLY if library == PLOTLY else ASSETS / library
     if not path.exists():
