@@ -5,12 +5,19 @@ CORES ?= $(shell python3 -c "import os; print(os.cpu_count())")
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: study test test-live book clean
+export PROFILE EPSILONS  # for the shell, which quotes them
+
+.PHONY: study book publish test test-live time clean
 
 study: .venv/installed
-	snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE) epsilons=$(EPSILONS)
+	snakemake --cores $(CORES) --config "profile=$$PROFILE" "epsilons=$$EPSILONS"
 
 book: .venv/installed
+	jupyter-book build book
+
+# For maintainers: the study that was run becomes the published one. make publish PROFILE=laptop
+publish: .venv/installed
+	python -m workflow.publish "$$PROFILE"
 	python book/build.py
 
 test: .venv/installed-dev
@@ -19,8 +26,12 @@ test: .venv/installed-dev
 	mypy
 	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile
 
-clean:
-	rm -rf runs book/_build book/assets/vendor .snakemake
+# Set-up and the commands of the README, timed in a fresh clone. make time PARTS="study test"
+time: .venv/installed
+	python -m benchmarks.first_contact $(PARTS)
+
+clean: .venv/installed
+	python -m workflow.clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 
@@ -28,6 +39,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python3 is %s; the study needs 3.11 or newer' % sys.version.split()[0])"
 	python3 -m venv .venv
 	$(INSTALL) ".[book]"
+	$(BIN)/python book/_ext/vendored.py || echo "The book's viewers are not here yet: with a network, run python book/_ext/vendored.py"
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; what is for another Python doesn't compile
 	touch $@
 

@@ -1,160 +1,89 @@
-# The study as a workflow: every chapter is a notebook, run by papermill into book/executed/, then the book is built.
+# The study as a workflow: every chapter is a notebook, run by papermill; then the book of the run is built in runs/book.
 # snakemake --cores 2 --config profile=demo epsilons=1,10
+# On a cluster: snakemake --workflow-profile slurm (or kubernetes), see profiles/.
+import sys
 
-PROFILE = config.get("profile", "demo")
-PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"]
-BUDGETS = ["0", *PRIVATE]
-COHORTS = {name: config[name] for name in ("cohort_public", "cohort_private") if name in config}
-HALF = max(1, workflow.cores // 2)  # two small networks side by side keep cores busier than one on all of them
-EXECUTED, DONE = "book/executed", f"runs/chapters/{PROFILE}"
-CHAPTERS = [
-    "00_cohorts",
-    "01_autoencoder",
-    "02_pretrain",
-    *(f"03_dp_finetune-eps{epsilon}" for epsilon in PRIVATE),
-    "04_evaluate",
-    "05_privacy_audit",
-    "06_tradeoff",
-    "07_gallery",
-]
+from cardiac_ldm.errors import StudyError
+from workflow.settings import WorkflowSettings, forget_killed, only_workflow, runs_folder
+
+RUNS = runs_folder()
+try:
+    STUDY = WorkflowSettings.read(config)
+    if workflow.is_main_process and not workflow.output_settings.dryrun:
+        LOCK = only_workflow(RUNS)
+        forget_killed()
+except StudyError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+workflow.config_settings.config_args = STUDY.encoded  # jobs on a cluster get them through two shells and sbatch
+
+ROOT = workflow.basedir
+RAW, EXECUTED = f"{RUNS}/chapters/{STUDY.name}", f"{RUNS}/executed/{STUDY.name}"
+BUDGETS = ",".join(["0", *STUDY.budgets])
+CORES = workflow.cores if workflow.cores and workflow.cores < 1000 else 16  # of a cluster nobody knows them
+HALF = CORES if workflow.remote_exec else max(1, CORES // 2)  # two small networks keep two cores busier than one does
+
+# rule: what follows which; the notebook; what else it takes; threads; GPUs, GB and hours for the `paper` profile
+CHAPTERS = {
+    "cohorts": ([], "00_cohorts", "", HALF, 0, 16, 4),
+    "autoencoder": (["cohorts"], "01_autoencoder", "", HALF, 1, 64, 48),
+    "pretrain": (["cohorts"], "02_pretrain", "", HALF, 1, 64, 48),
+    "finetune": (["pretrain"], "03_dp_finetune", "epsilon", HALF, 1, 64, 48),
+    "evaluate": (["autoencoder", "finetune"], "04_evaluate", "epsilons", CORES, 1, 64, 24),
+    "audit": (["evaluate"], "05_privacy_audit", "epsilons", HALF, 1, 64, 24),
+    "tradeoff": (["evaluate"], "06_tradeoff", "epsilons", HALF, 1, 32, 4),
+    "gallery": (["evaluate"], "07_gallery", "epsilons", HALF, 1, 32, 4),
+}
 
 
-def chapter(notebook, budget=""):
-    """The paths of a chapter's rule and the shell command that runs its notebook, on as many threads as the rule has."""
-    name = notebook + (f"-eps{{{budget}}}" if budget else "")
-    given = " ".join(f"-p {key} {value}" for key, value in {"profile": PROFILE, **COHORTS}.items())
-    if budget:
-        given += f" -p epsilon {{wildcards.{budget}}}"
-    if notebook >= "04":
-        given += f" -p epsilons '{','.join(BUDGETS)}'"
-    return {
-        "notebook": f"{EXECUTED}/{name}.ipynb",
-        "done": f"{DONE}/{name}.done",
-        "log": f"{DONE}/{name}.ipynb",
-        "run": f"OMP_NUM_THREADS={{threads}} papermill notebooks/{notebook}.ipynb {{log}} {given} --log-output"
-        " --no-progress-bar --autosave-cell-every 60 < /dev/null && python book/publish.py {log} {output[0]} && touch {output[1]}",
-    }
+def executed(rule_name):
+    """The executed notebooks of a rule: one, or one for each budget."""
+    notebook, takes = CHAPTERS[rule_name][1:3]
+    names = [f"{notebook}-eps{epsilon}" for epsilon in STUDY.budgets] if takes == "epsilon" else [notebook]
+    return [f"{EXECUTED}/{name}.ipynb" for name in names]
+
+
+def parameters(takes):
+    """What gives papermill the parameters of a rule's notebook; `:q` quotes each."""
+    if takes == "epsilon":
+        return lambda wildcards: STUDY.papermill(epsilon=wildcards.epsilon)
+    return lambda wildcards: STUDY.papermill(epsilons=BUDGETS) if takes else STUDY.papermill()
 
 
 wildcard_constraints:
-    epsilon=r"[^/]+",
+    epsilon=r"[\w.+-]+",
+
+
+localrules: book,
 
 
 rule book:
     input:
-        expand(f"{EXECUTED}/{{chapter}}.ipynb", chapter=CHAPTERS),
-        expand(f"{DONE}/{{chapter}}.done", chapter=CHAPTERS),
-    shell:
-        "python book/build.py"
-
-
-rule cohorts:
-    input:
-        "notebooks/00_cohorts.ipynb",
+        [path for name in CHAPTERS for path in executed(name)],
     output:
-        chapter("00_cohorts")["notebook"],
-        chapter("00_cohorts")["done"],
-    log:
-        chapter("00_cohorts")["log"],
-    threads: HALF
+        f"{RUNS}/book/_build/html/index.html",
+    params:
+        python=sys.executable, build=f"{ROOT}/book/build.py", executed=EXECUTED, into=f"{RUNS}/book",
     shell:
-        chapter("00_cohorts")["run"]
+        "exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
 
 
-rule autoencoder:
-    input:
-        "notebooks/01_autoencoder.ipynb",
-        f"{DONE}/00_cohorts.done",
-    output:
-        chapter("01_autoencoder")["notebook"],
-        chapter("01_autoencoder")["done"],
-    log:
-        chapter("01_autoencoder")["log"],
-    threads: HALF
-    shell:
-        chapter("01_autoencoder")["run"]
+for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS.items():
+    stem = notebook + ("-eps{epsilon}" if takes == "epsilon" else "")
 
-
-rule pretrain:
-    input:
-        "notebooks/02_pretrain.ipynb",
-        f"{DONE}/00_cohorts.done",
-    output:
-        chapter("02_pretrain")["notebook"],
-        chapter("02_pretrain")["done"],
-    log:
-        chapter("02_pretrain")["log"],
-    threads: HALF
-    shell:
-        chapter("02_pretrain")["run"]
-
-
-rule finetune:
-    input:
-        "notebooks/03_dp_finetune.ipynb",
-        f"{DONE}/02_pretrain.done",
-    output:
-        chapter("03_dp_finetune", "epsilon")["notebook"],
-        chapter("03_dp_finetune", "epsilon")["done"],
-    log:
-        chapter("03_dp_finetune", "epsilon")["log"],
-    threads: HALF
-    shell:
-        chapter("03_dp_finetune", "epsilon")["run"]
-
-
-rule evaluate:
-    input:
-        "notebooks/04_evaluate.ipynb",
-        f"{DONE}/01_autoencoder.done",
-        expand(f"{DONE}/03_dp_finetune-eps{{epsilon}}.done", epsilon=PRIVATE),
-    output:
-        chapter("04_evaluate")["notebook"],
-        chapter("04_evaluate")["done"],
-    log:
-        chapter("04_evaluate")["log"],
-    threads: workflow.cores
-    shell:
-        chapter("04_evaluate")["run"]
-
-
-rule audit:
-    input:
-        "notebooks/05_privacy_audit.ipynb",
-        f"{DONE}/04_evaluate.done",
-    output:
-        chapter("05_privacy_audit")["notebook"],
-        chapter("05_privacy_audit")["done"],
-    log:
-        chapter("05_privacy_audit")["log"],
-    threads: HALF
-    shell:
-        chapter("05_privacy_audit")["run"]
-
-
-rule tradeoff:
-    input:
-        "notebooks/06_tradeoff.ipynb",
-        f"{DONE}/04_evaluate.done",
-    output:
-        chapter("06_tradeoff")["notebook"],
-        chapter("06_tradeoff")["done"],
-    log:
-        chapter("06_tradeoff")["log"],
-    threads: HALF
-    shell:
-        chapter("06_tradeoff")["run"]
-
-
-rule gallery:
-    input:
-        "notebooks/07_gallery.ipynb",
-        f"{DONE}/04_evaluate.done",
-    output:
-        chapter("07_gallery")["notebook"],
-        chapter("07_gallery")["done"],
-    log:
-        chapter("07_gallery")["log"],
-    threads: HALF
-    shell:
-        chapter("07_gallery")["run"]
+    rule:
+        name: name
+        input:
+            f"{ROOT}/notebooks/{notebook}.ipynb",
+            STUDY.files,
+            [path for other in after for path in executed(other)],
+        output:
+            f"{EXECUTED}/{stem}.ipynb",
+        log:
+            f"{RAW}/{stem}.ipynb",
+        params:
+            given=parameters(takes), python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
+        threads: threads_
+        resources:
+            mem_mb=1000 * gigabytes, runtime=60 * hours, **({"gpu": gpus, "gpu_manufacturer": "nvidia"} if gpus else {}),
+        shell:
+            "exec {params.python:q} {params.run:q} {input[0]:q} {log:q} {output:q} {params.given:q}"
