@@ -65,9 +65,13 @@ class CohortParameters(Parameters):
 
 
 class ModelParameters(Parameters):
-    """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy."""
+    """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy.
+
+    spend: agrees to what training on real private patients would spend, which is said first.
+    """
 
     epsilon: float = 10
+    spend: bool = False
     lowest: ClassVar[float] = 0
 
     @field_validator("epsilon", mode="before")
@@ -78,6 +82,11 @@ class ModelParameters(Parameters):
             raise ValueError(f"must be a number {bound}, such as 1 or 10; inf means no privacy")
         return float(value)
 
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budget."""
+        return (self.epsilon,)
+
 
 class FinetuneParameters(ModelParameters):
     """Of the fine-tuning notebook: epsilon is above 0."""
@@ -86,9 +95,10 @@ class FinetuneParameters(ModelParameters):
 
 
 class CompareParameters(Parameters):
-    """Of a notebook that compares models. epsilons: budgets, separated by commas."""
+    """Of a notebook that compares models. epsilons: budgets, separated by commas. spend: as of one model."""
 
     epsilons: str = "0, 1, 10, inf"
+    spend: bool = False
 
     @field_validator("epsilons", mode="before")
     @classmethod

@@ -14,21 +14,10 @@ from scipy import stats
 from torch import Tensor
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.membership import auc, calibrated, membership, true_positive_rate
 from cardiac_ldm.privacy import PrivatePlan, Randomness, dpsgd
-from cardiac_ldm.privacy.audit import (
-    auc,
-    calibrated,
-    canary_scores,
-    draw_canaries,
-    evidence,
-    gaussian_bound,
-    membership,
-    one_run_bound,
-    p_value,
-    threshold_bound,
-    true_positive_rate,
-    with_canaries,
-)
+from cardiac_ldm.privacy.bounds import gaussian_bound, one_run_bound, p_value, threshold_bound
+from cardiac_ldm.privacy.canaries import canary_scores, draw_canaries, evidence, with_canaries
 
 DELTA = 1e-5
 SEEDED = Randomness(0, simulated=True)

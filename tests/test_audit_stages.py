@@ -14,7 +14,8 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
-from cardiac_ldm.privacy.audit import LotLoss, gaussian_bound, ledger_scores, sensitivity
+from cardiac_ldm.privacy.bounds import gaussian_bound
+from cardiac_ldm.privacy.canaries import LotLoss, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
 from cardiac_ldm.report.figures import audit_bounds
 from cardiac_ldm.study import Run, Study

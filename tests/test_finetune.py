@@ -266,6 +266,7 @@ HOSPITAL = Manifest.model_validate(
         "licence": "none",
         "citation": "none",
         "reader": {"kind": "acdc"},
+        "budget": {"epsilon": 10, "delta": 1e-5},
         "splits": {"train": [f"p{n}" for n in range(12)], "validation": ["a"], "test": ["b"]},
     }
 )

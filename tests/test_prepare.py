@@ -80,6 +80,8 @@ def hospital(name="hospital", role="private", train=("patient000",), **changes):
     """A manifest of real patients in ACDC's layout, one each for validation and test."""
     said = {"licence": "none", "citation": "none", "reader": {"kind": "acdc"}, "simulated": False}
     splits = {"train": list(train), "validation": ["patient008"], "test": ["patient009"]}
+    if role == "private":
+        said |= {"budget": {"epsilon": 10, "delta": 1e-5}}
     return Manifest.model_validate(said | {"name": name, "role": role, "splits": splits} | changes)
 
 
