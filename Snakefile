@@ -1,10 +1,16 @@
 # The study as a workflow: every chapter is a notebook, run by papermill into book/executed/, then the book is built.
 # snakemake --cores 2 --config profile=demo epsilons=1,10
 
+# Of real private patients no model without privacy is made, and nothing is spent without spend=True.
+
+from cardiac_ldm.cohort import load_manifest
+
 PROFILE = config.get("profile", "demo")
-PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"]
+REAL = load_manifest(config.get("cohort_private", "phantom_private")).secret
+PRIVATE = [str(epsilon) for epsilon in str(config.get("epsilons", "1,10")).split(",")] + ["inf"] * (not REAL)
 BUDGETS = ["0", *PRIVATE]
 COHORTS = {name: config[name] for name in ("cohort_public", "cohort_private") if name in config}
+SPEND = {"spend": True} if str(config.get("spend", False)).lower() == "true" else {}
 HALF = max(1, workflow.cores // 2)  # two small networks side by side keep cores busier than one on all of them
 EXECUTED, DONE = "book/executed", f"runs/chapters/{PROFILE}"
 CHAPTERS = [
@@ -22,7 +28,10 @@ CHAPTERS = [
 def chapter(notebook, budget=""):
     """The paths of a chapter's rule and the shell command that runs its notebook, on as many threads as the rule has."""
     name = notebook + (f"-eps{{{budget}}}" if budget else "")
-    given = " ".join(f"-p {key} {value}" for key, value in {"profile": PROFILE, **COHORTS}.items())
+    spend = SPEND if notebook >= "03" else {}
+    given = " ".join(f"-p {key} {value}" for key, value in {"profile": PROFILE, **COHORTS, **spend}.items())
+    cohorts = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in COHORTS.items())
+    looked = f"python -m cardiac_ldm.privacy would-spend --profile {PROFILE} {cohorts} --epsilons {','.join(PRIVATE)} && "
     if budget:
         given += f" -p epsilon {{wildcards.{budget}}}"
     if notebook >= "04":
@@ -31,7 +40,7 @@ def chapter(notebook, budget=""):
         "notebook": f"{EXECUTED}/{name}.ipynb",
         "done": f"{DONE}/{name}.done",
         "log": f"{DONE}/{name}.ipynb",
-        "run": f"OMP_NUM_THREADS={{threads}} papermill notebooks/{notebook}.ipynb {{log}} {given} --log-output"
+        "run": (looked if REAL and budget else "") + f"OMP_NUM_THREADS={{threads}} papermill notebooks/{notebook}.ipynb {{log}} {given} --log-output"
         " --no-progress-bar --autosave-cell-every 60 < /dev/null && python book/publish.py {log} {output[0]} && touch {output[1]}",
     }
 

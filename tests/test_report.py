@@ -169,8 +169,9 @@ def test_the_statement_lists_every_stage_that_spent() -> None:
 def test_models_of_one_cohort_are_stated_together() -> None:
     both = [ledger(1), ledger(2)]
     together = Ledger.compose(both)
+    assert together.runs == 2
     assert 2 < together.epsilon < 3
-    said = joint_statement(both)
+    said = joint_statement(together, both[0].private_data)
     assert f"2 private model(s) of {both[0].private_data} spent ({together.epsilon:.4g}, 1e-05) per patient" in said
 
 

@@ -127,7 +127,7 @@ class Budget(_Strict):
 class Manifest(_Strict):
     """A cohort: its name, whether it's public or private, simulated or real, its terms of use, reader and splits.
 
-    obtain: how to get the data, and what of it is public. budget: of real private patients and of no others. checksums:
+    obtain: how to get the data, and what of it is public. budget: needed of real private patients. checksums:
     a file in sha256sum's format, paths below the data root, against which everything that is read is compared.
     """
 
@@ -164,9 +164,7 @@ class Manifest(_Strict):
                 "budget: is missing; say what may be spent on real private patients by all runs together, such as "
                 "budget: {epsilon: 10, delta: 1.0e-5}"
             )
-        if self.budget and not self.secret:
-            raise ValueError("budget: is for real private patients; these are public or simulated: remove it")
-        if self.budget and self.splits.shares and not self.budget.patients:
+        if self.secret and self.budget and self.splits.shares and not self.budget.patients:
             raise ValueError(
                 "budget.patients: is missing; with shares the number of patients to learn from would be counted from "
                 "the secret folder and published: say how many places there are"
@@ -182,7 +180,7 @@ class Manifest(_Strict):
     def places(self) -> int | None:
         """How many places real private patients to learn from have, filled or not; it's public. None for others."""
         names = self.splits.train if isinstance(self.splits.train, tuple) else ()
-        return (self.budget.patients or len(names)) if self.budget else None
+        return (self.budget.patients or len(names)) if self.budget and self.secret else None
 
     def patient_ids(self, split: str, found: Sequence[str] = ()) -> tuple[str, ...]:
         """Names of a split's patients, in order. Simulated ones are p000000, p000001, ..., each in one split.

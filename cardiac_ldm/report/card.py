@@ -58,17 +58,17 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
         f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
         f"{ledger.epsilon_rdp:.4g} |\n"
         f"| public data | {ledger.public_data} |\n"
-        f"| runs on these patients | {_counted(together)} |\n| released | {ledger.released} |\n"
+        f"| runs on these patients | {_counted(ledger, together)} |\n| released | {ledger.released} |\n"
         f"| randomness | {ledger.randomness} |\n"
         f"| SHA-256 of the weights | {', '.join(ledger.weights.values()) or 'not there yet'} |\n"
         f"| written | {ledger.date}, cardiac-ldm {ledger.version} |\n"
     )
 
 
-def _counted(together: Standing | None) -> str:
+def _counted(ledger: Ledger, together: Standing | None) -> str:
     """All runs on the patients of a model, those included that only tried settings out."""
     if together is None:
-        return "not counted: they are simulated"
+        return "not counted: they are simulated" if ledger.simulated else "not charged yet"
     return f"{together.runs}, this one included; together they spent ({together.epsilon:.4g}, {together.delta:g})"
 
 
