@@ -225,7 +225,7 @@ class Study:
         """
         if epsilon == 0:
             return self.pretrained
-        patients, settings = self.private.split("train"), self.profile.finetune
+        epsilon, patients, settings = float(epsilon), self.private.split("train"), self.profile.finetune
         if patients.secret:
             self._agree_to_spend([epsilon, *getattr(self.parameters, "budgets", ())])
 
@@ -285,13 +285,14 @@ class Study:
             ParameterError: a budget that no plan reaches.
         """
         patients, settings, record = self.private.split("train"), self.profile.finetune, Record()
-        asked = sorted(set(budgets) - {0})
+        asked = sorted(set(map(float, budgets)) - {0})
         if settings.unit != "patient":
             raise PrivacyError(f"unit: {patients.name} holds real patients, who are protected whole; set it to patient")
         if math.inf in asked:
             raise PrivacyError(f"epsilon: inf on {patients.name} would reveal real private patients; give finite ones")
         new = {epsilon: self._plans(epsilon)[1].mechanisms("denoiser", settings.tuned) for epsilon in asked}
         people = record.hashes(patients.people)
+        self._none_unknown()
         if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
             runs = {epsilon: self._planned("finetune", self._of_real_patients(epsilon), []) for epsilon in asked}
             new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(runs[epsilon])}
@@ -305,19 +306,22 @@ class Study:
         if said and is_first_process():
             print(f"{said}. It's recorded in {str(Record().path).replace(str(Path.home()), '~')}")
 
-    def _charged(self, run: Run) -> bool:
-        """Whether real patients have been charged for the run in this folder, which is done or can go on.
+    def _none_unknown(self) -> None:
+        """Raise PrivacyError where `runs` holds a model of real patients of which the record knows nothing."""
+        record = Record()
+        known = {spend.run for spend in record.spends}
+        for path in self.runs.glob("finetune-*/privacy.json"):
+            began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
+            if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
+                record.vouch(ledger)
 
-        Raises:
-            PrivacyError: it's a run of which the record knows nothing.
-        """
+    def _charged(self, run: Run) -> bool:
+        """Whether real patients have been charged for the run in this folder, which is done or can go on."""
         path, record = run.folder / "privacy.json", Record()
         if not path.exists():
             return False
         ledger, left = Ledger.load(path), record.finished
         if ledger.run not in {spend.run for spend in record.spends}:
-            if any(run.folder.rglob("state.pt")) or any(run.folder.rglob("*.safetensors")):
-                record.vouch(ledger)
             return False
         whole = (run.folder / "weights.safetensors").exists()
         return ledger.run not in left or (whole and left[ledger.run] == ledger.weights)
