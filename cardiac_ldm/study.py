@@ -41,21 +41,23 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, Standing, public_ledger
 from cardiac_ldm.privacy.bounds import BOUNDS
-from cardiac_ldm.privacy.canaries import ledger_scores
+from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
 from cardiac_ldm.profile import AnatomySettings, Profile, Role
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import finetune, finetune_decoder
+from cardiac_ldm.training.finetune import denoising, finetune, finetune_decoder
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process, shared_decision
+from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
 """Attributes whose calibration is shown."""
 _STEERED = 10
 """Reference patients whose requests are asked anew, in many ways."""
+_AUDITED = 600
+"""Places in an audit from end to end."""
 T = TypeVar("T")
 
 
@@ -296,7 +298,7 @@ class Study:
         if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
             runs = {epsilon: self._planned("finetune", self._of_real_patients(epsilon), []) for epsilon in asked}
             new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(runs[epsilon])}
-        return record.covered(patients.name, people, patients.budget, *new.values())[0] if new else None
+        return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
 
     def _agree_to_spend(self, budgets: Iterable[float]) -> None:
         """Look at all budgets of this study before one is spent. Raises PrivacyError unless told to spend."""
@@ -387,6 +389,50 @@ class Study:
             return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
 
         return self._run("audit", "", [model.key], work)
+
+    def audited_whole(self, epsilon: float) -> Run:
+        """Stage: the same from end to end: a private training with canaries, whose final weights an attacker reads.
+
+        Most places of a small cohort are canaries'; the others are simulated or public patients', with the real loss.
+        The plan's ledger is stated either way; noise 0 is the positive control, left out of the loop alone.
+        """
+        recipe, private = self.profile.finetune, load_manifest(self.parameters.cohort_private)
+
+        def work(folder: Path) -> dict[str, Any]:
+            cohort = self.public if private.secret else self.private
+            train, n, rows = cohort.split("train"), _AUDITED, []
+            known = min(16, len(train))
+            patients, size = (
+                train.subset(np.arange(n) % len(train)),
+                n - known,
+            )  # whoever is last makes room for canaries
+            latents, schedule = self.latents(train, cohort)[: train.offsets[known]], self.profile.denoiser.schedule
+            settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2, "decoder": None})
+            plan = settings.plan(epsilon, settings.delta, "patient", n)
+            for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
+                randomness = Randomness(self.seed, simulated=True, run=f"{folder.name}-{noise}")
+                tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings, schedule)
+                weights = list(tuned.values())
+                before = [weight.detach().clone() for weight in weights]
+                included, signs = draw_canaries(size, weights, np.random.default_rng(self.seed))
+                words = {"private_data": "canaries", "public_data": self.public.manifest.name}
+                ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **words)
+                run = replace(plan, noise_multiplier=noise * plan.noise_multiplier)
+                with_them = with_canaries(loss, included, signs, plan, weights)
+                where = folder / f"noise-{noise}"
+                train_privately(tuned, with_them, run, settings, randomness, ledger, patients, where)
+                shutil.rmtree(where)
+                scores = weights_scores(before, [weight.detach() for weight in weights], signs)
+                rows += [
+                    {"noise": noise, "bound": name, "shown": bound(scores, included, plan.delta)}
+                    | {"at_most": bound(included.astype(float), included, plan.delta)}
+                    for name, bound in BOUNDS.items()
+                ]
+            told = {"stated": _plain(ledger.epsilon), "delta": plan.delta, "n_canaries": size, "n_patients": known}
+            return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
+
+        upstream = [self.pretrained.key, (self.public if private.secret else self.private).key]
+        return self._run("audit-whole", [recipe, float(epsilon)], upstream, work)
 
     def attacked(self, epsilon: float) -> Run:
         """Stage: membership inference from losses, against a budget's model and its simulated private patients.

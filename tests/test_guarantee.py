@@ -332,6 +332,7 @@ def test_row_07_a_limit_lets_nobody_move_up(tmp_path: Path) -> None:
         {"n_units": 5000},
         {"delta": 1e-2, "epsilon": 0.2, "epsilon_patient": 0.2},
         {"mechanisms": []},
+        {"run": "of real patients"},
         {"weights": {}},
         {"weights": {"weights.safetensors": 64 * "0"}},
     ],
@@ -356,7 +357,7 @@ def test_row_08_weights_beside_another_ones_ledger_are_refused(study: Study, tmp
         ledger.save(tmp_path / "privacy.json")
         assert Ledger.load(tmp_path / "privacy.json") == ledger
         shutil.copy(none.folder / "weights.safetensors", tmp_path)
-        with pytest.raises(PrivacyError, match=r"weights\.safetensors isn't the file that it is of"):
+        with pytest.raises(PrivacyError, match=r"weights\.safetensors isn't what it was written for"):
             Ledger.load(tmp_path / "privacy.json")
         (tmp_path / "weights.safetensors").unlink()
 

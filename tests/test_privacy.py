@@ -28,8 +28,9 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
-from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_of_group, epsilon_prv
+from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
+from cardiac_ldm.privacy.group import epsilon_of_group
 from cardiac_ldm.privacy.planning import affordable_steps, propose
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.report.card import write_release

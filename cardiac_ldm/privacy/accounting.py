@@ -12,12 +12,12 @@ from functools import cache
 from typing import Literal
 
 import dp_accounting
-from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 from pydantic import BaseModel, ConfigDict
 from scipy.optimize import brentq
-from scipy.stats import binom, norm
+from scipy.stats import norm
 
 from cardiac_ldm.errors import ParameterError
 
@@ -30,7 +30,6 @@ AGREEMENT = 0.015
 LEAST, MOST = 0.01, 100.0
 """Below, accountants' grids take all memory; above, a finite epsilon promises nothing that could be said of anybody."""
 _PRV_ERROR = 0.002
-_INTERVAL = 1e-4
 
 
 @cache
@@ -42,7 +41,7 @@ def epsilon_prv(terms: Terms, delta: float, scale: float) -> float:
 
 
 @cache
-def epsilon_pld(terms: Terms, delta: float, interval: float = _INTERVAL) -> float:
+def epsilon_pld(terms: Terms, delta: float, interval: float = 1e-4) -> float:
     """The same epsilon, pessimistic too, from dp-accounting's PLD for adding or removing one unit."""
     return _compose(PLDAccountant(value_discretization_interval=interval), terms, delta)
 
@@ -58,24 +57,6 @@ def _compose(accountant: PLDAccountant | RdpAccountant, terms: Terms, delta: flo
         gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
         accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, gaussian), steps)
     return float(accountant.get_epsilon(delta))
-
-
-@cache
-def epsilon_of_group(terms: Terms, delta: float, size: int) -> float:
-    """Epsilon of `size` units together, such as all volumes of a patient where the unit is the volume.
-
-    Each joins a lot on its own, so a step sees Binomial(size, q) of them: a mixture of Gaussians (PLD, dp-accounting).
-    """
-    total = None
-    for noise_multiplier, rate, steps in terms:
-        step = privacy_loss_distribution.from_mixture_gaussian_mechanism(
-            noise_multiplier,
-            sensitivities=range(size + 1),
-            sampling_probs=binom.pmf(range(size + 1), size, rate),
-            value_discretization_interval=10 * _INTERVAL,
-        ).self_compose(steps)
-        total = step if total is None else total.compose(step)
-    return 0.0 if total is None else float(total.get_epsilon_for_delta(delta))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -123,10 +104,14 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
     return math.exp(found)
 
 
-class Mechanism(BaseModel):
-    """One stage of training on private data: `steps` Poisson-subsampled Gaussian mechanisms."""
+class Stated(BaseModel):
+    """What is written down: nothing unknown in it, and nothing changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Mechanism(Stated):
+    """One stage of training on private data: `steps` Poisson-subsampled Gaussian mechanisms."""
 
     stage: str
     tuned: str

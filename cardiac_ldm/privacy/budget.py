@@ -18,11 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_data_path
-from pydantic import BaseModel, ConfigDict
 
 from cardiac_ldm.cohort.manifest import Budget
 from cardiac_ldm.errors import PrivacyError
-from cardiac_ldm.privacy.accounting import Mechanism, epsilon_pld, merged
+from cardiac_ldm.privacy.accounting import Mechanism, Stated, epsilon_pld, merged
 from cardiac_ldm.privacy.ledger import Ledger, Standing
 
 People = tuple[tuple[str, ...], ...]
@@ -30,10 +29,8 @@ People = tuple[tuple[str, ...], ...]
 _TORN = b" torn\n"  # ends a line whose writing was killed: nothing was spent on it
 
 
-class Spend(BaseModel):
+class Spend(Stated):
     """A run that was charged: the mechanisms that `people` went through, planned whole. delta: of their budget."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     date: str
@@ -133,17 +130,15 @@ class Record:
         epsilon = max((epsilon_pld(each, delta) for each in terms if each), default=0.0)
         return Standing(runs=len(related) + len(planned), epsilon=epsilon, delta=delta)
 
-    def covered(
-        self, cohort: str, people: People, budget: Budget, *planned: Sequence[Mechanism]
-    ) -> tuple[str, Standing]:
-        """What `planned` runs spend, in words, and where these people then stand. Raises PrivacyError above budget."""
+    def covered(self, cohort: str, people: People, budget: Budget, *planned: Sequence[Mechanism]) -> str:
+        """What `planned` runs spend of these people's budget, in words. Raises PrivacyError if it's more."""
         before, after = (self.standing(people, budget.delta, *runs) for runs in ((), planned))
         whole = f"({budget.epsilon:g}, {budget.delta:g})"
         spent = f"{before.epsilon:.2f} are spent by {before.runs} run(s)"
         said = f"{cohort}: this spends {after.epsilon - before.epsilon:.2f} of {whole}; {spent}"
         if after.epsilon > budget.epsilon:
             raise PrivacyError(f"{said}: together {after.epsilon:.2f}, more than the manifest's budget; ask for less")
-        return said, after
+        return said
 
     def charge(self, ledger: Ledger, cohort: str, people: People, budget: Budget) -> Standing:
         """Write down that `people` go through a ledger's mechanisms, once however often its run is resumed.
@@ -152,11 +147,17 @@ class Record:
             PrivacyError: it would be more than the budget; then nothing is written.
         """
         with self._locked():
-            if ledger.run not in {spend.run for spend in self.spends}:
+            known = self._spend_of(ledger)
+            if known and (known.mechanisms != ledger.mechanisms or set(people) - set(known.people)):
+                raise PrivacyError(f"{cohort}: run {ledger.run} was charged for something else")
+            if not known:
                 self.covered(cohort, people, budget, ledger.mechanisms)
                 about = ledger.model_dump(mode="json", include={"run", "date", "version", "mechanisms"})
                 self._append(spend=about | {"cohort": cohort, "delta": budget.delta, "people": people})
         return self.standing(people, budget.delta)
+
+    def _spend_of(self, ledger: Ledger) -> Spend | None:
+        return next((spend for spend in self.spends if spend.run == ledger.run), None)
 
     def finish(self, ledger: Ledger) -> None:
         """Write down which weights a run left: one charge pays for one model.
@@ -176,10 +177,8 @@ class Record:
         Raises:
             PrivacyError: the record knows nothing of this run, of these mechanisms or of these weights.
         """
-        spend = next((s for s in self.spends if s.run == ledger.run), None)
+        spend = self._spend_of(ledger)
         if not spend or spend.mechanisms != ledger.mechanisms or self.finished.get(ledger.run) != ledger.weights:
-            raise PrivacyError(
-                f"{ledger.private_data}: {self.path} doesn't know this model; name the record that was charged for it "
-                "by the variable CARDIAC_LDM_RECORD, or restore it"
-            )
+            remedy = "name the record that was charged for it by the variable CARDIAC_LDM_RECORD, or restore it"
+            raise PrivacyError(f"{ledger.private_data}: {self.path} doesn't know this model; {remedy}")
         return self.standing(spend.people, spend.delta)

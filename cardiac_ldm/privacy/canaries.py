@@ -122,6 +122,12 @@ def canary_scores(
     return scores, included
 
 
+def weights_scores(before: Sequence[Tensor], after: Sequence[Tensor], signs: np.ndarray) -> np.ndarray:
+    """Scores of canaries from final weights alone: how far each block (m, s) went against its canary's signs; (m,)."""
+    moved = torch.cat([(old - new).flatten() for old, new in zip(before, after, strict=True)])
+    return (moved[: signs.size].cpu().double().numpy().reshape(signs.shape) * signs).sum(axis=1)
+
+
 def ledger_scores(
     ledger: Ledger, seed: int, *, n_canaries: int = 2000, noise: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:

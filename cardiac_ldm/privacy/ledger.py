@@ -10,33 +10,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.privacy import accounting
-from cardiac_ldm.privacy.accounting import AGREEMENT, Mechanism, Unit, terms_of
+from cardiac_ldm.privacy.accounting import AGREEMENT, Mechanism, Stated, Unit, terms_of
+from cardiac_ldm.privacy.group import epsilon_of_group
 
 _ANY = {"noise_multiplier": 0.0}
 
 
-class Standing(BaseModel):
+class Standing(Stated):
     """What all private runs on the same patients spent together: the most that any one patient has, at one delta."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     runs: int
     epsilon: float
     delta: float
 
 
-class Ledger(BaseModel):
+class Ledger(Stated):
     """`privacy.json`: what a model's training spent, in the terms of NIST SP 800-226 and arXiv 2303.00654.
 
     together: of real patients, what their record said when this run began, itself included. run: its identity there.
     weights: SHA-256 of each file of weights that it speaks of, by name.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     guarantee: Literal["patient-level DP", "volume-level DP", "none", "public data only"]
     unit: Unit
@@ -56,7 +53,7 @@ class Ledger(BaseModel):
     date: str
     run: str = ""
     together: Standing | None = None
-    weights: dict[str, str] = {}
+    weights: dict[str, str] = Field(default={})
     sampler: str = "Poisson over units, independent in every step"
     accountant: str = "PRV (opacus), checked with PLD (dp-accounting)"
     released: str = "final weights and their exponential moving average; no loss, norm, count or example"
@@ -92,7 +89,7 @@ class Ledger(BaseModel):
             if budget is not None and claim > (1 + AGREEMENT) * budget:
                 raise PrivacyError(f"epsilon: {claim:.4f} would be spent, above the budget of {budget}; no claim")
             stated = max(claim, check, budget or 0.0)
-            patient = stated if unit == "patient" else max(stated, accounting.epsilon_of_group(terms, delta, volumes))
+            patient = stated if unit == "patient" else max(stated, epsilon_of_group(terms, delta, volumes))
         whose = "one patient with all volumes" if unit == "patient" else f"one volume of a patient's {volumes} at most"
         return cls(
             guarantee=_guarantee(unit, stated, mechanisms),
@@ -130,17 +127,15 @@ class Ledger(BaseModel):
     def same_run(self, other: "Ledger") -> bool:
         """Whether both state one plan for the same patients; other libraries calibrate the noise a little otherwise."""
         fields = {"unit", "n_units", "delta", "randomness", "simulated", "private_data", "public_data"}
-        plans = [
-            (x.model_dump(include=fields), [m.model_copy(update=_ANY) for m in x.mechanisms]) for x in (self, other)
-        ]
-        noise = [[x.epsilon, *(m.noise_multiplier for m in x.mechanisms)] for x in (self, other)]
+        both = (self, other)
+        plans = [(x.model_dump(include=fields), [m.model_copy(update=_ANY) for m in x.mechanisms]) for x in both]
+        noise = [[x.epsilon, *(m.noise_multiplier for m in x.mechanisms)] for x in both]
         return plans[0] == plans[1] and all(map(partial(math.isclose, rel_tol=1e-3), *noise))
 
     def bound(self, *weights: Path) -> "Ledger":
         """This ledger, of these files of weights, or of what will have these names with the suffix .safetensors."""
-        return self.model_copy(
-            update={"weights": {path.with_suffix(".safetensors").name: _digest(path) for path in weights}}
-        )
+        digests = {path.with_suffix(".safetensors").name: _digest(path) for path in weights}
+        return self.model_copy(update={"weights": digests})
 
     def save(self, path: Path) -> None:
         """Write atomically, synced to the disk: a ledger must never be behind the weights."""
@@ -172,20 +167,15 @@ class Ledger(BaseModel):
         fine = {
             "epsilon": ledger.epsilon >= (1 - AGREEMENT) * spent,
             "epsilon_patient": ledger.epsilon_patient >= ledger.epsilon,
+            "simulated": not (ledger.simulated and ledger.run),
             "guarantee": ledger.guarantee == _guarantee(ledger.unit, spent, ledger.mechanisms),
             "n_units": all(math.isclose(m.sampling_rate * ledger.n_units, m.expected_batch) for m in ledger.mechanisms),
         }
-        wrong = [
-            f"{name} isn't what its mechanisms give (epsilon {spent:.4g})" for name, holds in fine.items() if not holds
-        ]
-        beside = sorted(path.parent.glob("*.safetensors"))
-        wrong += [
-            f"{file.name} isn't the file that it is of"
-            for file in beside
-            if ledger.weights.get(file.name) != _digest(file)
-        ]
-        if wrong:
-            raise PrivacyError(f"{path}: {wrong[0]}; restore what this run left")
+        fine |= {
+            file.name: ledger.weights.get(file.name) == _digest(file) for file in path.parent.glob("*.safetensors")
+        }
+        if wrong := [name for name, holds in fine.items() if not holds]:
+            raise PrivacyError(f"{path}: {wrong[0]} isn't what it was written for; restore what this run left")
         return ledger
 
 

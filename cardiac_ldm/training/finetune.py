@@ -19,6 +19,7 @@ from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attribute
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.privacy.canaries import UnitLoss
 from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_loss
@@ -106,6 +107,21 @@ def finetune(
     plan, ledger = _begun(plan, ledger, folder)
     if _finished(model, folder):
         return ledger
+    tuned, unit_loss = denoising(model, patients, latents, plan, settings, name)
+    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    merge_lora(model.cpu())
+    return _leave(model, ledger, folder)
+
+
+def denoising(
+    model: Denoiser,
+    patients: Patients,
+    latents: np.ndarray | Latents,
+    plan: PrivatePlan,
+    settings: FinetuneSettings,
+    name: ScheduleName,
+) -> tuple[dict[str, torch.nn.Parameter], UnitLoss]:
+    """What of a denoiser learns, by name, and each unit's loss: the mean over its volumes and the draws of each."""
     offsets = _places(patients, plan)
     device = compute_device()
     tuned, model = model.tunable(settings.tuned), model.to(device)
@@ -127,9 +143,7 @@ def finetune(
                 settings.timesteps,
             ).mean()
 
-    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
-    merge_lora(model.cpu())
-    return _leave(model, ledger, folder)
+    return tuned, unit_loss
 
 
 def finetune_decoder(
