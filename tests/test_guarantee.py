@@ -162,7 +162,7 @@ def saving_always(patch: pytest.MonkeyPatch) -> Callable[..., Ledger]:
     """The fine-tuning that saves its state after every step."""
     from cardiac_ldm.training.finetune import finetune
 
-    return lambda *given: finetune(*given, save_every=0)
+    return lambda *given: finetune(*given, save_every=0)  # type: ignore[misc]
 
 
 def test_row_03_neither_source_text_nor_a_cohorts_key_trains_on_real_patients_again(
@@ -200,7 +200,7 @@ def test_row_04_all_budgets_are_looked_at_before_one_is_spent(epsilons: str, say
 def test_row_04_the_workflow_asks_for_no_model_without_privacy_of_real_patients(tmp_path: Path) -> None:
     manifest = yaml.safe_load((ROOT / "data_manifests/hospital.yaml").read_text())
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump(manifest))
-    command = [Path(sys.executable).with_name("snakemake"), "-n", "--cores", "1", "--config"]
+    command: list[str | Path] = [Path(sys.executable).with_name("snakemake"), "-n", "--cores", "1", "--config"]
     given = ["profile=demo", f"cohort_private={tmp_path / 'ours.yaml'}"]
     planned = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
     assert "eps10" in planned.stdout, planned.stderr[-2000:]
@@ -246,8 +246,8 @@ def test_row_05_who_a_person_is_survives_export_cropping_and_renaming(tmp_path: 
 def reexported(file: Path) -> None:
     """The same picture as another exporter writes it: floats for integers, other compression and header."""
     image = nib.load(file)
-    voxels = np.asarray(image.dataobj).astype(np.float32)  # type: ignore[attr-defined]
-    plain = nib.Nifti1Image(voxels, image.affine)  # type: ignore[attr-defined]
+    voxels = np.asarray(image.dataobj).astype(np.float32)
+    plain = nib.Nifti1Image(voxels, image.affine)
     plain.header["descrip"] = b"exported again"
     file.write_bytes(gzip.compress(plain.to_bytes(), 1))
 
@@ -294,7 +294,7 @@ def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> Non
         ledgers.append(plan.ledger(Randomness(None, simulated=False), **WORDS))
         weight, settings, seen = nn.Parameter(torch.zeros(1)), recipe_of(plan), set[int]()
         train_privately(
-            {"w": weight}, lambda unit, _, seen=seen: seen.add(unit), plan, settings,
+            {"w": weight}, lambda unit, _, seen=seen: seen.add(unit), plan, settings,  # type: ignore[misc]
             Randomness(None, simulated=False), ledgers[-1], patients, folder / "run",
         )  # fmt: skip
         assert len(patients) < 9
@@ -367,7 +367,11 @@ def test_row_08_a_release_of_real_patients_is_what_the_record_says(
 ) -> None:
     ledger = real().finetuned(1).ledger
     louder = tuple(m.model_copy(update={"noise_multiplier": 9.0}) for m in ledger.mechanisms)
-    others = [{"mechanisms": louder}, {"weights": {"weights.safetensors": 64 * "0"}}, {"run": "another"}]
+    others: list[dict[str, Any]] = [
+        {"mechanisms": louder},
+        {"weights": {"weights.safetensors": 64 * "0"}},
+        {"run": "another"},
+    ]
     for edit in others:
         with pytest.raises(PrivacyError, match="doesn't know this model; name the record that was charged for it"):
             write_release(NOBODY, ledger.model_copy(update=edit), tmp_path / "release")
@@ -399,21 +403,33 @@ def test_row_09_above_20_the_manifest_must_say_so_and_the_statement_does(real: R
 
 def noise_of(folder: Path, study: Study, seed: int = 0, **changes: Any) -> np.ndarray:
     """The sum of all noise that a run's loop adds where nobody contributes."""
-    given = {"epsilon": 20.0, "stage": "denoiser", "run": "", "rate": 1e-3} | changes
+    given: dict[str, Any] = {"epsilon": 20.0, "stage": "denoiser", "run": "", "rate": 1e-3} | changes
     plan = PrivatePlan(24, 6, 2, 1.0, 1, given["epsilon"], 1e-5, noise_multiplier=2.0)
     randomness = Randomness(seed, simulated=True, run=given["run"])
     ledger, taken = plan.ledger(randomness, **(WORDS | {"stage": given["stage"]})), []
     step = PrivatePlan.gradient
     weight, patients = nn.Parameter(torch.zeros(4000)), study.private.split("train")
+
+    def recorded(*given: Any) -> torch.Tensor:
+        taken.append(step(*given))
+        return taken[-1].clone()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrivatePlan, "gradient", lambda *a: taken.append(step(*a)) or taken[-1].clone())
+        patch.setattr(PrivatePlan, "gradient", recorded)
         settings = recipe_of(plan, learning_rate=given["rate"])
         train_privately({"w": weight}, lambda *_: None, plan, settings, randomness, ledger, patients, folder)
     return torch.stack(taken).flatten().numpy()
 
 
 def test_row_10_no_two_runs_of_a_seed_share_their_noise(study: Study, tmp_path: Path) -> None:
-    others = [{}, {"epsilon": 21.0}, {"stage": "decoder"}, {"rate": 2e-3}, {"run": "finetune-1"}, {"seed": 1}]
+    others: list[dict[str, Any]] = [
+        {},
+        {"epsilon": 21.0},
+        {"stage": "decoder"},
+        {"rate": 2e-3},
+        {"run": "finetune-1"},
+        {"seed": 1},
+    ]
     noise = [noise_of(tmp_path / str(number), study, **other) for number, other in enumerate(others)]
     correlated = np.corrcoef(noise) - np.eye(len(noise))
     assert abs(correlated).max() < 5 / math.sqrt(8000)
@@ -431,7 +447,7 @@ def test_row_11_a_picture_has_one_owner_however_it_is_stored(change: str, tmp_pa
         image = np.pad(image, ((2, 2), (0, 3), (0, 0)), constant_values=image.min())
     for name in ("ED.nii.gz", "ES.nii.gz"):
         there = nib.load(tmp_path / "data/berta" / name)
-        shape = there.shape if change != "padded" else image.shape  # type: ignore[attr-defined]
+        shape = there.shape if change != "padded" else image.shape
         other = image if name.startswith("ED") else np.random.default_rng(1).integers(0, 99, shape).astype(np.int16)
         miniatures.save(other, tmp_path / "data/berta" / name)
     table = tmp_path / "data/patients.csv"

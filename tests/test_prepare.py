@@ -483,7 +483,7 @@ def test_shares_say_who_is_in_which_split_and_limit_real_private_patients_by_the
     with pytest.raises(CohortError, match=r"splits.train: 12 places are more than the 11 wanted; give fewer in the"):
         prepare(private, store=tmp_path / "store", limits={"train": 11})
     few = miniatures.manifest(
-        tmp_path, "table", splits=shares, budget=private.budget.model_dump() | {"patients": n - 1}
+        tmp_path, "table", splits=shares, budget={"epsilon": 10, "delta": 1e-5, "patients": n - 1}
     )
     with pytest.raises(CohortError, match=rf"budget.patients: {n - 1} places are too few for the share of 0.5"):
         prepare(few, store=tmp_path / "store")
