@@ -1,6 +1,7 @@
 # The study as a workflow: every chapter is a notebook, run by papermill; then the book of the run is built in runs/book.
 # snakemake --cores 2 --config profile=demo epsilons=1,10
 # On a cluster: snakemake --workflow-profile slurm (or kubernetes), see profiles/.
+import shlex
 import sys
 
 from cardiac_ldm.errors import StudyError
@@ -82,8 +83,9 @@ for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS
             f"{RAW}/{stem}.ipynb",
         params:
             given=parameters(takes), python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
+            look=(takes == "epsilon" and shlex.join(STUDY.would_spend)) or "true",
         threads: threads_
         resources:
             mem_mb=1000 * gigabytes, runtime=60 * hours, **({"gpu": gpus, "gpu_manufacturer": "nvidia"} if gpus else {}),
         shell:
-            "exec {params.python:q} {params.run:q} {input[0]:q} {log:q} {output:q} {params.given:q}"
+            "{params.look} || exit; exec {params.python:q} {params.run:q} {input[0]:q} {log:q} {output:q} {params.given:q}"

@@ -23,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune on private patients, alone or under torchrun.")
     for name, field in FinetuneParameters.model_fields.items():
         kind = float if field.annotation is float else type(field.default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "default": field.default}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     parameters = FinetuneParameters.read(vars(parser.parse_args()))
     if "WORLD_SIZE" in os.environ:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))

@@ -137,6 +137,11 @@ def _number(value: object) -> float | None:
     return None if math.isnan(number) else number
 
 
+def _yes_or_no(value: object) -> object:
+    """A truth value, which papermill may hand over as text."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def _present(manifest: Manifest, root: str, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """A cohort's patients by split, all of whom must be where its files are."""
     place = manifest.data_root(Path(root) if root else None)
@@ -166,11 +171,16 @@ class CohortParameters(Parameters):
 
 
 class ModelParameters(Parameters):
-    """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy."""
+    """Of a notebook about one model. epsilon: the budget; 0 is the public model alone, inf trains without privacy.
+
+    spend: agrees to what training on real private patients would spend, which is said first.
+    """
 
     epsilon: float = 10
+    spend: bool = False
     lowest: ClassVar[float] = 0
     fewest_tested: ClassVar[int] = 1
+    _agreed = field_validator("spend", mode="before")(_yes_or_no)
 
     @field_validator("epsilon", mode="before")
     @classmethod
@@ -194,9 +204,14 @@ class FinetuneParameters(ModelParameters):
 
 
 class CompareParameters(Parameters):
-    """Of a notebook that compares models. epsilons: their budgets, as a list or as text with commas between them."""
+    """Of a notebook that compares models. epsilons: their budgets, as a list or as text with commas between them.
+
+    spend: as of one model.
+    """
 
     epsilons: tuple[float, ...] = (0, 1, 10, math.inf)
+    spend: bool = False
+    _agreed = field_validator("spend", mode="before")(_yes_or_no)
 
     @field_validator("epsilons", mode="before")
     @classmethod

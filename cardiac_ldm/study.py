@@ -10,7 +10,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,9 +26,11 @@ from pydantic import BaseModel
 
 from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
+from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.features import InceptionEncoder
 from cardiac_ldm.evaluation.foreign import read_folder
+from cardiac_ldm.evaluation.membership import calibrated, membership
 from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation
 from cardiac_ldm.evaluation.metrics import Estimates, Measured, compare, differences, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
@@ -35,23 +39,26 @@ from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import CohortParameters, Parameters
-from cardiac_ldm.privacy import Ledger, Mechanism, Randomness, public_ledger
-from cardiac_ldm.privacy.audit import BOUNDS, calibrated, ledger_scores, membership
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, Standing, public_ledger
+from cardiac_ldm.privacy.bounds import BOUNDS
+from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
 from cardiac_ldm.profile import AnatomySettings, Profile, Role
 from cardiac_ldm.progress import awaited
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import finetune, finetune_decoder
+from cardiac_ldm.training.finetune import denoising, finetune, finetune_decoder
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process, shared_decision
+from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
 """Attributes whose calibration is shown."""
 _STEERED = 10
 """Reference patients whose requests are asked anew, in many ways."""
+_AUDITED = 600
+"""Places in an audit from end to end."""
 T = TypeVar("T")
 
 
@@ -148,7 +155,7 @@ class Study:
         def work(folder: Path) -> dict[str, Any]:
             model, losses = train_autoencoder(self.public.split("train"), settings, self.seed, folder / "state.pt")
             save_weights(model, folder / "weights.safetensors")
-            public_ledger(self.public.manifest.name).save(folder / "privacy.json")
+            _leave_public_ledger(self.public, folder)
             return {"losses": losses}
 
         return self._shipped("autoencoder") or self._run("autoencoder", settings, [self.public.key], work)
@@ -169,7 +176,7 @@ class Study:
             phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
             save_weights(segmenter, folder / "segmenter.safetensors")
             save_weights(phase, folder / "phase.safetensors")
-            public_ledger(self._public_as_given.manifest.name).save(folder / "privacy.json")
+            _leave_public_ledger(self._public_as_given, folder)
             return {"segmenter": dice, "phase": entropy}
 
         return self._shipped("anatomy") or self._run(*self._anatomy, work)
@@ -185,7 +192,7 @@ class Study:
             latents = self.latents(patients, self.public)[:]
             model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt")
             save_weights(model, folder / "weights.safetensors")
-            public_ledger(self.public.manifest.name).save(folder / "privacy.json")
+            _leave_public_ledger(self.public, folder)
             return {"losses": losses}
 
         return self._shipped("pretrain") or self._run(
@@ -216,32 +223,136 @@ class Study:
     def finetuned(self, epsilon: float) -> Run:
         """Stage: the denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
 
+        Real patients are charged in their record, once for each run, before its first step.
+
         Raises:
-            PrivacyError: an infinite budget on real private patients.
+            PrivacyError: what is asked for, here or by the study's other budgets, isn't to be had of real patients.
         """
         if epsilon == 0:
             return self.pretrained
-        patients, settings = self.private.split("train"), self.profile.finetune
+        epsilon, patients, settings = float(epsilon), self.private.split("train"), self.profile.finetune
         settings.check(epsilon, patients.name, len(patients), patients.secret)
+        if patients.secret:
+            self._agree_to_spend([epsilon, *self.parameters.budgets])
 
         def work(folder: Path) -> dict[str, Any]:
-            randomness = Randomness(None if patients.secret else self.seed, simulated=patients.simulated)
-            before: tuple[Mechanism, ...] = ()
-            budget = (settings.delta, settings.unit, len(patients))
+            seed = None if patients.secret else self.seed
+            randomness = Randomness(seed, simulated=patients.simulated, run=folder.name)
             model, public_data = self.denoiser(self.pretrained), load_manifest(self.parameters.cohort_public).name
-            if first := settings.decoder:
-                plan, autoencoder = first.plan(first.share * epsilon, *budget), self.load_autoencoder()
-                where = folder / "decoder"
-                before = finetune_decoder(autoencoder, patients, plan, first, randomness, where, public_data).mechanisms
-            latents, plan = self.latents(patients, self.private), settings.plan(epsilon, *budget, before)
+            first, plan = self._plans(epsilon)
+            if patients.secret and is_first_process():
+                words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
+                self._charge(plan.ledger(randomness, stage="denoiser", **words, public_data=public_data), folder)
+            if settings.decoder and first:
+                autoencoder, where = self.load_autoencoder(), folder / "decoder"
+                stage = finetune_decoder(autoencoder, patients, first, settings.decoder, randomness, where, public_data)
+                plan = replace(plan, before=stage.mechanisms)
+            latents = self.latents(patients, self.private)
             if patients.secret:
                 _ = latents[:]  # else what had been encoded would tell who was in the lots
             schedule = self.profile.denoiser.schedule
-            finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
+            left = finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
+            if patients.secret and is_first_process():
+                Record().finish(left)
             return {"epsilon": _plain(epsilon)}
 
-        upstream = [self.pretrained.key, self.private.key]
-        return self._run("finetune", [settings, epsilon], upstream, work, together=True)
+        if not patients.secret:  # 2: lots and noise are each run's own
+            upstream = [self.pretrained.key, self.private.key]
+            return self._run("finetune", [settings, epsilon, {"version": 2}], upstream, work, together=True)
+        self._begin(self._planned("finetune", self._of_real_patients(epsilon), []))
+        run = self._run("finetune", self._of_real_patients(epsilon), [], work, together=True)
+        if is_first_process():
+            Record().vouch(run.ledger)
+        return run
+
+    def _plans(self, epsilon: float) -> tuple[PrivatePlan | None, PrivatePlan]:
+        """The plans of a budget's two stages on the private patients: the decoder's, if any, and the denoiser's."""
+        settings = self.profile.finetune
+        terms = settings.delta, settings.unit, self.private.split("train").places
+        first = settings.decoder.plan(settings.decoder.share * epsilon, *terms) if settings.decoder else None
+        return first, settings.plan(epsilon, *terms, first.mechanisms("decoder", "decoder") if first else ())
+
+    def _of_real_patients(self, epsilon: float) -> list[object]:
+        """What a model of real patients depends on: no seed, no source text, no version of a library.
+
+        So it's trained again, and they are charged again, only where something else is asked for.
+        """
+        patients = self.private.split("train")
+        public = [Ledger.load(run.folder / "privacy.json").weights for run in (self.pretrained, self.autoencoder)]
+        who = hashlib.sha256(repr(sorted(Record().hashes(patients.people))).encode()).hexdigest()
+        profile = self.profile
+        return [profile.finetune, profile.denoiser, profile.autoencoder, epsilon, public, who, patients.places]
+
+    def would_spend(self, budgets: Iterable[float]) -> str | None:
+        """What the models of all these budgets would spend of real private patients; None where they are there.
+
+        Raises:
+            PrivacyError: more than the manifest's budget, or something that would reveal them; the message names it.
+            ParameterError: a budget that no plan reaches.
+        """
+        patients, settings, record = self.private.split("train"), self.profile.finetune, Record()
+        asked = sorted(set(map(float, budgets)) - {0})
+        for epsilon in asked:
+            settings.check(epsilon, patients.name, patients.places, patients.secret)
+        new = {epsilon: self._plans(epsilon)[1].mechanisms("denoiser", settings.tuned) for epsilon in asked}
+        people = record.hashes(patients.people)
+        self._none_unknown()
+        if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
+            runs = {epsilon: self._planned("finetune", self._of_real_patients(epsilon), []) for epsilon in asked}
+            new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(runs[epsilon])}
+        return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
+
+    def _agree_to_spend(self, budgets: Iterable[float]) -> None:
+        """Look at all budgets of this study before one is spent. Raises PrivacyError unless told to spend."""
+        said = self.would_spend(budgets)
+        if said and not getattr(self.parameters, "spend", False):
+            raise PrivacyError(f"{said}. Nothing is spent yet; to agree, set the parameter spend to True")
+        if said and is_first_process():
+            print(f"{said}. It's recorded in {str(Record().path).replace(str(Path.home()), '~')}")
+
+    def _none_unknown(self) -> None:
+        """Raise PrivacyError where `runs` holds a model of real patients of which the record knows nothing."""
+        record = Record()
+        known = {spend.run for spend in record.spends}
+        for path in self.runs.glob("finetune-*/privacy.json"):
+            began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
+            if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
+                record.vouch(ledger)
+
+    def _charged(self, run: Run) -> bool:
+        """Whether real patients have been charged for the run in this folder, which is done or can go on."""
+        path, record = run.folder / "privacy.json", Record()
+        if not path.exists():
+            return False
+        ledger, left = Ledger.load(path), record.finished
+        if ledger.run not in {spend.run for spend in record.spends}:
+            return False
+        whole = (run.folder / "weights.safetensors").exists()
+        return ledger.run not in left or (whole and left[ledger.run] == ledger.weights)
+
+    def _begin(self, run: Run) -> None:
+        """Make room for a run that is yet to be charged: what a folder has kept of another can't be gone on with.
+
+        That one was finished elsewhere, from a copy of the folder, or its weights are gone; its charge stays.
+        """
+        if is_first_process() and run.folder.exists():
+            with FileLock(run.folder / "lock"):
+                for left in () if self._charged(run) else [*run.folder.iterdir()]:
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    elif left.name != "lock":
+                        left.unlink()
+
+    def _charge(self, ledger: Ledger, folder: Path) -> None:
+        """Charge real private patients for a run before its first step; one that goes on was charged."""
+        patients, path = self.private.split("train"), folder / "privacy.json"
+        folder.chmod(0o700)
+        if not path.exists():  # on the disk first: a kill before the next lines has neither spent nor charged
+            ledger.model_copy(update={"run": secrets.token_hex(16)}).save(path)
+        begun, record = Ledger.load(path), Record()
+        people = record.hashes(patients.people)
+        together = record.charge(begun, patients.name, people, patients.budget)
+        begun.model_copy(update={"together": together}).save(path)
 
     @awaited("held-out loss")
     def held_out_loss(self, epsilon: float) -> Run:
@@ -281,6 +392,50 @@ class Study:
             return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
 
         return self._run("audit", "", [model.key], work)
+
+    def audited_whole(self, epsilon: float) -> Run:
+        """Stage: the same from end to end: a private training with canaries, whose final weights an attacker reads.
+
+        Most places of a small cohort are canaries'; the others are simulated or public patients', with the real loss.
+        The plan's ledger is stated either way; noise 0 is the positive control, left out of the loop alone.
+        """
+        recipe, private = self.profile.finetune, load_manifest(self.parameters.cohort_private)
+
+        def work(folder: Path) -> dict[str, Any]:
+            cohort = self.public if private.secret else self.private
+            train, n, rows = cohort.split("train"), _AUDITED, []
+            known = min(16, len(train))
+            patients, size = (
+                train.subset(np.arange(n) % len(train)),
+                n - known,
+            )  # whoever is last makes room for canaries
+            latents, schedule = self.latents(train, cohort)[: train.offsets[known]], self.profile.denoiser.schedule
+            settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2, "decoder": None})
+            plan = settings.plan(epsilon, settings.delta, "patient", n)
+            for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
+                randomness = Randomness(self.seed, simulated=True, run=f"{folder.name}-{noise}")
+                tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings, schedule)
+                weights = list(tuned.values())
+                before = [weight.detach().clone() for weight in weights]
+                included, signs = draw_canaries(size, weights, np.random.default_rng(self.seed))
+                words = {"private_data": "canaries", "public_data": self.public.manifest.name}
+                ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **words)
+                run = replace(plan, noise_multiplier=noise * plan.noise_multiplier)
+                with_them = with_canaries(loss, included, signs, plan, weights)
+                where = folder / f"noise-{noise}"
+                train_privately(tuned, with_them, run, settings, randomness, ledger, patients, where)
+                shutil.rmtree(where)
+                scores = weights_scores(before, [weight.detach() for weight in weights], signs)
+                rows += [
+                    {"noise": noise, "bound": name, "shown": bound(scores, included, plan.delta)}
+                    | {"at_most": bound(included.astype(float), included, plan.delta)}
+                    for name, bound in BOUNDS.items()
+                ]
+            told = {"stated": _plain(ledger.epsilon), "delta": plan.delta, "n_canaries": size, "n_patients": known}
+            return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
+
+        upstream = [self.pretrained.key, (self.public if private.secret else self.private).key]
+        return self._run("audit-whole", [recipe, float(epsilon)], upstream, work)
 
     def attacked(self, epsilon: float) -> Run:
         """Stage: membership inference from losses, against a budget's model and its simulated private patients.
@@ -343,7 +498,7 @@ class Study:
                 known, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt", start=public
             )
             save_weights(model, folder / "weights.safetensors")
-            public_ledger(self.public.manifest.name).save(folder / "privacy.json")
+            _leave_public_ledger(self.public, folder)
             copy = Run("overfit", "", folder)
             cohort = self._drawn(copy, asked.attributes, asked.owners)
             cohort.save(folder / "synthetic.npz")
@@ -396,17 +551,27 @@ class Study:
         return {"memorisation": _records(found.table), "suspicious": _records(found.pairs)}
 
     def private_ledgers(self) -> list[Ledger]:
-        """Ledgers of all private models in `runs` that learnt from this study's private patients, finished or not.
+        """Ledgers of all private models in `runs` that learnt from this study's simulated patients, finished or not.
 
-        A run that died in its decoder's stage has that stage's ledger; models with no guarantee, of another number of
-        patients or another delta (other profiles) are left out: `Ledger.compose` makes no joint claim with them.
+        A run that died in its decoder's stage has that stage's ledger. Models with no guarantee are left out.
         """
         places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
         found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
-        patients, delta = self.private.split("train"), self.profile.finetune.delta
-        own = ("patient-level DP", f"{patients.name} ({patients.split})", len(patients), delta)
-        mine = [x for x in found if (x.guarantee, x.private_data, x.n_units, x.delta) == own]
-        return sorted(mine, key=lambda ledger: ledger.epsilon)
+        patients = self.private.split("train")
+        own = ("patient-level DP", f"{patients.name} ({patients.split})")
+        return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
+
+    def together(self) -> Standing | None:
+        """What all private models of this study's private patients spent together; None where there is none.
+
+        Of real patients their record says it, whatever `runs` holds; of simulated ones the ledgers in `runs` do.
+        """
+        patients, record = self.private.split("train"), Record()
+        if patients.secret:
+            standing = record.standing(record.hashes(patients.people), patients.budget.delta)
+            return standing if standing.runs else None
+        ledgers = self.private_ledgers()
+        return Ledger.compose(ledgers) if ledgers else None
 
     @awaited("sampling")
     def synthesised(self, epsilon: float) -> Run:
@@ -698,12 +863,14 @@ class Study:
     def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
         """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
         tuned = run and run.folder / "decoder" / "weights.safetensors"
+        weights = tuned if tuned and tuned.exists() else self.autoencoder.folder / "weights.safetensors"
+        Ledger.load(weights.with_name("privacy.json"))
         model = self.profile.autoencoder.build()
-        load_weights(model, tuned if tuned and tuned.exists() else self.autoencoder.folder / "weights.safetensors")
+        load_weights(model, weights)
         return model.eval()
 
     def denoiser(self, run: Run) -> Denoiser:
-        """The denoiser of a run, which must have its ledger."""
+        """The denoiser of a run, which must have its ledger, and be what that was written for."""
         _ = run.ledger
         model = self.profile.denoiser.build(self.profile.autoencoder.latent_channels)
         load_weights(model, run.folder / "weights.safetensors")
@@ -720,7 +887,10 @@ class Study:
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""
         path = self.runs / "latents" / f"{patients.name}-{patients.split}-{cohort.key}-{self.autoencoder.key}.zarr"
-        return Latents(self.load_autoencoder(), patients, path)
+        latents = Latents(self.load_autoencoder(), patients, path)
+        if patients.secret:
+            path.chmod(0o700)
+        return latents
 
     @property
     def _reference_key(self) -> str:
@@ -732,7 +902,9 @@ class Study:
         return Run(stage, key.hexdigest()[:12], self.runs / f"{stage}-{key.hexdigest()[:12]}")
 
     def _described(self, stage: str, settings: object, upstream: list[str]) -> dict[str, object]:
-        return {"stage": stage, "settings": _plain(settings), "upstream": upstream, "seed": self.seed}
+        """What a stage's key hashes. The seed means nothing to a run without upstream: one on real private patients."""
+        described: dict[str, object] = {"stage": stage, "settings": _plain(settings), "upstream": upstream}
+        return described | ({"seed": self.seed} if upstream else {})
 
     def _run(
         self,
@@ -771,6 +943,11 @@ class Study:
                 for state in run.folder.glob("*.pt"):
                     state.unlink()
         return run
+
+
+def _leave_public_ledger(cohort: Cohort, folder: Path) -> None:
+    """Bind what the weights in a folder are: trained on a public cohort alone."""
+    public_ledger(cohort.manifest.name).bound(*folder.glob("*.safetensors")).save(folder / "privacy.json")
 
 
 def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 
 from cardiac_ldm.cohort import Cohort, PatientRecord, load_manifest
 from cardiac_ldm.cohort.patients import open_split, write_patient
-from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.parameters import FinetuneParameters, Parameters
 from cardiac_ldm.study import Study
 
 ACDC_VARIABLE = "CARDIAC_LDM_ROOT_ACDC"
@@ -26,6 +26,14 @@ def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]
     arrays = open_split(path / "train", n_patients)
     rows = [write_patient(arrays, number, record) for number, record in enumerate(records)]
     (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the record of what real patients have spent: never the user's own."""
+    folder = tmp_path_factory.mktemp("record")
+    os.environ["CARDIAC_LDM_RECORD"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +94,9 @@ def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
     manifest = tmp_path_factory.mktemp("hospital") / "hospital.yaml"
     splits = {split: list(study.private.split(split).ids) for split in ("train", "validation", "test")}
     terms = {"role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    terms |= {"budget": {"epsilon": 100, "delta": 1e-5}}
     manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
-    real = Study(Parameters(profile=str(TINY), cohort_private=str(manifest)))
+    real = Study(FinetuneParameters(profile=str(TINY), cohort_private=str(manifest), spend=True, epsilon=0.5))
     real.runs, real.public = study.runs, study.public
     real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
     return real

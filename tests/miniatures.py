@@ -50,6 +50,8 @@ def manifest(folder: Path, kind: str, **changes: object) -> Manifest:
     said = {"name": "mini", "role": "private", "simulated": False, "licence": "none", "citation": "none"}
     said |= {"root": "data", "splits": {"train": ["anna"], "validation": ["berta"], "test": ["carl"]}}
     reader = {"kind": kind} | ({"table": "patients.csv"} if kind == "table" else {})
+    if (said | changes)["role"] == "private":
+        said |= {"budget": {"epsilon": 10, "delta": 1e-5, "patients": 12}}
     path = folder / "mini.yaml"
     path.write_text(yaml.safe_dump(said | {"reader": reader} | changes))
     return load_manifest(path)

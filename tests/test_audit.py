@@ -14,21 +14,17 @@ from scipy import stats
 from torch import Tensor
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.membership import auc, calibrated, membership, true_positive_rate
 from cardiac_ldm.privacy import PrivatePlan, Randomness, dpsgd
-from cardiac_ldm.privacy.audit import (
-    auc,
-    calibrated,
-    canary_scores,
-    draw_canaries,
-    evidence,
+from cardiac_ldm.privacy.bounds import (
+    f_one_run_bound,
+    f_p_value,
     gaussian_bound,
-    membership,
     one_run_bound,
     p_value,
     threshold_bound,
-    true_positive_rate,
-    with_canaries,
 )
+from cardiac_ldm.privacy.canaries import canary_scores, draw_canaries, evidence, with_canaries
 
 DELTA = 1e-5
 SEEDED = Randomness(0, simulated=True)
@@ -87,6 +83,36 @@ def test_the_p_value_is_the_theorems_in_exact_fractions(
     slope = max((sum(chance[correct - i : correct], Fraction()) / i for i in range(1, correct + 1)), default=Fraction())
     exact = min(Fraction(1), sum(chance[correct:], Fraction()) + 2 * m * delta * slope)
     assert p_value(m, guesses, correct, math.log(odds), float(delta)) == pytest.approx(float(exact), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("m", "guesses", "correct"), [(1, 1, 1), (10, 10, 9), (100, 100, 80), (1000, 1000, 760), (1000, 300, 240)]
+)
+def test_the_p_value_of_f_dp_is_the_binomial_tail_of_randomised_response_or_a_little_more(
+    m: int, guesses: int, correct: int
+) -> None:
+    def inverse(x: float) -> float:
+        return max(x * math.exp(-1), 1 - math.exp(1) * (1 - x))  # of min(e x, 1 - (1 - x) / e)
+
+    exact = stats.binom.sf(correct - 1, guesses, 1 / (1 + math.exp(-1)))  # what epsilon = 1 reaches
+    assert exact <= f_p_value(m, guesses, correct, inverse) <= 1.25 * exact
+
+
+@pytest.mark.parametrize("mu", [0.3, 1.0, 3.0])
+def test_the_p_value_of_f_dp_is_the_gaussians_for_a_single_guess(mu: float) -> None:
+    found = f_p_value(1, 1, 1, lambda x: float(stats.norm.cdf(stats.norm.ppf(min(x, 1.0)) - mu)))
+    assert found == pytest.approx(stats.norm.cdf(mu / 2), abs=1e-3)
+
+
+def test_the_bound_of_f_dp_in_one_run_shows_more_than_the_one_without_a_shape_and_holds() -> None:
+    rng, exceeded = np.random.default_rng(8), 0
+    truth = get_epsilon_gaussian(1 / 2.0, DELTA)
+    for _ in range(20):
+        run = gaussian_mechanism(rng, 300, 2.0)
+        exceeded += f_one_run_bound(*run, DELTA) > truth
+    assert exceeded <= stats.binom.ppf(0.999, 20, 0.05)
+    run = gaussian_mechanism(rng, 4000, 2.0)
+    assert 1.2 * one_run_bound(*run, DELTA) < f_one_run_bound(*run, DELTA) < truth
 
 
 def test_a_run_that_gives_everybody_away_shows_what_its_number_of_canaries_can_and_pays_for_the_choice() -> None:

@@ -14,7 +14,8 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
-from cardiac_ldm.privacy.audit import LotLoss, gaussian_bound, ledger_scores, sensitivity
+from cardiac_ldm.privacy.bounds import BOUNDS, gaussian_bound
+from cardiac_ldm.privacy.canaries import LotLoss, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
 from cardiac_ldm.report.figures import audit_bounds
 from cardiac_ldm.study import Run, Study
@@ -38,7 +39,7 @@ def test_an_audit_stays_below_what_is_stated_its_controls_exceed_it_and_no_patie
     assert private["n_canaries"] >= 2000
     assert (private["stated"], private["delta"]) == (pytest.approx(1), 1e-5)
     shown = {(row["noise"], row["bound"]): row["shown"] for row in private["rows"]}
-    assert set(shown) == {(noise, name) for noise in (1, 0.1) for name in ("one run", "thresholds", "Gaussian")}
+    assert set(shown) == {(noise, name) for noise in (1, 0.1) for name in BOUNDS}
     assert all((epsilon <= private["stated"]) == (noise == 1) for (noise, _), epsilon in shown.items())
     assert all(3 < row["shown"] <= row["at_most"] for row in none["rows"])
     rows = tables.audit_rows(audits)
@@ -46,6 +47,22 @@ def test_an_audit_stays_below_what_is_stated_its_controls_exceed_it_and_no_patie
     assert list(table.index) == ["ε = 1", "ε = 1", "no privacy", "any, every canary found"]
     assert table["Gaussian"].iloc[0] == pytest.approx(shown[1, "Gaussian"], abs=0.005)
     assert list(audit_bounds(rows).data[0].x) == [pytest.approx(1)] * 2  # what is not finite has no bar
+
+
+def test_an_audit_from_end_to_end_stays_below_what_is_stated_and_exceeds_it_without_noise(
+    study: Study,
+) -> None:
+    for epsilon in (1, 10):
+        found = study.audited_whole(epsilon).metrics
+        assert found["stated"] == epsilon
+        shown = {(row["noise"], row["bound"]): row["shown"] for row in found["rows"]}
+        assert all(shown[1, name] <= epsilon for name in BOUNDS)
+        lit = [name for name in BOUNDS if shown[0, name] > epsilon]
+        assert "Gaussian" in lit
+        assert epsilon > 1 or set(lit) == set(BOUNDS)
+    assert shown[1, "Gaussian"] > 1  # final weights do tell who was in
+    assert len(tables.audit_table(tables.audit_rows([found]))) == 3
+    assert not study.audited_whole(10).folder.joinpath("noise-1.0").exists()
 
 
 def test_the_public_model_has_nothing_to_audit(study: Study) -> None:

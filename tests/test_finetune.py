@@ -266,6 +266,7 @@ HOSPITAL = Manifest.model_validate(
         "licence": "none",
         "citation": "none",
         "reader": {"kind": "acdc"},
+        "budget": {"epsilon": 10, "delta": 1e-5},
         "splits": {"train": [f"p{n}" for n in range(12)], "validation": ["a"], "test": ["b"]},
     }
 )
@@ -329,7 +330,7 @@ def test_only_the_same_run_goes_on(
         (patients, recipe(), plan_of(recipe(), epsilon=21.0), "settings"),
         (others, recipe(), None, "patients"),
     ):
-        with pytest.raises(ParameterError, match=f"was left by a run with other {what}; delete .* to start afresh"):
+        with pytest.raises(ParameterError, match=f"was left by a run with other {what}; give this one its own folder"):
             run(tmp_path, who, settings, plan)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
     run(tmp_path, patients, recipe())
@@ -348,7 +349,7 @@ def test_a_finished_run_is_read_and_never_trained_twice(
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
     other = plan_of(recipe(), epsilon=21.0)
-    with pytest.raises(ParameterError, match=r"weights\.safetensors: was left by a run with other settings; delete"):
+    with pytest.raises(ParameterError, match=r"privacy\.json: was left by a run with other settings; give"):
         run(tmp_path, patients, recipe(tuned="lora-2"), other)
 
 

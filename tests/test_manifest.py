@@ -19,6 +19,7 @@ SOUND = {
     "citation": "none",
     "reader": {"kind": "acdc"},
     "splits": {"train": ["a", "b"], "validation": ["c"], "test": ["d"]},
+    "budget": {"epsilon": 10, "delta": 1e-5, "patients": 4000},
 }
 
 
@@ -85,8 +86,14 @@ def test_every_problem_is_in_one_message(write):
 @pytest.mark.parametrize(
     ("splits", "named"),
     [
-        ({"train": ["a", "b"], "validation": ["c"], "test": ["a"]}, "a is listed 2 times (train, test)"),
-        ({"train": ["a", "a"], "validation": ["c"], "test": ["d"]}, "a is listed 2 times (train)"),
+        (
+            {"train": ["a", "b"], "validation": ["c"], "test": ["a"]},
+            "number 1 of train and number 1 of test are",
+        ),
+        (
+            {"train": ["a", "a"], "validation": ["c"], "test": ["d"]},
+            "number 1 of train and number 2 of train are",
+        ),
         ({"train": [], "validation": ["c"], "test": ["d"]}, "splits.train"),
         ({"train": 10, "validation": 5, "test": 5}, "lists of their names"),
         ({"train": 0.8, "validation": 0.1, "test": 0.2}, "the shares sum to 1.1; expected 1"),

@@ -80,6 +80,8 @@ def hospital(name="hospital", role="private", train=("patient000",), **changes):
     """A manifest of real patients in ACDC's layout, one each for validation and test."""
     said = {"licence": "none", "citation": "none", "reader": {"kind": "acdc"}, "simulated": False}
     splits = {"train": list(train), "validation": ["patient008"], "test": ["patient009"]}
+    if role == "private":
+        said |= {"budget": {"epsilon": 10, "delta": 1e-5}}
     return Manifest.model_validate(said | {"name": name, "role": role, "splits": splits} | changes)
 
 
@@ -455,7 +457,7 @@ def test_a_file_of_private_patients_in_a_public_cohort_is_refused(ward, tmp_path
     }
     prepare(manifests.pop(first), store=tmp_path / "store", data_root=ward)
     (second,) = manifests.values()
-    found = r"school: patient001/\S+frame01.nii.gz is the same as hospital: patient000/\S+frame12.nii.gz"
+    found = r"school: patient001/\S+frame01.nii.gz is the same as a file of hospital, of real private patients"
     for _ in range(2):
         with pytest.raises(PrivacyError, match=found):
             prepare(second, store=tmp_path / "store", data_root=ward)
@@ -472,14 +474,20 @@ def test_shares_say_who_is_in_which_split_and_limit_real_private_patients_by_the
     miniatures.make_table(tmp_path / "data", names)
     shares = {"train": 0.5, "validation": 0.25, "test": 0.25}
     private = miniatures.manifest(tmp_path, "table", splits=shares)
+    assert private.places == 12
     cohort = prepare(private, store=tmp_path / "store")
     members = {split: cohort.split(split).ids for split in cohort.splits}
     assert sorted(sum(members.values(), ())) == list(names)
     assert members == {split: private.patient_ids(split, names) for split in members}
     n = len(members["train"])
-    with pytest.raises(CohortError, match=rf"a share of 0.5 is {n} patients, more than the 1 .* or list their names"):
-        prepare(private, store=tmp_path / "store", limits={"train": 1})
-    prepare(private, store=tmp_path / "store", limits={"train": n, "validation": 1, "test": 1})
+    with pytest.raises(CohortError, match=r"splits.train: 12 places are more than the 11 wanted; give fewer in the"):
+        prepare(private, store=tmp_path / "store", limits={"train": 11})
+    few = miniatures.manifest(
+        tmp_path, "table", splits=shares, budget={"epsilon": 10, "delta": 1e-5, "patients": n - 1}
+    )
+    with pytest.raises(CohortError, match=rf"budget.patients: {n - 1} places are too few for the share of 0.5"):
+        prepare(few, store=tmp_path / "store")
+    prepare(private, store=tmp_path / "store", limits={"train": 12, "validation": 1, "test": 1})
     public = miniatures.manifest(tmp_path, "table", splits=shares, role="public", name="elsewhere")
     assert len(prepare(public, store=tmp_path / "other", limits={"train": 1}).split("train")) == 1
 

@@ -28,9 +28,10 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
-from cardiac_ldm.privacy.accounting import Terms, affordable_steps, calibrate, epsilon_of_group, epsilon_prv
+from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
-from cardiac_ldm.privacy.planning import propose
+from cardiac_ldm.privacy.group import epsilon_of_group
+from cardiac_ldm.privacy.planning import affordable_steps, propose
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.report.card import write_release
 from cardiac_ldm.training.pretrain import random_loss
@@ -556,11 +557,13 @@ def test_models_of_the_same_patients_compose() -> None:
     assert 0.995 * truth <= both.epsilon <= 1.015 * truth
     assert max(ledger_of(one).epsilon, ledger_of(other).epsilon) < both.epsilon
     assert both.epsilon < ledger_of(one).epsilon + ledger_of(other).epsilon
+    stricter = ledger_of(other, delta=1e-7, n_units=501)  # whatever each states, they are charged at one delta
+    assert Ledger.compose([ledger_of(one), stricter]).epsilon == pytest.approx(
+        by_dp_accounting(((3.0, 0.1, 30), (4.0, 0.2, 20)), 1e-7), rel=0.015
+    )
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("unit", "volume"), ("n_units", 501), ("private_data", "clinic"), ("delta", 1e-6)]
-)
+@pytest.mark.parametrize(("field", "value"), [("unit", "volume"), ("private_data", "clinic")])
 def test_ledgers_about_other_patients_do_not_compose(field: str, value: object) -> None:
     one = ledger_of(stage(2.0, 0.1, 20))
     other = one.model_copy(update={field: value})
@@ -651,7 +654,9 @@ def test_a_patient_level_ledger_states_one_epsilon() -> None:
     ledger = ledger_of(stage(2.0, 0.1, 20))
     assert ledger.epsilon_patient == ledger.epsilon
     assert ledger.epsilon_rdp >= ledger.epsilon >= ledger.epsilon_pld
-    assert "one patient with all volumes" in ledger.adjacency
+    assert ledger.adjacency == (
+        "zero-out: one patient with all volumes, or an empty place instead; there are 500 places, fixed and public"
+    )
 
 
 # --- What is refused -----------------------------------------------------------------------------------------------
@@ -668,10 +673,10 @@ def test_a_patient_level_ledger_states_one_epsilon() -> None:
         ({"delta": 0.02}, r"delta: 0\.02 must lie between 0 and 1/N"),
         ({"delta": 0.007, "unit": "volume"}, r"delta: 0\.007 must lie between 0 and 1/N = 1/200"),
         ({"delta": math.nan}, "delta: nan must lie between 0 and 1/N"),
-        ({"n_patients": 5}, "expected_batch: 10 must be below N = 5"),
-        ({"n_patients": 10}, "expected_batch: 10 must be below N = 10"),
-        ({"n_patients": 0}, "expected_batch: 10 must be below N = 0"),
-        ({"expected_batch": 0}, "expected_batch: 0 must be below N = 100 and above 0"),
+        ({"n_patients": 5}, "expected_batch: 10 must be 1 to N = 5"),
+        ({"n_patients": 9}, "expected_batch: 10 must be 1 to N = 9"),
+        ({"n_patients": 0}, "expected_batch: 10 must be 1 to N = 0"),
+        ({"expected_batch": 0}, "expected_batch: 0 must be 1 to N = 100"),
         ({"draws": 0}, "draws: 0 must be at least 1"),
         ({"clip": 0}, "clip: 0 must be a positive number"),
         ({"clip": -1.0}, r"clip: -1\.0 must be a positive number"),
@@ -743,11 +748,15 @@ def test_too_few_hours_or_patients_are_one_sentence(changes: dict[str, Any]) -> 
 def test_planning_is_a_command_that_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = "cardiac_ldm.privacy.planning"
+    module = "cardiac_ldm.privacy.__main__"
     asked = "--epsilon 1 --n-patients 60 --n-parameters 10000 --hours 0.2 --seconds-per-patient 0.9"
-    monkeypatch.setattr(sys, "argv", [module, *asked.split()])
-    monkeypatch.delitem(sys.modules, module)
-    runpy.run_module(module, run_name="__main__")
-    head, row = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys, "argv", [module, "plan", *asked.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("cardiac_ldm.privacy", run_name="__main__")
+    assert not ended.value.code
+    head, row, _, what, columns, three, *_ = capsys.readouterr().out.splitlines()
+    assert what.startswith("Several runs of the last line")
+    assert columns.split() == ["runs", "composed", "selected", "one_run"]
+    assert three.split()[0] == "3"
     assert "noise_multiplier" in head
     assert next(csv.reader([row.strip()], delimiter=" ", skipinitialspace=True))[:2] == ["16", "50"]

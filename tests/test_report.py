@@ -148,15 +148,9 @@ def test_the_statement_says_what_is_guaranteed_and_to_whom() -> None:
     assert privacy_statement(public_ledger("acdc")).startswith("**No private patient was used.**")
 
 
-def test_no_ledger_and_no_statement_says_of_tuning_runs_what_nobody_has_stated(tmp_path: Path) -> None:
+def test_the_statement_attests_no_tuning_that_nobody_has_counted() -> None:
     said = ledger(2, simulated=False)
-    assert said.tuning_runs is None
-    assert "| tuning runs | not stated; " in privacy_statement(said)
-    counted = said.model_copy(update={"tuning_runs": "2, counted above"})
-    assert "| tuning runs | 2, counted above |" in privacy_statement(counted)
-    once = said.model_dump() | {"tuning_runs": "none on private data: all settings come from the profile"}
-    said.model_validate(once).save(tmp_path / "privacy.json")  # of a ledger that said so by default
-    assert Ledger.load(tmp_path / "privacy.json") == said
+    assert "tuning" not in privacy_statement(said) + said.model_dump_json()
 
 
 def test_the_statement_of_volumes_says_what_a_patient_gets() -> None:
@@ -182,8 +176,9 @@ def test_the_statement_lists_every_stage_that_spent() -> None:
 def test_models_of_one_cohort_are_stated_together() -> None:
     both = [ledger(1), ledger(2)]
     together = Ledger.compose(both)
+    assert together.runs == 2
     assert 2 < together.epsilon < 3
-    said = joint_statement(both)
+    said = joint_statement(together, both[0].private_data)
     assert f"2 private model(s) of {both[0].private_data} spent ({together.epsilon:.4g}, 1e-05) per patient" in said
 
 

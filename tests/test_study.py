@@ -173,16 +173,19 @@ def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
     for name in names:
         make_acdc_patient(name)
     manifest = {"name": "hospital", "role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    manifest |= {"budget": {"epsilon": 10, "delta": 1e-5}}
     splits = {"train": names[:8], "validation": names[8:9], "test": names[9:]}
     path = tmp_path / "hospital.yaml"
     path.write_text(yaml.safe_dump(manifest | {"reader": {"kind": "acdc"}, "root": "acdc", "splits": splits}))
-    study = Study(Parameters(profile=str(TINY), cohort_private=str(path)))
+    study = Study(FinetuneParameters(profile=str(TINY), cohort_private=str(path), epsilon=3, spend=True))
     assert study.private.split("train").secret
     _ = study.pretrained
     capfd.readouterr()
     run = study.finetuned(3)
     shown = capfd.readouterr()
-    assert shown.out == f"finetune: not done yet with these settings; running it in {run.folder.name}\n"
+    spends, runs_it = shown.out.splitlines()
+    assert spends.startswith("hospital: this spends 2.99 of (10, 1e-05); 0.00 are spent by 0 run(s). It's recorded in ")
+    assert runs_it == f"finetune: not done yet with these settings; running it in {run.folder.name}"
     bars = {re.sub(":.*", "", part) for part in re.split(r"[\r\n]", shown.err) if part.strip()}
     assert bars <= {"held-out loss", "encode phantom_public"}  # both are about public patients
     assert sorted(path.name for path in run.folder.iterdir()) == [
@@ -296,6 +299,7 @@ def test_real_private_patients_teach_nothing_but_the_mechanism(
 ) -> None:
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
     manifest = {"name": "hospital", "role": "private", "simulated": False, "licence": "none", "citation": "none"}
+    manifest |= {"budget": {"epsilon": 10, "delta": 1e-5}}
     splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
     path = tmp_path / "hospital.yaml"
     path.write_text(yaml.safe_dump(manifest | {"reader": {"kind": "acdc"}, "root": "acdc", "splits": splits}))

@@ -71,4 +71,5 @@ def end_with_parent(papermill: subprocess.Popen[bytes], parent: int) -> None:
 
 
 if __name__ == "__main__":
-    run(*map(Path, sys.argv[1:4]), sys.argv[4:])
+    notebook, raw, executed = map(Path, sys.argv[1:4])
+    run(notebook, raw, executed, sys.argv[4:])

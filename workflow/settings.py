@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ class WorkflowSettings:
     """The parameters of the notebooks, as text.
 
     budgets: the private ones in rising order, as file names have them. files: the profile and the manifests; chapters
-    are run again when one of them changes.
+    are run again when one of them changes. secret: whether the private patients are real.
     """
 
     parameters: Mapping[str, str]
     budgets: tuple[str, ...]
     files: tuple[str, ...]
+    secret: bool
 
     @classmethod
     def read(cls, config: Mapping[str, object]) -> Self:
@@ -69,7 +71,7 @@ class WorkflowSettings:
         cohorts = (checked.cohort_public, checked.cohort_private)
         places = [(checked.profile, PROFILES), *((name, MANIFEST_FOLDER) for name in cohorts)]
         files = [name if name.endswith((".yaml", ".yml")) else str(folder / f"{name}.yaml") for name, folder in places]
-        return cls({"profile": checked.profile, **given}, tuple(map(budget_name, private)), tuple(files))
+        return cls({"profile": checked.profile, **given}, tuple(map(budget_name, private)), tuple(files), cohort.secret)
 
     @property
     def encoded(self) -> list[str]:
@@ -81,10 +83,19 @@ class WorkflowSettings:
         """The profile's, for folders."""
         return re.sub(r"[^\w.-]+", "-", Path(self.parameters["profile"]).stem)
 
+    @property
+    def would_spend(self) -> list[str]:
+        """The command that looks at all budgets of real patients before one of them is spent; nothing otherwise."""
+        named = {name: value for name, value in self.parameters.items() if name not in ("seed", "spend")}
+        asked = named | {"epsilons": ",".join(self.budgets)}
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+        return [sys.executable, "-m", "cardiac_ldm.privacy", "would-spend", *options] if self.secret else []
+
     def papermill(self, **budgets: str) -> list[str]:
         """The arguments that give a notebook its parameters, with `epsilon` or `epsilons` where it takes them."""
-        numbers = {name: value for name, value in self.parameters.items() if name == "seed"} | budgets
-        texts = {name: value for name, value in self.parameters.items() if name not in numbers}
+        taken = {name: value for name, value in self.parameters.items() if budgets or name != "spend"}
+        numbers = {name: value for name, value in taken.items() if name in ("seed", "spend")} | budgets
+        texts = {name: value for name, value in taken.items() if name not in numbers}
         parts = [("-r", *item) for item in texts.items()] + [("-p", *item) for item in numbers.items()]
         return [part for three in parts for part in three]
 

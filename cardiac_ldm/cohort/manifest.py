@@ -102,23 +102,33 @@ class Splits(_Strict):
             raise ValueError("numbers, shares and lists of names are mixed; give all three splits in one way")
         if self.shares and not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
             raise ValueError(f"the shares sum to {sum(self.shares):g}; expected 1")
-        named = {name: value for name in SPLITS if isinstance(value := getattr(self, name), tuple)}
-        times = Counter(patient for patients in named.values() for patient in patients)
-        repeated = [
-            f"{patient} is listed {n} times ({', '.join(s for s in named if patient in named[s])})"
-            for patient, n in times.items()
-            if n > 1
-        ]
-        if repeated:
-            raise ValueError("; ".join(repeated) + ": a patient belongs to exactly one split, once")
+        places: dict[str, list[str]] = {}
+        for split in SPLITS:
+            named = getattr(self, split)
+            for number, patient in enumerate(named if isinstance(named, tuple) else (), 1):
+                places.setdefault(patient, []).append(f"number {number} of {split}")
+        if repeated := [" and ".join(listed) for listed in places.values() if len(listed) > 1]:
+            raise ValueError("; ".join(repeated) + " are the same name: a patient belongs to exactly one split, once")
         return self
+
+
+class Budget(_Strict):
+    """The most that any one real private patient may spend in all runs together; its owner decides it, in public.
+
+    patients: how many places there are to learn from, public too: who joins or leaves fills one or leaves it empty, so
+    that the number of files stays secret. Needed where splits are shares; lists of names have as many places as names.
+    """
+
+    epsilon: float = Field(gt=0, le=100)
+    delta: float = Field(gt=0, lt=1)
+    patients: int | None = Field(default=None, gt=0)
 
 
 class Manifest(_Strict):
     """A cohort: its name, whether it's public or private, simulated or real, its terms of use, reader and splits.
 
-    obtain: how to get the data, and what of it is public. checksums: a file in sha256sum's format, paths below the data
-    root, against which everything that is read is compared.
+    obtain: how to get the data, and what of it is public. budget: needed of real private patients. checksums:
+    a file in sha256sum's format, paths below the data root, against which everything that is read is compared.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -131,6 +141,7 @@ class Manifest(_Strict):
     checksums: Path | None = Field(default=None, exclude=True)
     reader: Annotated[Reader, Field(discriminator="kind")]
     splits: Splits
+    budget: Budget | None = None
     _folder: Path = PrivateAttr(default=MANIFEST_FOLDER)
 
     @model_validator(mode="after")
@@ -146,10 +157,30 @@ class Manifest(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _budget_where_patients_are_real(self) -> Self:
+        if self.secret and not self.budget:
+            raise ValueError(
+                "budget: is missing; say what may be spent on real private patients by all runs together, such as "
+                "budget: {epsilon: 10, delta: 1.0e-5}"
+            )
+        if self.secret and self.budget and self.splits.shares and not self.budget.patients:
+            raise ValueError(
+                "budget.patients: is missing; with shares the number of patients to learn from would be counted from "
+                "the secret folder and published: say how many places there are"
+            )
+        return self
+
     @property
     def secret(self) -> bool:
         """Whether it holds real private patients."""
         return self.role == "private" and not self.simulated
+
+    @property
+    def places(self) -> int | None:
+        """How many places real private patients to learn from have, filled or not; it's public. None for others."""
+        names = self.splits.train if isinstance(self.splits.train, tuple) else ()
+        return (self.budget.patients or len(names)) if self.budget and self.secret else None
 
     def patient_ids(self, split: str, found: Sequence[str] = ()) -> tuple[str, ...]:
         """Names of a split's patients, in order. Simulated ones are p000000, p000001, ..., each in one split.
@@ -172,13 +203,17 @@ class Manifest(_Strict):
             )
         low = sum(self.splits.shares[: SPLITS.index(split)])
         high = 1.0 if split == SPLITS[-1] else low + members
-        drawn = tuple(patient for patient in found if low <= self._draw(patient) < high)
+        drawn = tuple(patient for patient in found if low <= self._draw(self.person(patient)) < high)
         if not drawn:
             raise CohortError(
                 f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {members:g}; "
                 "enlarge it, or name its patients"
             )
         return drawn
+
+    def person(self, patient: str) -> str:
+        """Who a patient's name stands for: UK Biobank's <eid>_2_0 and <eid>_3_0 are two visits of one participant."""
+        return patient.partition("_")[0] if isinstance(self.reader, UkbbReader) else patient
 
     def _draw(self, patient: str) -> float:
         """A number in [0, 1) that this patient of this cohort always gets."""
@@ -281,6 +316,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxtuple = 0  # a list may hold patients' names
 
 
 def _explained(problem: Any) -> str:  # noqa: ANN401

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
-from cardiac_ldm.cohort.manifest import SPLITS, Manifest
+from cardiac_ldm.cohort.manifest import SPLITS, Budget, Manifest
 from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import CohortError, PrivacyError
 
@@ -98,16 +98,23 @@ class _Table:
     """What of a split's table is kept in memory; patient p's `counts[p]` volumes have attributes from `first[p]` on."""
 
     def __init__(self, path: Path, split: str) -> None:
-        ids, groups, labelled, repairs, counts = [], [], [], [], []
+        ids, people, groups, labelled, repairs, counts = [], [], [], [], [], []
         attributes = [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
         for row in read_rows(path, split):
             ids.append(row["id"])
+            people.append((row.get("person", row["id"]), *row.get("voxels", ())))
             groups.append(row["group"])
             labelled.append(row["labelled"])
             repairs.append(tuple(row["repairs"]))
             attributes.append(np.asarray(row["attributes"], np.float32))
             counts.append(len(attributes[-1]))
-        self.ids, self.groups, self.labelled, self.repairs = ids, groups, np.asarray(labelled, bool), repairs
+        self.people, self.ids, self.groups, self.labelled, self.repairs = (
+            people,
+            ids,
+            groups,
+            np.asarray(labelled, bool),
+            repairs,
+        )
         self.counts, self.attributes = np.asarray(counts, np.int64), np.concatenate(attributes)
         self.first = np.cumsum(self.counts) - self.counts
 
@@ -172,6 +179,26 @@ class Patients(Sequence[PatientRecord]):
     def ids(self) -> tuple[str, ...]:
         """The patients' names."""
         return tuple(self._table.ids[m] for m in self._members)
+
+    @property
+    def places(self) -> int:
+        """How many places the patients of this split have, which is public; real private ones may leave some empty."""
+        whole = self.split == "train" and len(self) == len(self._table.ids)
+        return self._manifest.places or len(self) if whole else len(self)
+
+    @property
+    def budget(self) -> Budget:
+        """What may be spent on real private patients. Raises PrivacyError for others."""
+        if self._manifest.budget is None:
+            raise PrivacyError(f"{self.name}: these patients aren't real and private, so they have no budget")
+        return self._manifest.budget
+
+    @cached_property
+    def people(self) -> tuple[tuple[str, ...], ...]:
+        """By patient, what tells who they are: the person's name in this cohort, and hashes of the decoded volumes."""
+        return tuple(
+            (f"{self.name}/{name}", *voxels) for name, *voxels in (self._table.people[m] for m in self._members)
+        )
 
     @cached_property
     def groups(self) -> tuple[str | None, ...]:

@@ -23,6 +23,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 from filelock import FileLock
 
 from cardiac_ldm.cohort.grid import Localiser, place_on_grid
@@ -37,7 +38,7 @@ _PART = 16
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABOUT = "cohort.json"
-_PROSE = {"root", "licence", "citation", "obtain", "checksums"}
+_PROSE = {"root", "licence", "citation", "obtain", "checksums", "budget"}
 
 
 class _Part(NamedTuple):
@@ -95,6 +96,7 @@ def prepare(
         path = _found(store, manifest, plan, root, localiser)
         if path is None:
             with _explained(work):
+                _own(work, manifest)
                 _write(work, manifest, root, members, localiser, on_demand)
                 path = _accept(work, store, manifest, plan)
             _warn(path, manifest, localiser)
@@ -110,18 +112,23 @@ def _draw(manifest: Manifest, path: Path, split: str, number: int, patient_id: s
 def enrolled(manifest: Manifest, root: Path | None, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Who is in which split.
 
-    Where a folder's content says who is there, a limit would let the next patient in for one who's taken out: that's a
-    change of two, and the guarantee is for one. So real private patients to learn from are limited by their share.
+    A limit would let the next patient in for one who's taken out: that's a change of two, and the guarantee is for one.
+    So real private patients to learn from are never limited: there are as many places as the manifest says.
     """
     found = list_patients(manifest, root) if manifest.splits.shares else ()
     members = {split: manifest.patient_ids(split, found) for split in SPLITS}
-    n, most = len(members["train"]), limits.get("train", len(members["train"]))
-    if manifest.secret and manifest.splits.shares and n > most:
-        share = manifest.splits.shares[0]
-        raise CohortError(
-            f"{manifest.name}: splits.train: a share of {share:g} is {n} patients, more than the {most} that are "
-            f"wanted; give a share of about {0.95 * share * most / n:.2g}, or list their names"
-        )
+    if manifest.places:
+        n, most = len(members["train"]), limits.get("train", manifest.places)
+        if manifest.places > most:
+            raise CohortError(
+                f"{manifest.name}: splits.train: {manifest.places} places are more than the {most} wanted; give fewer "
+                "in the manifest: a limit would let somebody else in for one who is taken out"
+            )
+        if n > manifest.places:
+            raise CohortError(
+                f"{manifest.name}: budget.patients: {manifest.places} places are too few for the share of "
+                f"{manifest.splits.train}; raise their number, or lower the share"
+            )
     return {split: members[split][: limits.get(split)] for split in SPLITS}
 
 
@@ -147,6 +154,7 @@ def _salt(store: Path) -> str:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             temporary = path.with_suffix(".tmp")
+            temporary.touch(mode=0o600)
             temporary.write_text(secrets.token_hex(32))
             temporary.replace(path)
     return path.read_text()
@@ -247,7 +255,8 @@ def _write(
             problems += found
             progress.update(len(part.ids))
     if problems:
-        raise CohortError(f"{manifest.name}: {len(problems)} patient(s) can't be prepared\n  " + "\n  ".join(problems))
+        said = f"{len(problems)} patient(s) can't be prepared"
+        raise CohortError(_for_holders_eyes(manifest, work.parent, said, "\n  ".join(["", *problems])))
 
 
 def _parts(members: Mapping[str, tuple[str, ...]]) -> list[_Part]:
@@ -273,7 +282,14 @@ def _prepare_part(
             problems.append(str(error))
             continue
         used = None if record.labelled or localiser is None else localiser.key
-        files = {"files": dict(patient.files), "stamp": stamp(patient.files), "localiser": used}
+        voxels = [] if on_demand else [_voxels(volume.image) for volume in patient.volumes]
+        files = {
+            "person": manifest.person(patient_id),
+            "voxels": voxels,
+            "files": dict(patient.files),
+            "stamp": stamp(patient.files),
+            "localiser": used,
+        }
         rows.append((table_row(record) if on_demand else write_patient(arrays, number, record)) | files)
     if not problems:
         os.sync()
@@ -281,6 +297,11 @@ def _prepare_part(
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(part.table(work))
     return problems
+
+
+def _voxels(image: np.ndarray) -> str:
+    """Hash of the voxels of a picture (slices, rows, columns), the same however it's stored, turned or padded."""
+    return hashlib.sha256(np.sort(image[image > image.min()]).tobytes()).hexdigest()
 
 
 @cache
@@ -310,7 +331,8 @@ def _accept(work: Path, store: Path, manifest: Manifest, plan: str) -> Path:
     about = {"plan": plan} | manifest.model_dump(mode="json", include={"name", "role", "simulated"})
     (built / _ABOUT).write_text(json.dumps(about))
     path = store / f"{manifest.name}-{digest.hexdigest()[:12]}"
-    _refuse_twins(built, manifest)
+    _own(built, manifest)
+    _refuse_twins(built, manifest, store)
     with FileLock(store / ".accept.lock"):
         _refuse_copies(built, manifest, store)
         os.sync()
@@ -327,23 +349,40 @@ def _files(path: Path) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         for row in read_rows(path, split):
             yield from ((sha256, file) for file, sha256 in row["files"].items() if not file.endswith(".cfg"))
+            yield from ((voxels, f"a picture of {row['id']}") for voxels in row["voxels"])
 
 
-def _refuse_twins(built: Path, manifest: Manifest) -> None:
+def _own(folder: Path, manifest: Manifest) -> None:
+    """Make a folder; one of real private patients is its owner's alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if manifest.secret:
+        folder.chmod(0o700)
+
+
+def _for_holders_eyes(manifest: Manifest, store: Path, said: str, names: str) -> str:
+    """What is said where something names patients; of real private ones that goes to a file, which is its owner's."""
+    if not manifest.secret:
+        return f"{manifest.name}: {said}{names}"
+    log = store / f".{manifest.name}-problems.txt"
+    log.touch(mode=0o600)
+    log.write_text(f"{manifest.name}: {said}{names}\n")
+    return f"{manifest.name}: {said}; who, and what to do: {store.name}/{log.name}, for their holder's eyes"
+
+
+def _refuse_twins(built: Path, manifest: Manifest, store: Path) -> None:
     """Raise CohortError where one picture has two patients' names: in two splits, or of real private patients at all.
 
-    The guarantee is for one patient: somebody with two names would have half of it.
+    The guarantee is for one person: somebody with two names would have half of it. Pictures are the same if their
+    voxels are, however they are stored; and one person's visits are one person's.
     """
-    owners: dict[str, tuple[str, str, str]] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for split in SPLITS:
         for row in read_rows(built, split):
-            for file, sha256 in row["files"].items():
-                name, its_split, other = owners.setdefault(sha256, (row["id"], split, file))
-                if ".nii" in file and name != row["id"] and (manifest.secret or its_split != split):
-                    raise CohortError(
-                        f"{manifest.name}: {name} ({its_split}) and {row['id']} ({split}) share the file {other} = "
-                        f"{file}; take one of them out of the cohort"
-                    )
+            for what in (row["person"], *row["voxels"]):
+                name, its_split = owners.setdefault(what, (row["id"], split))
+                if name != row["id"] and (manifest.secret or its_split != split):
+                    names = f": {name} ({its_split}) and {row['id']} ({split}); take one of them out of the cohort"
+                    raise CohortError(_for_holders_eyes(manifest, store, "one person has two names", names))
 
 
 def _refuse_copies(built: Path, manifest: Manifest, store: Path) -> None:
@@ -354,11 +393,11 @@ def _refuse_copies(built: Path, manifest: Manifest, store: Path) -> None:
         if other["role"] != manifest.role:
             for sha256, file in _files(about.parent):
                 if sha256 in mine:
-                    ours, theirs = f"{manifest.name}: {mine[sha256]}", f"{other['name']}: {file}"
+                    ours, theirs = (manifest.name, mine[sha256]), (other["name"], file)
                     public, private = (theirs, ours) if manifest.secret else (ours, theirs)
                     raise PrivacyError(
-                        f"{public} is the same as {private}, a file of real private patients, whom the public cohort "
-                        "would reveal; take it out of the public one"
+                        f"{public[0]}: {public[1]} is the same as a file of {private[0]}, of real private patients, "
+                        "whom the public cohort would reveal; take it out of the public one"
                     )
 
 

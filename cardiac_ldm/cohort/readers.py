@@ -53,6 +53,8 @@ _TABLE_ATTRIBUTES = tuple(name for name in ATTRIBUTE_NAMES if name not in ("ESED
 def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
     """Names of the patients that are under root, by the layout's folders or by the table, sorted; none for phantoms.
 
+    Of a person who came several times, the first visit.
+
     Raises CohortError if the table can't be read.
     """
     if isinstance(manifest.reader, PhantomReader):
@@ -71,7 +73,10 @@ def list_patients(manifest: Manifest, root: Path | None) -> tuple[str, ...]:
         case TableReader(table=table):
             return tuple(dict.fromkeys(_listed(reading, table).index))
     there = (p for folder in folders for p in (reading.root / folder).glob(pattern) if p.is_dir())
-    return tuple(sorted({p.name for p in there}))
+    first: dict[str, str] = {}
+    for name in sorted({p.name for p in there}):
+        first.setdefault(manifest.person(name), name)
+    return tuple(first.values())
 
 
 def read_patient(manifest: Manifest, root: Path | None, patient_id: str, imaged: bool = True) -> Patient:
@@ -186,7 +191,8 @@ def read_ukbb(reading: Reading, table: str | None, patient: str) -> Found:
     if table:
         with reading.noting():
             rows = reading.table(table, "eid", (), tuple(UKBB_FIELDS))
-            row = reading.row(table, "eid", (patient,), (), tuple(UKBB_FIELDS)) if patient in rows.index else {}
+            eid = patient.partition("_")[0]
+            row = reading.row(table, "eid", (eid,), (), tuple(UKBB_FIELDS)) if eid in rows.index else {}
             said = [(f"{table}: {patient}: {f}", ours, row[f]) for f, ours in UKBB_FIELDS.items() if f in row]
     for prefix in ("label", "seg"):
         files = {p: (f"{folder}/sa_{p}.nii.gz", f"{folder}/{prefix}_sa_{p}.nii.gz") for p in PHASES}

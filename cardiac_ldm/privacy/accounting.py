@@ -1,4 +1,4 @@
-"""Accounting: the noise that a budget asks for, and the ledger that states what was spent.
+"""Accounting: the noise that a budget asks for, and the epsilon of mechanisms that touched the same patients.
 
 Claims come from Opacus' PRV accountant (Gopi et al., arXiv 2106.02848); dp-accounting's privacy loss distributions
 (Koskela et al., arXiv 1906.03049) check every one of them with independent code. Renyi DP (Mironov, arXiv 1702.07476)
@@ -6,29 +6,30 @@ is stated beside them for comparison with older work.
 """
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import dp_accounting
-from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 from scipy.optimize import brentq
-from scipy.stats import binom, norm
+from scipy.stats import norm
 
-from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.errors import ParameterError
 
 Unit = Literal["patient", "volume"]
 Terms = tuple[tuple[float, float, int], ...]
 """What accountants need of each mechanism that touched the data: noise multiplier, sampling rate, steps."""
 
 AGREEMENT = 0.015
+"""Relative difference that is allowed between two accountants, and between a ledger and its recomputation."""
+LEAST, MOST = 0.01, 100.0
+"""Below, accountants' grids take all memory; above, a finite epsilon promises nothing that could be said of anybody."""
 _PRV_ERROR = 0.002
-_INTERVAL = 1e-4
 _MOST_NOISE = 1e4
 
 
@@ -37,11 +38,11 @@ def epsilon_prv(terms: Terms, delta: float, scale: float) -> float:
     """Upper bound on epsilon of Poisson-subsampled Gaussian mechanisms, composed; at most 0.4 % of `scale` too high."""
     accountant = PRVAccountant()
     accountant.history = list(terms)
-    return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR * scale))
+    return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR * max(scale, LEAST)))
 
 
 @cache
-def epsilon_pld(terms: Terms, delta: float, interval: float = _INTERVAL) -> float:
+def epsilon_pld(terms: Terms, delta: float, interval: float = 1e-4) -> float:
     """The same epsilon, pessimistic too, from dp-accounting's PLD for adding or removing one unit."""
     return _compose(PLDAccountant(value_discretization_interval=interval), terms, delta)
 
@@ -59,24 +60,6 @@ def _compose(accountant: PLDAccountant | RdpAccountant, terms: Terms, delta: flo
     return float(accountant.get_epsilon(delta))
 
 
-@cache
-def epsilon_of_group(terms: Terms, delta: float, size: int) -> float:
-    """Epsilon of `size` units together, such as all volumes of a patient where the unit is the volume.
-
-    Each joins a lot on its own, so a step sees Binomial(size, q) of them: a mixture of Gaussians (PLD, dp-accounting).
-    """
-    total = None
-    for noise_multiplier, rate, steps in terms:
-        step = privacy_loss_distribution.from_mixture_gaussian_mechanism(
-            noise_multiplier,
-            sensitivities=range(size + 1),
-            sampling_probs=binom.pmf(range(size + 1), size, rate),
-            value_discretization_interval=10 * _INTERVAL,
-        ).self_compose(steps)
-        total = step if total is None else total.compose(step)
-    return 0.0 if total is None else float(total.get_epsilon_for_delta(delta))
-
-
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     """Epsilon of mu-GDP (Dong et al., arXiv 1905.02383): states too little here, so it only starts a search."""
 
@@ -87,6 +70,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     return brentq(excess, 0.0, mu * mu + 20 * mu) if excess(0.0) > 0 else 0.0
 
 
+@cache
 def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Terms = ()) -> float:
     """The noise multiplier of `steps` steps at sampling rate `rate` that, after `before`, spend `epsilon` and no more.
 
@@ -131,27 +115,14 @@ def _epsilon_gdp(terms: Terms, delta: float) -> float:
     return _gaussian_epsilon(math.sqrt(sum(t * q * q * math.expm1(min(s**-2, 60)) for s, q, t in terms)), delta)
 
 
-def affordable_steps(epsilon: float, delta: float, rate: float, noise_multiplier: float) -> int:
-    """The most steps that `epsilon` pays for at this noise multiplier and sampling rate; 0 where not even one."""
-
-    def fits(steps: int) -> bool:
-        return epsilon_prv(((noise_multiplier, rate, steps),), delta, epsilon) <= epsilon
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-class Mechanism(BaseModel):
-    """One stage of training on private data: `steps` Poisson-subsampled Gaussian mechanisms."""
+class Stated(BaseModel):
+    """What is written down: nothing unknown in it, and nothing changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Mechanism(Stated):
+    """One stage of training on private data: `steps` Poisson-subsampled Gaussian mechanisms."""
 
     stage: str
     tuned: str
@@ -164,153 +135,14 @@ class Mechanism(BaseModel):
     draws: int
 
 
-class Ledger(BaseModel):
-    """`privacy.json`: what a model's training spent, in the terms of NIST SP 800-226 and arXiv 2303.00654.
-
-    tuning_runs: what a person has stated of earlier runs on these patients; training knows nothing of them.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-    guarantee: Literal["patient-level DP", "volume-level DP", "none", "public data only"]
-    unit: Unit
-    adjacency: str
-    n_units: int
-    epsilon: float
-    delta: float
-    epsilon_pld: float
-    epsilon_rdp: float
-    epsilon_patient: float
-    mechanisms: tuple[Mechanism, ...]
-    randomness: str
-    private_data: str
-    public_data: str
-    sampler: str = "Poisson over units, independent in every step"
-    accountant: str = "PRV (opacus), checked with PLD (dp-accounting)"
-    tuning_runs: str | None = None
-    released: str = "final weights and their exponential moving average; no loss, norm, count or example"
-
-    @field_validator("tuning_runs")
-    @classmethod
-    def _unless_nobody_said_it(cls, said: str | None) -> str | None:
-        """Nothing, of ledgers from the time when they said this unasked."""
-        return None if said == "none on private data: all settings come from the profile" else said
-
-    @classmethod
-    def state(
-        cls,
-        mechanisms: tuple[Mechanism, ...],
-        *,
-        unit: Unit,
-        n_units: int,
-        volumes: int,
-        budget: float | None,
-        delta: float,
-        randomness: str,
-        private_data: str,
-        public_data: str,
-    ) -> "Ledger":
-        """What `mechanisms` spend together on the same `n_units` units; `volumes` is the most that a patient gives.
-
-        With a budget, the budget is stated: what is spent is a little less.
-
-        Raises:
-            PrivacyError: more than `budget` is spent, or the two accountants disagree by more than 1.5 %.
-        """
-        terms = terms_of(mechanisms)
-        stated = check = renyi = patient = math.inf if mechanisms else 0.0
-        if terms and all(sigma > 0 for sigma, _, _ in terms):
-            check, renyi = epsilon_pld(terms, delta), epsilon_rdp(terms, delta)
-            claim = epsilon_prv(terms, delta, check)
-            if abs(claim - check) > AGREEMENT * min(claim, check):
-                raise PrivacyError(f"epsilon: PRV says {claim:.4f} and PLD {check:.4f}: they disagree, so no claim")
-            if budget is not None and claim > (1 + AGREEMENT) * budget:
-                raise PrivacyError(f"epsilon: {claim:.4f} would be spent, above the budget of {budget}; no claim")
-            stated = max(claim, check, budget or 0.0)
-            patient = stated if unit == "patient" else max(stated, epsilon_of_group(terms, delta, volumes))
-        levels: dict[Unit, Literal["patient-level DP", "volume-level DP"]] = {
-            "patient": "patient-level DP",
-            "volume": "volume-level DP",
-        }
-        what = levels[unit] if math.isfinite(stated) else "none"
-        every = " with all volumes" if unit == "patient" else f" of a patient's {volumes} at most"
-        return cls(
-            guarantee=what if mechanisms else "public data only",
-            unit=unit,
-            adjacency=f"add or remove one {unit}{every}; the number of patients is public (the manifest's)",
-            n_units=n_units,
-            epsilon=stated,
-            delta=delta,
-            epsilon_pld=check,
-            epsilon_rdp=renyi,
-            epsilon_patient=patient,
-            mechanisms=mechanisms,
-            randomness=randomness,
-            private_data=private_data,
-            public_data=public_data,
-        )
-
-    @classmethod
-    def compose(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
-        """What several models that learnt from the same private patients spent together; each stage counts once.
-
-        Raises:
-            PrivacyError: they are about volumes, another cohort or another delta: then there is no joint claim.
-        """
-        first = ledgers[0]
-        if first.unit != "patient":
-            raise PrivacyError("unit: volume: what several models reveal together is stated for patients alone")
-        for ledger in ledgers:
-            for field in ("unit", "n_units", "private_data", "delta"):
-                if getattr(ledger, field) != getattr(first, field):
-                    raise PrivacyError(
-                        f"{field}: {getattr(first, field)} and {getattr(ledger, field)}: these ledgers don't compose"
-                    )
-        return cls.state(
-            tuple(mechanism for ledger in ledgers for mechanism in ledger.mechanisms),
-            volumes=1,
-            budget=None,
-            **first.model_dump(include={"unit", "n_units", "delta", "randomness", "private_data", "public_data"}),
-        )
-
-    def save(self, path: Path) -> None:
-        """Write atomically, synced to the disk: a ledger must never be behind the weights."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write(self.model_dump_json(indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Ledger":
-        """Read a ledger.
-
-        Raises:
-            PrivacyError: there is none: a model without its ledger is not used for a release.
-        """
-        if not path.exists():
-            raise PrivacyError(
-                f"{path}: no ledger beside the weights, so nothing is known of what they reveal; retrain"
-            )
-        return cls.model_validate_json(path.read_text())
-
-
-def terms_of(mechanisms: tuple[Mechanism, ...]) -> Terms:
+def terms_of(mechanisms: Iterable[Mechanism]) -> Terms:
     """The numbers that accountants need of these mechanisms."""
     return tuple((m.noise_multiplier, m.sampling_rate, m.steps) for m in mechanisms)
 
 
-def public_ledger(public_data: str) -> Ledger:
-    """The ledger of a model that never met a private patient."""
-    return Ledger.state(
-        (),
-        unit="patient",
-        n_units=0,
-        volumes=0,
-        budget=None,
-        delta=0.0,
-        randomness="none",
-        private_data="none",
-        public_data=public_data,
-    )
+def merged(mechanisms: Iterable[Mechanism]) -> Terms:
+    """The same, like ones joined and in one order: many runs of one recipe then cost accountants no more than one."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for noise_multiplier, rate, n in terms_of(mechanisms):
+        steps[noise_multiplier, rate] += n
+    return tuple((*kind, n) for kind, n in sorted(steps.items()))

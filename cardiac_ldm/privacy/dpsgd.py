@@ -4,11 +4,11 @@ One step of a plan with N patients, expected batch B, clip C and noise multiplie
 
     g = 1/B * ( sum over sampled patients of clip_C(grad of the patient's loss) + N(0, sigma^2 C^2 I) )
 
-where every patient is sampled on their own with probability q = B/N (Poisson), and a patient's loss is the mean over
-all their volumes and K noise draws of each. Adding or removing one patient moves the sum by at most C, whatever their
-volumes are: that is all that the accountant needs. A plan holds what is public; patients enter as arguments of its
-methods. Sampler, divisor, clip and noise can't differ from the accounted ones, because nothing else draws, divides,
-clips or adds noise.
+where each of N places is sampled on its own with probability q = B/N (Poisson), and its patient's loss is the mean over
+all their volumes and K noise draws of each. An empty place contributes nothing: to empty one moves the sum by at most C
+whatever the volumes were, and that is all that the accountant needs. A plan holds what is public; patients enter as
+arguments of its methods. Sampler, divisor, clip and noise can't differ from the accounted ones, because nothing else
+draws, divides, clips or adds noise.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from randomgen import ChaCha
 from torch import Tensor, distributed
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy.accounting import Ledger, Mechanism, Unit, calibrate, terms_of
+from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, Unit, calibrate, terms_of
+from cardiac_ldm.privacy.ledger import Ledger
 
 
 class Randomness:
@@ -37,15 +38,16 @@ class Randomness:
     Args:
         seed: None for the operating system's entropy, fresh at every call and stored nowhere.
         simulated: whether the private patients are simulated.
+        run: which run and stage it is for: two runs of one seed must share no lot and no noise, or they don't compose.
 
     Raises:
         PrivacyError: a seed is given for real patients: noise that can be reproduced is no noise.
     """
 
-    def __init__(self, seed: int | None, *, simulated: bool) -> None:
+    def __init__(self, seed: int | None, *, simulated: bool, run: str = "") -> None:
         if seed is not None and not simulated:
             raise PrivacyError(f"seed: {seed} would make the noise on real private patients reproducible; leave it out")
-        self.seed = seed
+        self.seed, self.simulated, self.run = seed, simulated, run
 
     def __str__(self) -> str:
         origin = "operating system's entropy" if self.seed is None else f"seed {self.seed}: simulated patients only"
@@ -55,7 +57,8 @@ class Randomness:
         """A generator for one purpose at one step; a seeded one depends on nothing else: a resumed run repeats it."""
         if self.seed is None:
             return np.random.Generator(ChaCha(key=secrets.randbits(256)))
-        digest = hashlib.sha256(f"{self.seed}/{step}/{purpose}".encode()).digest()
+        own = self.run if purpose < _FIRST_UNIT else ""
+        digest = hashlib.sha256(f"{self.seed}/{step}/{purpose}{own}".encode()).digest()
         return np.random.Generator(ChaCha(key=int.from_bytes(digest, "big")))
 
     def draws(self, step: int, unit: int) -> torch.Generator:
@@ -98,7 +101,7 @@ def _a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Tensor
 class PrivatePlan:
     """All that is public about a private training stage; `for_budget` finds the noise multiplier.
 
-    n_patients: N, as the manifest states it. unit: what one clipped gradient belongs to; "volume" is there to compare
+    n_patients: N, the manifest's places. unit: what one clipped gradient belongs to; "volume" is there to compare
     with the paper: then every patient has `volumes` units, filled in order (a missing one contributes nothing, one
     too many is never used). expected_batch: B units. clip: C. clipping: "fixed" scales a gradient v by min(1, C / |v|),
     "normalised" by C / (|v| + 0.01) (Bu et al., arXiv 2206.07136). draws: K noise draws a volume. before: earlier
@@ -127,7 +130,7 @@ class PrivatePlan:
         checks = [
             (self.epsilon > 0, "epsilon", self.epsilon, "must be above 0 (inf trains without privacy)"),
             (0 < self.delta < 1 / max(n, 1), "delta", self.delta, f"must lie between 0 and 1/N = 1/{n}"),
-            (0 < self.expected_batch < n, "expected_batch", self.expected_batch, f"must be below N = {n} and above 0"),
+            (0 < self.expected_batch <= n, "expected_batch", self.expected_batch, f"must be 1 to N = {n}"),
             (self.steps >= 1, "steps", self.steps, "must be at least 1"),
             (0 < self.clip < math.inf or self.clip == self.epsilon, "clip", self.clip, "must be a positive number"),
             (self.draws >= 1, "draws", self.draws, "must be at least 1"),
@@ -157,6 +160,8 @@ class PrivatePlan:
         before: tuple[Mechanism, ...] = (),
     ) -> "PrivatePlan":
         """The plan that, with what `before` spent, spends (epsilon, delta) and no more."""
+        if not epsilon <= 0 and (epsilon < LEAST or MOST < epsilon < math.inf):
+            raise ParameterError(f"epsilon: {epsilon} protects nobody or teaches nothing; ask for {LEAST} to {MOST:g}")
         settings = (n_patients, expected_batch, steps, clip, draws, epsilon, delta)
         plan = cls(*settings, noise_multiplier=0.0, clipping=clipping, unit=unit, before=before)
         if math.isinf(epsilon):
@@ -174,27 +179,22 @@ class PrivatePlan:
         """The probability q with which each unit joins a lot: expected batch over all units, whatever a lot's size."""
         return self.expected_batch / self.n_units
 
+    def mechanisms(self, stage: str, tuned: str) -> tuple[Mechanism, ...]:
+        """What came before, and this stage."""
+        names = ("noise_multiplier", "sampling_rate", "steps", "expected_batch", "clip", "clipping", "draws")
+        return (*self.before, Mechanism(stage=stage, tuned=tuned, **{name: getattr(self, name) for name in names}))
+
     def ledger(self, randomness: Randomness, *, stage: str, tuned: str, private_data: str, public_data: str) -> Ledger:
         """What the whole plan spends; written before the first step, so that it never states too little."""
-        this = Mechanism(
-            stage=stage,
-            tuned=tuned,
-            noise_multiplier=self.noise_multiplier,
-            sampling_rate=self.sampling_rate,
-            steps=self.steps,
-            expected_batch=self.expected_batch,
-            clip=self.clip,
-            clipping=self.clipping,
-            draws=self.draws,
-        )
         return Ledger.state(
-            (*self.before, this),
+            self.mechanisms(stage, tuned),
             unit=self.unit,
             n_units=self.n_units,
             volumes=self.volumes,
             budget=self.epsilon,
             delta=self.delta,
             randomness=str(randomness),
+            simulated=randomness.simulated,
             private_data=private_data,
             public_data=public_data,
         )

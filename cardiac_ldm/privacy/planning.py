@@ -1,11 +1,15 @@
-"""Before any training: what a cohort, a budget and hours allow. `python -m cardiac_ldm.privacy.planning --help`."""
+"""Before any training: what a cohort, a budget and hours allow. `python -m cardiac_ldm.privacy plan --help`."""
 
-import argparse
 import math
 
+import dp_accounting
+import numpy as np
 import pandas as pd
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
+from dp_accounting.rdp import RdpAccountant
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.privacy.accounting import epsilon_pld, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import PrivatePlan
 
 FEWEST_STEPS = 30
@@ -48,10 +52,46 @@ def propose(
     return pd.DataFrame(rows, columns=columns).sort_values("of_run", ignore_index=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Which lots, steps and noise a budget and some hours allow.")
-    for name, kind in (("epsilon", float), ("n-patients", int), ("n-parameters", int), ("hours", float)):
-        parser.add_argument(f"--{name}", type=kind, required=True)
-    parser.add_argument("--seconds-per-patient", type=float, required=True, help="of one private gradient")
-    parser.add_argument("--delta", type=float, default=1e-5)
-    print(propose(**vars(parser.parse_args())).to_string(index=False, float_format="{:.4g}".format))
+def affordable_steps(epsilon: float, delta: float, rate: float, noise_multiplier: float) -> int:
+    """The most steps that `epsilon` pays for at this noise multiplier and sampling rate; 0 where not even one."""
+
+    def fits(steps: int) -> bool:
+        return epsilon_prv(((noise_multiplier, rate, steps),), delta, epsilon) <= epsilon
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def tuning(noise_multiplier: float, rate: float, steps: int, delta: float) -> pd.DataFrame:
+    """What it costs to train several times with other settings and to show the best model alone.
+
+    Returns:
+        runs; composed, epsilon of that many runs, all of which may be shown; selected, epsilon of the best of a number
+        of runs that is drawn at random (geometric, with this mean), if nothing else is ever shown: no other model, nor
+        how many there were, nor their scores (Papernot and Steinke, arXiv 2110.03620, by dp-accounting's Renyi
+        accountant, in which one run costs `one_run`).
+    """
+    step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    run = dp_accounting.SelfComposedDpEvent(step, steps)
+    orders = [*np.linspace(1.1, 10, 90), *range(11, 129), 256, 512, 1024]
+
+    def renyi(event: dp_accounting.DpEvent) -> float:
+        return float(RdpAccountant(orders=orders).compose(event).get_epsilon(delta))
+
+    rows = [
+        (
+            runs,
+            epsilon_pld(((noise_multiplier, rate, runs * steps),), delta),
+            renyi(RepeatAndSelectDpEvent(run, runs, 1.0)),
+            renyi(run),
+        )
+        for runs in (3, 10, 30, 100)
+    ]
+    return pd.DataFrame(rows, columns=["runs", "composed", "selected", "one_run"])

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +13,27 @@ import pandas as pd
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
-from cardiac_ldm.privacy import Ledger
+from cardiac_ldm.privacy import Ledger, Record, Standing
 from cardiac_ldm.report.page import write_page
 from cardiac_ldm.report.viewer import nifti
 
-_UNSTATED = "not stated; earlier runs on these patients whose results were looked at add to what is spent"
 
+def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
+    """The guarantee on one page, for whoever decides on a release, as Markdown.
 
-def privacy_statement(ledger: Ledger) -> str:
-    """The guarantee in plain words and its terms, as Markdown."""
+    together: what all runs on these patients have spent by now; else what they had when this one began.
+    """
     if ledger.guarantee == "public data only":
         return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
     if ledger.guarantee == "none":
         return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
-    odds, unit = math.exp(ledger.epsilon), ledger.unit
+    odds, unit, together = math.exp(ledger.epsilon), ledger.unit, together or ledger.together
     whole = ", with all volumes," if unit == "patient" else ""
     remark = (
-        " This page holds only what this guarantee covers, and what is public; how long the run took is not covered."
-        if "system" in ledger.randomness
-        else (
-            " These patients are simulated and the noise is seeded, so that the run can be repeated; "
-            "for real patients the noise comes from the operating system."
-        )
+        " These patients are simulated and the noise is seeded, so that the run can be repeated; "
+        "for real patients the noise comes from the operating system."
+        if ledger.simulated
+        else " This page holds only what this guarantee covers and what is public; how long the run took isn't covered."
     )
     if unit == "volume":
         remark += (
@@ -50,45 +48,89 @@ def privacy_statement(ledger: Ledger) -> str:
     return (
         f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per {unit}.** Whatever is computed from this "
         f"model, its chance changes by a factor of at most e^ε = {odds:.3g} (but for a probability of "
-        f"δ = {ledger.delta:g}) when one {unit}{whole} is added to or removed from the "
-        f"{ledger.n_units} of {ledger.private_data}.{remark}\n\n"
+        f"δ = {ledger.delta:g}) when one {unit}{whole} is taken out of {ledger.private_data} and the place stays "
+        f"empty. Who wavers evenly whether a certain {unit} is there, and knows all others, is right afterwards with a "
+        f"chance of at most {min(1.0, (odds + ledger.delta) / (1 + odds)):.3%}.{remark}\n\n"
+        f"{_decisions(ledger, together)}\n"
         "| term | value |\n| --- | --- |\n"
-        f"| unit | {unit} |\n| adjacency | {ledger.adjacency} |\n{stages}"
+        f"| unit | {unit} |\n| neighbouring cohorts | {ledger.adjacency} |\n{stages}"
         f"| sampler | {ledger.sampler} |\n"
         f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
         f"{ledger.epsilon_rdp:.4g} |\n"
         f"| public data | {ledger.public_data} |\n"
-        f"| tuning runs | {ledger.tuning_runs or _UNSTATED} |\n| released | {ledger.released} |\n"
+        f"| runs on these patients | {_counted(ledger, together)} |\n| released | {ledger.released} |\n"
         f"| randomness | {ledger.randomness} |\n"
+        f"| SHA-256 of the weights | {', '.join(ledger.weights.values()) or 'not there yet'} |\n"
+        f"| written | {ledger.date}, cardiac-ldm {ledger.version} |\n"
     )
 
 
-def joint_statement(ledgers: Sequence[Ledger]) -> str:
-    """What private models of one cohort reveal together, as Markdown."""
-    together = Ledger.compose(ledgers)
+def _counted(ledger: Ledger, together: Standing | None) -> str:
+    """All runs on the patients of a model, those included that only tried settings out."""
+    if together is None:
+        return "not counted: they are simulated" if ledger.simulated else "not charged yet"
+    return f"{together.runs}, this one included; together they spent ({together.epsilon:.4g}, {together.delta:g})"
+
+
+def _decisions(ledger: Ledger, together: Standing | None) -> str:
+    """What there is to decide on a model of real patients, as Markdown; nothing of simulated ones."""
+    if ledger.simulated or ledger.unit == "volume":
+        return ""
+    spent = together.epsilon if together else ledger.epsilon
+    weak = (
+        "- **ε above 20 is a figure without a promise**: it excludes no attack. Release only what would do no harm "
+        "without a guarantee.\n"
+        if ledger.epsilon > 20
+        else ""
+    )
     return (
-        f"**Together, {len(ledgers)} private model(s) of {together.private_data} spent "
-        f"({together.epsilon:.4g}, {together.delta:g}) per {together.unit}.** "
-        "Whoever sees several of them learns more than from any one. Models that were deleted, or trained on another "
-        "number of these patients or for another δ, are not counted here."
+        f"- **Is ε = {ledger.epsilon:g} little enough, and ε = {spent:.4g} for everything that was tried?** The second "
+        "figure is the one that a patient has really given, if more than this model was shown. NIST SP 800-226 sets "
+        "no limit; 1 is strong, 10 rests on attacks being far weaker than the worst case.\n"
+        f"{weak}"
+        "- **What is covered**: the weights and all that is computed from them, by whoever, with whatever else they "
+        "know. What is not: what is learnt of groups of patients, which is the purpose, and all else that leaves the "
+        "house.\n"
+        "- **A patient withdraws**: take them out of the cohort (`exclude:` in its manifest). Models made before can't "
+        "forget them; this guarantee is what protects them there. A model made anew spends anew.\n"
     )
 
 
-def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path, evaluation: Path | None = None) -> Path:
+def joint_statement(together: Standing, private_data: str) -> str:
+    """What private models of one cohort reveal together, as Markdown."""
+    return (
+        f"**Together, {together.runs} private model(s) of {private_data} spent "
+        f"({together.epsilon:.4g}, {together.delta:g}) per patient.** Whoever sees several of them learns more than "
+        "from any one. It's the most that any one patient has spent, those who have left since included."
+    )
+
+
+def write_release(
+    cohort: SyntheticCohort,
+    ledger: Ledger,
+    folder: Path,
+    evaluation: Path | None = None,
+    together: Standing | None = None,
+) -> Path:
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 
     Where the cohort has labels, each volume's lie beside it: `_seg` in the name, 1 RV, 2 myocardium, 3 LV.
+    The statement says what all runs on these patients spent together: of real ones their record does, which has to know
+    this very model.
+
     evaluation: folder of the run that measured this cohort; its `metrics.json` goes with the release, and
-    `quality.html`, which shows it.
+    `quality.html`, which shows it. together: of simulated patients, what their models spent.
 
     Raises:
-        PrivacyError: the model has no guarantee, or one for volumes alone.
+        PrivacyError: the model has no guarantee, or one for volumes alone, or the record doesn't know it.
     """
     if ledger.guarantee not in ("patient-level DP", "public data only"):
         raise PrivacyError(
             f"{folder.name}: the model was trained on {ledger.private_data} with guarantee {ledger.guarantee}, "
             "which does not protect patients; not released"
         )
+    if ledger.mechanisms and not ledger.simulated:
+        together = Record().vouch(ledger)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -105,8 +147,10 @@ def write_release(cohort: SyntheticCohort, ledger: Ledger, folder: Path, evaluat
             for name, owner, attributes in zip(names, cohort.owners, cohort.attributes, strict=True):
                 known = ["" if np.isnan(value) else f"{value:.6g}" for value in attributes]
                 table.writerow([f"synthetic{owner:05d}", name, *known])
-        ledger.save(unfinished / "privacy.json")
-        statement = privacy_statement(ledger)
+        ledger.model_copy(update={"together": together}).save(unfinished / "privacy.json")
+        statement = privacy_statement(ledger, together)
+        if together:
+            statement += f"\n{joint_statement(together, ledger.private_data)}\n"
         (unfinished / "STATEMENT.md").write_text(statement + "\n")
         if evaluation:
             shutil.copy(evaluation / "metrics.json", unfinished)

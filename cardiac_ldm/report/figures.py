@@ -542,7 +542,8 @@ def audit_bounds(rows: pd.DataFrame) -> go.Figure:
     tick = {"symbol": "line-ns", "size": 28, "line": {"width": 3, "color": INK}}
     hover = {"hovertemplate": "%{y}: %{x:.2f}"}
     figure.add_scatter(x=stated["stated"], y=stated["row"], name="stated", mode="markers", marker=tick, **hover)
-    for symbol, (bound, points) in zip(("circle", "diamond", "square"), rows.groupby("bound", sort=False), strict=True):
+    symbols = ("circle", "cross", "diamond", "square")
+    for symbol, (bound, points) in zip(symbols, rows.groupby("bound", sort=False), strict=True):
         look = {"mode": "markers", "marker": {"symbol": symbol, "size": 10}, "cliponaxis": False}
         figure.add_scatter(x=points["shown"], y=points["row"], name=f"shown: {bound}", **look, **hover)
     figure.update_xaxes(title="ε at the ledger's δ", rangemode="tozero")

@@ -298,7 +298,7 @@ def audit_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def noise_name(factor: float) -> str:
     """What a factor of the noise is called."""
-    return {1.0: "as stated", 0.1: "a tenth"}[factor]
+    return {1.0: "as stated", 0.1: "a tenth", 0.0: "none"}[factor]
 
 
 def membership_table(attacks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Fine-tune on private patients: the pre-trained denoiser and, where the profile says so, the public decoder."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attribute
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import Unit
+from cardiac_ldm.privacy.canaries import UnitLoss
 from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_loss
@@ -102,7 +104,8 @@ def finetune(
 ) -> Ledger:
     """Run a plan on private patients; leaves `weights.safetensors` and `privacy.json` in `folder`.
 
-    A folder with the weights of this very plan is read, not trained again: that would spend the budget twice.
+    A folder with the weights of this very plan is read, not trained again: that would spend the budget twice. One with
+    its ledger is gone on with, by the noise and the identity that this ledger has.
 
     Args:
         model: the pre-trained denoiser; changed in place.
@@ -119,14 +122,31 @@ def finetune(
         private_data=f"{patients.name} ({patients.split})",
         public_data=public_data,
     )
-    if _finished(model, ledger, folder):
+    plan, ledger = _begun(plan, ledger, folder)
+    if _finished(model, folder):
         return ledger
+    tuned, unit_loss = denoising(model, patients, latents, plan, settings, name)
+    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    merge_lora(model.cpu())
+    return _leave(model, ledger, folder)
+
+
+def denoising(
+    model: Denoiser,
+    patients: Patients,
+    latents: np.ndarray | Latents,
+    plan: PrivatePlan,
+    settings: FinetuneSettings,
+    name: ScheduleName,
+) -> tuple[dict[str, torch.nn.Parameter], UnitLoss]:
+    """What of a denoiser learns, by name, and each unit's loss: the mean over its volumes and the draws of each."""
+    offsets = _places(patients, plan)
     device = compute_device()
     tuned, model = model.tunable(settings.tuned), model.to(device)
     noising, attributes = schedule(name).to(device), torch.from_numpy(patients.attributes)
 
     def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
-        own = plan.volumes_of(unit, patients.offsets)
+        own = plan.volumes_of(unit, offsets)
         if not own:
             return None
         rows = max(plan.draws, 2 // len(own))  # one row alone is slow: PyTorch's Conv3d then takes its fallback
@@ -141,10 +161,7 @@ def finetune(
                 settings.timesteps,
             ).mean()
 
-    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
-    merge_lora(model.cpu())
-    _leave(model, folder)
-    return ledger
+    return tuned, unit_loss
 
 
 def finetune_decoder(
@@ -174,8 +191,10 @@ def finetune_decoder(
         private_data=f"{patients.name} ({patients.split})",
         public_data=public_data,
     )
-    if _finished(model, ledger, folder):
+    plan, ledger = _begun(plan, ledger, folder)
+    if _finished(model, folder):
         return ledger
+    offsets = _places(patients, plan)
     device = compute_device()
     model.eval().to(device).requires_grad_(False)
     tuned = model.decoder_parameters()
@@ -183,7 +202,7 @@ def finetune_decoder(
         parameter.requires_grad_(True)
 
     def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
-        own = plan.volumes_of(unit, patients.offsets)
+        own = plan.volumes_of(unit, offsets)
         if not own:
             return None
         volumes = torch.from_numpy(patients.images(own)).to(device)
@@ -194,34 +213,55 @@ def finetune_decoder(
             return blurred_l1(model.decode(latents, noise).float(), volumes)
 
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
-    _leave(model.cpu(), folder)
-    return ledger
+    return _leave(model.cpu(), ledger, folder)
 
 
-def _finished(model: torch.nn.Module, ledger: Ledger, folder: Path) -> bool:
-    """Whether `folder` holds the weights of a run with this ledger, which `model` then has.
+def _begun(plan: PrivatePlan, ledger: Ledger, folder: Path) -> tuple[PrivatePlan, Ledger]:
+    """The plan and the ledger of the run that `folder` holds, or these where it holds none.
 
     Raises:
-        ParameterError: they are another run's.
+        ParameterError: it's another run's.
     """
+    path = folder / "privacy.json"
+    if not path.exists():
+        return plan, ledger
+    known = Ledger.load(path)
+    if not known.same_run(ledger):
+        raise ParameterError(f"{path}: was left by a run with other settings; give this one its own folder")
+    if not (folder / "weights.safetensors").exists():
+        known = known.bound()  # it was killed before they got their name
+    *before, last = known.mechanisms
+    return replace(plan, noise_multiplier=last.noise_multiplier, before=tuple(before)), known
+
+
+def _finished(model: torch.nn.Module, folder: Path) -> bool:
+    """Whether `folder` holds the weights that its ledger is of, which `model` then has."""
     weights = folder / "weights.safetensors"
     if not weights.exists():
         return False
-    if Ledger.load(folder / "privacy.json") != ledger:
-        raise ParameterError(f"{weights}: was left by a run with other settings; delete {folder} to start afresh")
     load_weights(model, weights)
     _tidy(folder)
     return True
 
 
-def _leave(model: torch.nn.Module, folder: Path) -> None:
-    """Save the weights, then drop what was needed to resume."""
+def _places(patients: Patients, plan: PrivatePlan) -> np.ndarray:
+    """int64 (N + 1,): the offsets of the patients' volumes, and of places that nobody fills."""
+    return np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
+
+
+def _leave(model: torch.nn.Module, ledger: Ledger, folder: Path) -> Ledger:
+    """Bind the ledger to the weights, then save these, then drop what was needed to resume."""
+    weights, unbound = folder / "weights.safetensors", folder / "weights.unbound"
     if is_first_process():
-        save_weights(model.eval(), folder / "weights.safetensors")
+        save_weights(model.eval(), unbound)
+        ledger = ledger.bound(unbound)
+        ledger.save(folder / "privacy.json")
+        unbound.replace(weights)
         _tidy(folder)
+    return ledger
 
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished run no longer needs, and what kills left half-written."""
-    for name in ("state.pt", "state.tmp", "progress.txt"):
+    for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt"):
         (folder / name).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Two habits of latent diffusion systems that let one patient change what all others contribute: for showing that.
 
-No stage that trains uses them. Each gives the `lot_loss` that `privacy.audit.sensitivity` takes.
+No stage that trains uses them. Each gives the `lot_loss` that `privacy.canaries.sensitivity` takes.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.diffusion import ScheduleName, schedule
 from cardiac_ldm.privacy import PrivatePlan
-from cardiac_ldm.privacy.audit import LotLoss, UnitLoss, sensitivity
+from cardiac_ldm.privacy.canaries import LotLoss, UnitLoss, sensitivity
 from cardiac_ldm.training.pretrain import random_loss
 
 _CRITIC_STEPS, _CRITIC_RATE = 5, 2e-3

@@ -1,7 +1,9 @@
 """The private loop: every step is one private gradient of a plan, nothing else; it can be killed at any moment."""
 
+import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -38,7 +40,9 @@ class PrivateSettings(BaseModel):
     def plan(
         self, epsilon: float, delta: float, unit: Unit, n_patients: int, before: tuple[Mechanism, ...] = ()
     ) -> PrivatePlan:
-        """The plan that, after `before`, has spent `epsilon` on a cohort of `n_patients`."""
+        """The plan that, after `before`, has spent `epsilon` on `n_patients` places. Warns of a delta above N^-1.1."""
+        if delta > (most := n_patients**-1.1):
+            warnings.warn(f"delta: {delta:g} is above N^-1.1 = {most:.2g} (N = {n_patients}): give less", stacklevel=2)
         return PrivatePlan.for_budget(
             epsilon,
             delta,
@@ -97,6 +101,9 @@ def train_privately(
 ) -> None:
     """Run a plan on private patients; leaves the moving average in `tuned`, `privacy.json` and `state.pt` in `folder`.
 
+    Simulated patients' seed gives every run and stage its own lots and noise: what several runs reveal together is
+    stated as of independent ones.
+
     The ledger of the whole plan is on disk before the first step. The state is saved every `save_every` seconds, synced
     before it replaces the last one; a killed run goes on from there. The steps after it are taken again: their
     updates were never written, so nobody has seen them. No loss, norm or count is kept or shown; the progress of a run
@@ -105,18 +112,21 @@ def train_privately(
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds the state of another run.
     """
-    if len(patients) != plan.n_patients:
-        raise ParameterError(f"{patients.name}: has {len(patients)} patients, the plan is for {plan.n_patients}")
+    if patients.places != plan.n_patients:
+        raise ParameterError(f"{patients.name}: has {patients.places} patients, the plan is for {plan.n_patients}")
+    own = f"{randomness.run}/{ledger.mechanisms[-1].stage}/{plan.epsilon}/{settings.model_dump_json()}"
+    randomness = Randomness(randomness.seed, simulated=randomness.simulated, run=own)
     parameters = list(tuned.values())
     average = {name: p.detach().clone() for name, p in tuned.items()}
     optimiser = torch.optim.Adam(parameters, settings.learning_rate)
-    run = {"ledger": ledger.model_dump_json(), "settings": settings.model_dump_json(), "cohort": patients.path.name}
+    cohort = hashlib.sha256(repr(patients.people).encode()).hexdigest() if patients.secret else patients.path.name
+    run = {"ledger": ledger.model_dump_json(), "settings": settings.model_dump_json(), "cohort": cohort}
     state, done = folder / "state.pt", 0
     if saved := load_state(state):
         for what, now in run.items():
             if saved[what] != now:
                 other = "patients" if what == "cohort" else "settings"
-                raise ParameterError(f"{state}: was left by a run with other {other}; delete {folder} to start afresh")
+                raise ParameterError(f"{state}: was left by a run with other {other}; give this one its own folder")
         with torch.no_grad():
             for name, parameter in tuned.items():
                 parameter.copy_(saved["tuned"][name])
