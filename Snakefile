@@ -20,7 +20,7 @@ workflow.config_settings.config_args = STUDY.encoded  # jobs on a cluster get th
 ROOT = workflow.basedir
 RAW, EXECUTED = f"{RUNS}/chapters/{STUDY.name}", f"{RUNS}/executed/{STUDY.name}"
 BUDGETS = ",".join(["0", *STUDY.budgets])
-CORES = workflow.cores if workflow.cores and workflow.cores < 1000 else 16  # of a cluster nobody knows them
+CORES = workflow.resource_settings.cores or 16  # of a cluster nobody says them
 HALF = CORES if workflow.remote_exec else max(1, CORES // 2)  # two small networks keep two cores busier than one does
 
 # rule: what follows which; the notebook; what else it takes; threads; GPUs, GB and hours for the `paper` profile
@@ -75,14 +75,13 @@ for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS
         name: name
         input:
             f"{ROOT}/notebooks/{notebook}.ipynb",
-            STUDY.files,
             [path for other in after for path in executed(other)],
         output:
             f"{EXECUTED}/{stem}.ipynb",
         log:
             f"{RAW}/{stem}.ipynb",
         params:
-            given=parameters(takes), python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
+            given=parameters(takes), settings=STUDY.digest, python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
             look=(takes == "epsilon" and shlex.join(STUDY.would_spend)) or "true",
         threads: threads_
         resources:

@@ -71,5 +71,4 @@ def end_with_parent(papermill: subprocess.Popen[bytes], parent: int) -> None:
 
 
 if __name__ == "__main__":
-    notebook, raw, executed = map(Path, sys.argv[1:4])
-    run(notebook, raw, executed, sys.argv[4:])
+    run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,6 +1,7 @@
 """What a workflow is asked for (`snakemake --config NAME=VALUE ...`), checked before anything is scheduled."""
 
 import base64
+import hashlib
 import json
 import logging
 import math
@@ -24,13 +25,13 @@ ENCODED = "encoded"
 class WorkflowSettings:
     """The parameters of the notebooks, as text.
 
-    budgets: the private ones in rising order, as file names have them. files: the profile and the manifests; chapters
-    are run again when one of them changes. secret: whether the private patients are real.
+    budgets: the private ones in rising order, as file names have them. digest: of the profile and the manifests, as
+    chapters are run again when one of them changes. secret: whether the private patients are real.
     """
 
     parameters: Mapping[str, str]
     budgets: tuple[str, ...]
-    files: tuple[str, ...]
+    digest: str
     secret: bool
 
     @classmethod
@@ -70,8 +71,9 @@ class WorkflowSettings:
             private.append(math.inf)
         cohorts = (checked.cohort_public, checked.cohort_private)
         places = [(checked.profile, PROFILES), *((name, MANIFEST_FOLDER) for name in cohorts)]
-        files = [name if name.endswith((".yaml", ".yml")) else str(folder / f"{name}.yaml") for name, folder in places]
-        return cls({"profile": checked.profile, **given}, tuple(map(budget_name, private)), tuple(files), cohort.secret)
+        files = [Path(n) if n.endswith((".yaml", ".yml")) else folder / f"{n}.yaml" for n, folder in places]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        return cls({"profile": checked.profile, **given}, tuple(map(budget_name, private)), digest, cohort.secret)
 
     @property
     def encoded(self) -> list[str]:
@@ -103,11 +105,11 @@ class WorkflowSettings:
 def _text(name: str, value: object) -> str:
     """A value as it was typed; Snakemake has made numbers of some, and lists of what a config file lists."""
     parts = value if isinstance(value, list) else [value]
-    if any(part is None or isinstance(part, list | dict) or part == "" for part in parts):
+    if not parts or any(part is None or isinstance(part, list | dict) or part == "" for part in parts):
         raise ParameterError(f"{name}: is empty or no plain value; leave it out, or give it as {name}=VALUE")
     text = ",".join(map(str, parts))
-    if not text.isprintable() or set("{}") & set(text):
-        raise ParameterError(f"{name}: {text!r} has a brace or a control character, which Snakemake's names can't have")
+    if not text.isprintable():
+        raise ParameterError(f"{name}: {text!r} has a character that can't be printed; leave it out")
     return text
 
 
