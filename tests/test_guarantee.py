@@ -590,6 +590,7 @@ def test_the_command_shows_the_record_and_says_what_would_be_spent(
     assert "hospital: 24 patients, epsilon 0.99" in shown
     assert "hospital: the most that one patient has spent is (0.99" in shown
     asked = real("1, 2", spend=False)
+    monkeypatch.setattr(CompareParameters, "check", lambda self: None)  # their files are nowhere
     monkeypatch.setattr("cardiac_ldm.study.Study", lambda parameters: asked)
     arguments = ["--cohort-private", asked.parameters.cohort_private, "--profile", str(TINY)]
     for epsilons, code, says in (("1", 0, "nothing"), ("1,2", 0, "hospital: this spends"), ("1,inf", 1, "")):

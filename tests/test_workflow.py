@@ -197,7 +197,7 @@ def test_make_hands_the_shell_quoted_values() -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone in a folder with a blank in its name, and a small profile; building the book only leaves its page."""
+    """A fresh clone in a folder with a blank in its name, and a small profile; its book is a page."""
     folder = tmp_path_factory.mktemp("a clone") / "cardiac ldm"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
