@@ -34,7 +34,7 @@ def privacy_statement(ledger: Ledger) -> str:
         if "system" in ledger.randomness
         else (
             " These patients are simulated and the noise is seeded, so that the run can be repeated; "
-            "for real patients the noise comes from the operating system."
+            "for patients who aren't, it comes from the operating system."
         )
     )
     if unit == "volume":
