@@ -153,8 +153,7 @@ def test_a_release_that_was_turned_comes_back_as_it_left(tmp_path: Path, axes: s
     came = read_folder(folder)
     np.testing.assert_allclose(came.images, left.images, atol=0.5 / 255 + 1e-6)
     if labelled:
-        assert came.labels is not None
-        assert np.array_equal(came.labels, left.labels)
+        assert np.array_equal(came.labels, left.labels)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:.*repair")
@@ -165,6 +164,7 @@ def test_hearts_that_others_store_along_other_axes_come_upright_by_affine_and_la
     turn(folder, axes, np.int16, b"")
     came = read_folder(folder).labels
     assert came is not None
+    assert left.labels is not None
     for volume, meant in zip(came, left.labels, strict=True):
         both = 2 * ((volume > 0) & (volume == meant)).sum() / ((volume > 0).sum() + (meant > 0).sum())
         assert both > 0.8  # placed anew round the labels, by half a voxel at most

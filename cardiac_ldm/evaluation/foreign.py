@@ -122,7 +122,7 @@ class _SyntheticReading(Reading):
         left_and_up = (-1, 0, 1) @ meant
         exchanged = bool(np.linalg.det(meant) > 0 and left_and_up[1] > left_and_up[0])
         along = np.abs(directions).max() >= 0.999
-        flipped = tuple(np.flatnonzero(backward[::-1])) if along else ()
+        flipped = tuple(np.flatnonzero(backward[::-1]).tolist()) if along else ()
         lying = tuple(_turned(volume, flipped, exchanged) for volume in volumes)
         if not (flipped or exchanged) or (along and not self.is_ours(stack.image) and not _plausible(lying)):
             return tuple(volumes)
