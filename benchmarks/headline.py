@@ -10,13 +10,13 @@ import pandas as pd
 from benchmarks import RESULTS, keep
 from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.report.figures import save_headline, tradeoff
-from cardiac_ldm.report.tables import tradeoff_table
+from cardiac_ldm.report.tables import model_name, tradeoff_table
 from cardiac_ldm.study import ROOT, Study
 
 PICTURE = ROOT / "book" / "assets" / "headline.svg"
 INTERVAL = {"value": "", "low": "_low", "high": "_high"}
 SHOWN = {
-    "FD-EffNet": "FD-EffNet: distance to real hearts, lower is better",
+    "FD-EffNet": "FD-EffNet: distance to held-out patients, lower is better",
     "loss closed": "denoising loss: % of the gap closed, higher is better",
 }
 
@@ -31,7 +31,8 @@ def main() -> None:
     for epsilon in parameters.budgets:
         name = study.finetuned(epsilon).folder.name
         closed = {part: tuned[name][f"loss_closed{suffix}"] for part, suffix in INTERVAL.items()}
-        about = {"metric": "loss closed", "epsilon": epsilon, "n_patients": recipe["n_patients"], "run": name}
+        about = {"metric": "loss closed", "epsilon": epsilon, "model": model_name(epsilon)}
+        about |= {"n_patients": recipe["n_patients"], "run": name}
         losses.append(about | closed)
     evaluated = tradeoff_table([study.evaluated(epsilon).metrics for epsilon in parameters.budgets])
     table = pd.concat([evaluated[evaluated.metric.isin(SHOWN)], pd.DataFrame(losses)], ignore_index=True)

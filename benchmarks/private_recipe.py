@@ -211,7 +211,7 @@ def run_private() -> dict[str, object]:
 
 
 def _distance(run: Run) -> dict[str, float]:
-    """FD-EffNet of an evaluation with its interval, and the floor that real patients reach."""
+    """FD-EffNet of an evaluation with its interval, and the floor that held-out patients reach."""
     row = next(row for row in run.metrics["rows"] if row["metric"] == "FD-EffNet")
     return {"fd": row["value"], "fd_low": row["low"], "fd_high": row["high"], "fd_floor": row["reference"]}
 

@@ -4,8 +4,8 @@ The `laptop` profile's public model (the one that is shipped) draws both volumes
 nothing is chosen on a test split: by ancestral sampling (DDPM) over all T = 150 steps, by DDIM, by DPM-Solver++(2M),
 and by its form that adds noise in every step (SDE). All start from the same noise. Every few patients are drawn by each
 sampler in turn, so that whatever else the machine does falls on all of them alike; what was drawn is kept with the time
-it took, so a killed run resumes. The distance from the real volumes stands beside DDPM's on the same half-samples of
-patients. Most of an hour on one core.
+it took, so a killed run resumes. The distance from the patients' volumes stands beside DDPM's on the same half-samples.
+Most of an hour on one core.
 """
 
 import argparse

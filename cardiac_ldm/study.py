@@ -713,6 +713,7 @@ class Study:
                 model=cohort.folder.name,
                 epsilon=epsilon,
                 reference_cohort=real.name,
+                reference_simulated=self.reference.simulated,
                 n_requests=measured.n_patients,
                 n_real_patients=real.n_patients,
             )

@@ -35,7 +35,9 @@ class FewPatients(Patients):
 
 def rows(metric, points):
     columns = ["epsilon", "value", "low", "high"]
-    return pd.DataFrame(points, columns=columns).assign(metric=metric, n_patients=40, run="run")
+    return pd.DataFrame(points, columns=columns).assign(
+        metric=metric, n_patients=40, run="run", model="held-out patients"
+    )
 
 
 METRICS = pd.concat(
@@ -135,7 +137,7 @@ def test_the_tradeoff_draws_private_runs_with_their_intervals_and_every_referenc
     assert list(private.error_y.array) == [1.5, 1]
     assert list(private.error_y.arrayminus) == [1, 1]
     lines = {trace.name: trace.y[0] for trace in figure.data if trace.showlegend and trace.name != "private"}
-    assert lines == {"public data only": 6, "no privacy": 3, "real against real": 1}
+    assert lines == {"public data only": 6, "no privacy": 3, "held-out patients": 1}
     bands = {(min(trace.y), max(trace.y)) for trace in figure.data if trace.fill == "toself"}
     assert bands == {(5, 7), (2, 4), (0.5, 1.5)}
     assert figure.layout.xaxis.type == "log"

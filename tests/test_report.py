@@ -24,10 +24,14 @@ from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
 from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
+from cardiac_ldm.report.figures import distance_by_size, tradeoff
 from cardiac_ldm.report.tables import (
+    METRICS,
     attributes_table,
     compared,
+    groups_table,
     metrics_table,
+    models_table,
     quality_table,
     source,
     tradeoff_table,
@@ -324,14 +328,46 @@ def test_a_synthetic_cohort_survives_its_file(tmp_path: Path) -> None:
     assert np.isnan(again.attributes).all()
 
 
-def test_tables_hold_every_model_and_the_real_patients_once() -> None:
+def test_tables_hold_every_model_and_the_patients_once() -> None:
     table = tradeoff_table([metrics(0, 0.2), metrics(1, None), metrics("inf", 0.6)])
     assert table.epsilon.isna().sum() == 1
     assert sorted(table.epsilon.dropna()) == [0, math.inf]  # what is not defined is left out
     assert table.set_index("run").loc["minf", "value"] == 0.6
     shown = metrics_table(metrics(1, None))
     assert shown.loc["correlation LVEDV", "value [95 %]"] == "not defined"
-    assert shown.loc["correlation LVEDV", "real patients"] == "0.9 [0.8, 1]"
+    assert shown.loc["correlation LVEDV", "held-out patients"] == "0.9 [0.8, 1]"
+
+
+@pytest.mark.parametrize(
+    ("simulated", "called"),
+    [(True, "held-out simulated patients"), (False, "held-out patients"), (None, "held-out patients")],
+)
+def test_nothing_that_is_shown_calls_simulated_patients_real(
+    simulated: bool | None, called: str, tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+) -> None:
+    said = json.loads((evaluation / "metrics.json").read_text()) | {"reference_simulated": simulated}
+    diverse = said["rows"][0] | {"metric": "MS-SSIM", "attribute": None, "reference_kind": "level"}
+    said["rows"].append(diverse | {"better": "near real"})
+    point = {"value": 1.0, "low": 0.5, "high": 1.5}
+    said["sizes"] = [point | {"cohort": who, "n_patients": n} for who in ("synthetic", "real") for n in (8, 9)]
+    (evaluation / "metrics.json").write_text(json.dumps(said))
+    budgets = [said | {"epsilon": epsilon} for epsilon in (0, 1, "inf")]
+    table = tradeoff_table(budgets)
+    shown = {
+        "metrics": metrics_table(said).to_html(),
+        "models": models_table({"a": said}, ["correlation LVEDV", "MS-SSIM"]).to_html(),
+        "groups": groups_table({"a": said}).to_html(),
+        "trade-off": tradeoff(table, {"KID": METRICS["KID"], "MS-SSIM": METRICS["MS-SSIM"]}).to_html(
+            include_plotlyjs=False
+        ),
+        "sizes": distance_by_size({"a": said}).to_html(include_plotlyjs=False),
+        "page": (write_release(drawn, ledger(1), tmp_path / "r", evaluation) / "quality.html").read_text(),
+    }
+    for name, html in shown.items():
+        assert not re.search(r"\breal\b", html), name
+        assert called in html, name
+        assert ("held-out simulated" in html) == bool(simulated), name
+    assert not re.search(r"\breal\b", " ".join(METRICS.values()))
 
 
 def test_a_source_line_carries_the_metrics_themselves() -> None:

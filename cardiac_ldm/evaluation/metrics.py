@@ -117,8 +117,9 @@ class SizePoint(BaseModel):
 class Metrics(BaseModel):
     """The measures of one synthetic cohort: `metrics.json`, whose JSON schema is `Metrics.model_json_schema()`.
 
-    epsilon: the budget as a number or "inf", or None for what no model of this study drew. `pandas.DataFrame` of the
-    dumped rows is tidy.
+    epsilon: the budget as a number or "inf", or None for what no model of this study drew. In its fields' names, "real"
+    are the patients beside whom it's measured; reference_simulated: whether they are simulated, None where it's not
+    known. `pandas.DataFrame` of the dumped rows is tidy.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -126,6 +127,7 @@ class Metrics(BaseModel):
     model: str
     epsilon: float | Literal["inf"] | None
     reference_cohort: str
+    reference_simulated: bool | None = None
     n_requests: int
     n_real_patients: int
     rows: tuple[Row, ...]
@@ -309,6 +311,7 @@ def compare(
     reference_cohort: str,
     n_requests: int,
     n_real_patients: int,
+    reference_simulated: bool | None = None,
 ) -> Metrics:
     """Put every measure of a synthetic cohort beside the same of real patients, where these have it."""
     units = {attribute.name: attribute.unit for attribute in ATTRIBUTES}
@@ -338,6 +341,7 @@ def compare(
         model=model,
         epsilon="inf" if epsilon is not None and math.isinf(epsilon) else epsilon,
         reference_cohort=reference_cohort,
+        reference_simulated=reference_simulated,
         n_requests=n_requests,
         n_real_patients=n_real_patients,
         rows=tuple(rows),

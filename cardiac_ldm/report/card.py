@@ -31,7 +31,7 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
     whole = ", with all volumes," if unit == "patient" else ""
     remark = (
         " These patients are simulated and the noise is seeded, so that the run can be repeated; "
-        "for real patients the noise comes from the operating system."
+        "for patients who aren't, it comes from the operating system."
         if ledger.simulated
         else " This page holds only what this guarantee covers and what is public; how long the run took isn't covered."
     )

@@ -21,6 +21,7 @@ from scipy import ndimage
 from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError, StudyError
 from cardiac_ldm.report.live import PLOTLY, front_end, loader
+from cardiac_ldm.report.tables import patients_name
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart by all common kinds of colour vision
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -207,9 +208,10 @@ def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]
 def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2) -> go.Figure:
     """Return one panel per metric: its value against epsilon, with the references it has to be read against.
 
-    metrics: one row per run and metric: columns `metric`, `epsilon` (0: public data only, inf: no privacy, NaN: real
-    against real), `value`, `low` and `high` (95 % interval), `n_patients` and `run`. Rows that share metric and epsilon
-    (seeds) are drawn as their mean, from the lowest `low` to the highest `high`.
+    metrics: one row per run and metric: columns `metric`, `epsilon` (0: public data only, inf: no privacy, NaN: what
+    held-out patients reach), `model` (what those are called), `value`, `low` and `high` (95 % interval), `n_patients`
+    and `run`. Rows that share metric and epsilon (seeds) are drawn as their mean, from the lowest `low` to the highest
+    `high`.
     labels: metric -> title of its panel; says which metrics are shown, and in which order. columns: panels in a row.
     """
     missing = set(labels) - set(metrics["metric"])
@@ -224,6 +226,7 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
     if not epsilons:
         raise ParameterError("a trade-off needs at least one private run: a row with a finite epsilon above 0")
     span = [epsilons[0] / 2.5, epsilons[-1] * 2.5]
+    patients = next(iter(metrics.loc[metrics["epsilon"].isna(), "model"]), "")
     for i, metric in enumerate(labels):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         summary = (
@@ -234,7 +237,7 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
         references = {
             "public data only": (summary["epsilon"] == 0, VERMILLION, "dash"),
             "no privacy": (np.isposinf(summary["epsilon"]), GREEN, "dash"),
-            "real against real": (summary["epsilon"].isna(), "#6e7781", "dot"),
+            patients: (summary["epsilon"].isna(), "#6e7781", "dot"),
         }
         for name, (chosen, colour, dash) in references.items():
             for point in summary[chosen].itertuples():
@@ -271,15 +274,15 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
 def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     """Return FD-EffNet against 1 / patients, a line a cohort, and where it meets endlessly many patients.
 
-    evaluations: name -> `metrics.json`. Real patients' own line comes from the first.
+    evaluations: name -> `metrics.json`. The patients' own line comes from the first.
     """
     curves = {
         name: [point for point in metrics["sizes"] if point["cohort"] == "synthetic"]
         for name, metrics in evaluations.items()
     }
-    curves["real patients"] = [
-        point for point in next(iter(evaluations.values()))["sizes"] if point["cohort"] == "real"
-    ]
+    first = next(iter(evaluations.values()))
+    patients = patients_name(first)
+    curves[patients] = [point for point in first["sizes"] if point["cohort"] == "real"]
     figure = go.Figure()
     for (name, points), colour in zip(curves.items(), cycle(COLOURS), strict=False):
         if not points:
@@ -287,7 +290,7 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         share = np.array([1 / point["n_patients"] for point in points])
         value = np.array([point["value"] for point in points])
         slope, intercept = np.polyfit(share, value, 1)
-        line = {"color": "#6e7781" if name == "real patients" else colour}
+        line = {"color": "#6e7781" if name == patients else colour}
         hover = "%{text}<extra>" + name + "</extra>"
         text = [f"{p['n_patients']} patients: {p['value']:.0f} [{p['low']:.0f}, {p['high']:.0f}]" for p in points]
         error = {"array": [p["high"] - p["value"] for p in points], "thickness": 1}

@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.report.figures import BLUE, captions, control_scatter, synthetic_wall
-from cardiac_ldm.report.tables import metrics_table
+from cardiac_ldm.report.tables import metrics_table, patients_name
 
 PLOTTED = ("LVEDV", "LVESV", "RVEDV", "RVESV", "LVEF", "MYOEDTHICK")
 """Attributes that are plotted as asked for and as measured."""
@@ -40,24 +40,24 @@ th, td { padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid #e3e6ea; t
 </head>
 <body>
 <h1>Quality of a synthetic cohort</h1>
-<p>$n_volumes volumes of $n_requests synthetic patients, measured beside $n_real_patients held-out patients of
+<p>$n_volumes volumes of $n_requests synthetic patients, measured beside $n_real_patients $patients of
 <code>$reference_cohort</code>. All numbers are in <a href="metrics.json">metrics.json</a>.</p>
 <h2>Privacy</h2>
 $statement
 <h2>What it draws</h2>
 <p>The middle slice of each volume, with the phase and the volume of the left ventricle that were asked for.</p>
 $wall
-<h2>How far from real patients</h2>
-<p>Distances of synthetic from real patients, and of real patients from each other in parts of the same size, which is
-as near as can be. Bars are 95 % intervals over patients.</p>
+<h2>How far from $patients</h2>
+<p>Distances of synthetic from $patients, and of these from each other in parts of the same size, which is as near as
+can be. Bars are 95 % intervals over patients.</p>
 $distances
 <h2>Asked for, and drawn</h2>
 <p>A segmenter, trained on public patients, reads the synthetic hearts. On the dotted line a heart is what was asked
 for.</p>
 $control
 <h2>Everything that was measured</h2>
-<p>Distances have a floor, which real patients reach among themselves at the same numbers. Control has a ceiling, which
-the same instruments reach on the real volumes. Intervals are over patients.</p>
+<p>Distances have a floor, which the $patients reach among themselves at the same numbers. Control has a ceiling, which
+the same instruments reach on their volumes. Intervals are over patients.</p>
 $table
 </body>
 </html>
@@ -80,9 +80,12 @@ def write_page(
     shown = {
         "n_volumes": str(len(cohort.images)),
         **{name: escape(str(metrics[name])) for name in ("n_requests", "n_real_patients", "reference_cohort")},
+        "patients": patients_name(metrics),
         "statement": MarkdownIt("js-default").render(statement),  # shows HTML that is in it as text
         "wall": _html("wall", synthetic_wall(cohort.images[:12], captions(cohort.attributes[:12]))),
-        "distances": _html("distances", _distances(floors)) if floors else "<p>No distance was measured.</p>",
+        "distances": _html("distances", _distances(floors, patients_name(metrics)))
+        if floors
+        else "<p>No distance was measured.</p>",
         "control": _html("control", control_scatter(pairs)) if len(pairs) else "<p>No heart could be measured.</p>",
         "table": table,
     }
@@ -99,15 +102,15 @@ def _html(name: str, figure: go.Figure) -> str:
     )
 
 
-def _distances(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Return one panel per distance: the synthetic cohort's, and the real patients' floor."""
+def _distances(rows: Sequence[Mapping[str, Any]], patients: str) -> go.Figure:
+    """Return one panel per distance: the synthetic cohort's, and the floor of patients called so."""
     spacing = 0.5 / len(rows)
     figure = make_subplots(len(rows), 1, subplot_titles=[row["metric"] for row in rows], vertical_spacing=spacing)
     for number, row in enumerate(rows, 1):
         value, low, high = np.array([[row[key] for key in keys] for keys in _SIDES], float).T
         figure.add_scatter(
             x=value,
-            y=["synthetic", "real patients"],
+            y=["synthetic", patients],
             error_x={"array": high - value, "arrayminus": value - low, "thickness": 1.5, "width": 0},
             mode="markers",
             marker={"size": 9, "color": [BLUE, "#6e7781"]},
@@ -118,4 +121,4 @@ def _distances(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         )
     figure.update_xaxes(rangemode="tozero").update_yaxes(range=[1.5, -0.5])
     figure.update_annotations(font={"size": 13, "weight": 600}, x=0, xanchor="left")
-    return figure.update_layout(height=50 + 115 * len(rows), margin={"l": 110, "b": 30})
+    return figure.update_layout(height=50 + 115 * len(rows), margin={"l": 190, "b": 30})

@@ -17,7 +17,7 @@ from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV
 METRICS = {
     "FD-EffNet": "FD-EffNet (lower is better)",
     "KID": "KID (lower is better)",
-    "coverage": "coverage of real patients' pictures",
+    "coverage": "coverage of the patients' pictures",
     "FD-anatomy": "FD of the segmenter's features",
     "correlation LVEDV": "r of LV volume, asked and measured",
     "correlation RVEDV": "r of RV volume, asked and measured",
@@ -54,9 +54,13 @@ RECONSTRUCTED = "reconstructions"
 
 
 def model_name(epsilon: float) -> str:
-    """What a model of this budget is called; NaN stands for the real patients."""
-    special = {0.0: "public data only", math.inf: "no privacy"}
-    return "real patients" if math.isnan(epsilon) else special.get(epsilon, f"ε = {epsilon:g}")
+    """What a model of this budget is called."""
+    return {0.0: "public data only", math.inf: "no privacy"}.get(epsilon, f"ε = {epsilon:g}")
+
+
+def patients_name(metrics: Mapping[str, Any]) -> str:
+    """What the patients are called beside whom a `metrics.json` stands; older ones don't say if they're simulated."""
+    return "held-out simulated patients" if metrics.get("reference_simulated") else "held-out patients"
 
 
 def attributes_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
@@ -136,9 +140,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
             "metric": _title(row),
             "unit": row["unit"],
             "value [95 %]": _cell(row["value"], row["low"], row["high"]),
-            "real patients": _cell(row["reference"], row["reference_low"], row["reference_high"]),
+            patients_name(metrics): _cell(row["reference"], row["reference_low"], row["reference_high"]),
             "patients": row["n_patients"],
-            "better": row["better"],
+            "better": row["better"].replace("near real", "near the patients'"),
         }
         for row in metrics["rows"]
         if row["grouping"] is None
@@ -155,7 +159,7 @@ def _cell(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def models_table(evaluations: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> pd.DataFrame:
-    """These metrics of several cohorts beside each other: name -> `metrics.json`; last, what real patients reach."""
+    """These metrics of several cohorts beside each other: name -> `metrics.json`; last, what patients reach."""
     return (
         _beside(evaluations, lambda row: None if row["grouping"] else (_title(row),))
         .reindex(list(shown))
@@ -173,16 +177,17 @@ def groups_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 def _beside(
     evaluations: Mapping[str, Mapping[str, Any]], place: Callable[[Mapping[str, Any]], tuple[str, ...] | None]
 ) -> pd.DataFrame:
-    """A column a cohort and a row for each place that rows of metrics have; the first one to know it tells the real."""
+    """A column a cohort and a row a place that rows of metrics have; last, the patients', by the first that has it."""
     columns: dict[str, dict[Any, str]] = {name: {} for name in evaluations}
-    real: dict[Any, str] = {}
+    theirs: dict[Any, str] = {}
     for name, metrics in evaluations.items():
         for row in metrics["rows"]:
             if (found := place(row)) is not None:
                 where = found if len(found) > 1 else found[0]
                 columns[name][where] = _cell(row["value"], row["low"], row["high"])
-                real.setdefault(where, _cell(row["reference"], row["reference_low"], row["reference_high"]))
-    return pd.DataFrame(columns | {model_name(math.nan): real}).fillna("")
+                theirs.setdefault(where, _cell(row["reference"], row["reference_low"], row["reference_high"]))
+    last = patients_name(next(iter(evaluations.values())))
+    return pd.DataFrame(columns | {last: theirs}).fillna("")
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -213,9 +218,9 @@ def compared(pair: str, table: pd.DataFrame, metric: str = "FD-EffNet") -> str:
 
 
 def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per run and metric: metric, epsilon, value, low, high, n_patients, run.
+    """One row per run and metric: metric, epsilon, model (its name), value, low, high, n_patients, run.
 
-    Rows with epsilon NaN hold what real patients reach. Metrics that are not defined for a run are left out.
+    Rows with epsilon NaN hold what held-out patients reach. Metrics that are not defined for a run are left out.
     """
     rows: list[dict[str, Any]] = []
     for number, metrics in enumerate(evaluations):
@@ -226,13 +231,14 @@ def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                 "run": metrics["model"],
             }
             ours = {key: row[key] for key in ("value", "low", "high")}
-            rows.append(known | {"epsilon": float(metrics["epsilon"])} | ours)
+            epsilon = float(metrics["epsilon"])
+            rows.append(known | {"epsilon": epsilon, "model": model_name(epsilon)} | ours)
             if number == 0:
                 theirs = {
                     key: row[f"reference{suffix}"]
                     for key, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
                 }
-                rows.append(known | {"epsilon": math.nan} | theirs)
+                rows.append(known | {"epsilon": math.nan, "model": patients_name(metrics)} | theirs)
     return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
 
 
