@@ -55,9 +55,9 @@
       console.error(error);
     });
   }), { rootMargin: "400px" });
-  window.drawFigures = (kinds) => document.querySelectorAll(kinds).forEach((box) => {
+  window.drawFigures = (kind) => document.querySelectorAll(`.${kind}`).forEach((box) => {
     if (!box.dataset.watched) watcher.observe(box);
     box.dataset.watched = "yes";
   });
-  if (!window.bkLibraries) drawFigures(".bk-plot, .bk-volumes"); // in the book; in a live notebook, outputs ask for it
+  if (!window.bkLibraries) Object.keys(draw).forEach(drawFigures); // in the book; in a live notebook, outputs ask for it
 })();

@@ -62,7 +62,7 @@ class BookRenderer(MimetypeRenderer):
         figure = pio.to_json(fig_dict, validate=False)
         html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
         if front_end() == "classic":  # the one that doesn't know plotly's mimetype
-            html += loader("plotly.min.js", "bk-plot")
+            html += loader("bk-plot")
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}
 
 

@@ -28,7 +28,7 @@ class VolumeViewer:
 
     def _repr_html_(self) -> str:
         """IPython's hook."""
-        return self.html + loader("niivue.umd.js", "bk-volumes") if front_end() else self.html
+        return self.html + loader("bk-volumes") if front_end() else self.html
 
 
 def show_patients(patients: Patients, volumes: Sequence[int], titles: Sequence[str]) -> VolumeViewer:
