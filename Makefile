@@ -52,5 +52,5 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constr
 	.venv-live/bin/python -m pip install --quiet --no-compile --constraint tests/live/constraints.txt --editable ".[live]" jupyterlab playwright pytest
 	touch $@
 
-test-live: .venv-live/installed
+test-live: .venv/installed .venv-live/installed
 	OMP_NUM_THREADS=1 .venv-live/bin/python -m pytest tests/live/test_live.py

@@ -140,5 +140,6 @@ def test_only_a_front_end_gets_the_script_that_draws(session, seen_by):
     assert (html == "<p>heart</p>") == (session is Session)
 
 
-def test_without_the_library_a_live_figure_says_how_to_fetch_it():
-    assert "python book/_ext/vendored.py" in loader("lacking.js", "bk-volumes")
+def test_without_the_library_live_volumes_say_how_to_fetch_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cardiac_ldm.report.live.ASSETS", tmp_path)
+    assert "python book/_ext/vendored.py" in loader("bk-volumes")

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError, StudyError
-from cardiac_ldm.report.live import PLOTLY, front_end, loader
+from cardiac_ldm.report.live import front_end, loader
 from cardiac_ldm.report.tables import patients_name
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart by all common kinds of colour vision
@@ -67,7 +67,7 @@ class BookRenderer(MimetypeRenderer):
         figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
         html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
         if front_end() == "classic":  # the one that doesn't know plotly's mimetype
-            html += loader(PLOTLY, "bk-plot")
+            html += loader("bk-plot")
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}
 
 

@@ -29,23 +29,21 @@ def front_end() -> Literal["classic", "other"] | None:
     return "classic" if header["username"] == "username" else "other"
 
 
-@cache
-def loader(library: str, kind: str) -> str:
-    """Return the HTML that makes a live page draw its figures of one kind: the library, the book's script and style.
+def loader(kind: Literal["bk-volumes", "bk-plot"]) -> str:
+    """Return the HTML that makes a live page draw its figures of one kind: their library, the book's script and style.
 
-    library: PLOTLY or NIIVUE. kind: the class that the figures have (`bk-volumes`). No network is needed,
-    and a page unpacks a library once. Where the library is missing, the HTML says so in a sentence.
+    It loads nothing over the network, and a page unpacks a library once. Without NiiVue, which the book's set-up
+    fetches, it says so in a sentence.
     """
+    library = PLOTLY if kind == "bk-plot" else NIIVUE
     path = Path(plotly.__file__).parent / "package_data" / PLOTLY if library == PLOTLY else ASSETS / library
     if not path.exists():
-        fetch = "<code>python book/_ext/vendored.py</code> fetches it; then run this cell again"
-        return f"<p>book/assets/{library} is missing: {fetch}.</p>"
-    packed = base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
+        return "<p>The volumes stand still without NiiVue; <code>python book/_ext/vendored.py</code> fetches it.</p>"
     # the names of module systems are hidden from the library: classic Notebook's would swallow it
     return f"""<style>{(ASSETS / "book.css").read_text()}</style>
 <script>
 (window.bkLibraries ??= {{}})["{library}"] ??= (async () => {{
-  const packed = Uint8Array.from(atob("{packed}"), (letter) => letter.charCodeAt(0));
+  const packed = Uint8Array.from(atob("{_packed(path)}"), (letter) => letter.charCodeAt(0));
   const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   new Function("define", "exports", "module", await new Response(unpacked).text())();
 }})();
@@ -54,3 +52,8 @@ if (!window.drawFigures) {{
 }}
 drawFigures(".{kind}");
 </script>"""
+
+
+@cache
+def _packed(path: Path) -> str:
+    return base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()

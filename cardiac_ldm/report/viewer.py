@@ -15,7 +15,7 @@ from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES
 from cardiac_ldm.report.figures import embed, mosaic, png
-from cardiac_ldm.report.live import NIIVUE, front_end, loader
+from cardiac_ldm.report.live import front_end, loader
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +29,7 @@ class VolumeViewer:
 
     def _repr_html_(self) -> str:
         """IPython's hook."""
-        return self.html + loader(NIIVUE, "bk-volumes") if front_end() else self.html
+        return self.html + loader("bk-volumes") if front_end() else self.html
 
 
 def show_patients(patients: Patients, volumes: Sequence[int], titles: Sequence[str]) -> VolumeViewer:

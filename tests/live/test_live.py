@@ -252,10 +252,6 @@ def test_in_jupyterlab_volumes_turn_and_labels_are_coloured(opened: Page):
 
 @pytest.mark.parametrize("opened", ["classic"], indirect=True)
 def test_in_classic_notebook_itkwidgets_and_niivue_show_pixels(opened: Page):
-    niivue = opened.locator(".bk-volumes canvas")
-    niivue.wait_for(timeout=120_000)
-    dragged(niivue)
-    opened.locator(".bk-plot svg.main-svg").first.wait_for(timeout=20_000)
     canvases = opened.locator(".cell").nth(1).locator("canvas")
     canvases.first.wait_for(state="attached", timeout=120_000)
     sizes = [box["width"] * box["height"] if (box := c.bounding_box()) else 0 for c in canvases.all()]
@@ -263,6 +259,12 @@ def test_in_classic_notebook_itkwidgets_and_niivue_show_pixels(opened: Page):
     heart = shown[abs(shown - shown[2, 2]).max(axis=-1) > 20]  # what isn't background
     assert len(heart) > 0.02 * shown[..., 0].size
     assert np.ptp(heart) > 50
+    niivue = opened.locator(".bk-volumes")
+    niivue.scroll_into_view_if_needed(timeout=120_000)
+    niivue.locator("canvas").wait_for(timeout=120_000)
+    dragged(niivue.locator("canvas"))
+    opened.locator(".bk-plot").scroll_into_view_if_needed()
+    opened.locator(".bk-plot svg.main-svg").first.wait_for(timeout=60_000)
 
 
 def test_every_chapter_runs_cell_by_cell_and_its_volumes_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
