@@ -23,6 +23,7 @@ import papermill
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
+from _plotly_utils import png  # type: ignore[import-untyped]
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Browser, Page, sync_playwright
 from sphinx.errors import ExtensionError
@@ -262,6 +263,28 @@ def test_a_volume_turns_when_dragged_and_another_one_can_be_chosen(book: Path, r
     viewer.locator("button").nth(1).click()
     settled(page, before=turned)
     assert viewer.locator("button[aria-pressed=true]").count() == 1
+
+
+def test_a_volume_lies_in_the_viewer_as_in_a_picture(page: Page, tmp_path: Path):
+    script(BOOK).fetch_vendored()
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_static" / "vendor").symlink_to(BOOK / "assets" / "vendor")
+    volume = np.zeros((1, 13, 96, 96), np.float32)
+    volume[..., 10:40, 10:40] = 1  # above, and on the picture's left: the patient's right
+    html, drawing = show_synthetic(volume, ["ED"]).html, (BOOK / "assets" / "figures.js").read_text()
+    style = (BOOK / "assets" / "book.css").read_text()
+    (tmp_path / "page.html").write_text(
+        f'<html data-content_root="./"><style>{style}</style><div style="width: 900px">{html}</div>'
+        f"<script>{drawing}</script></html>"
+    )
+    page.goto((tmp_path / "page.html").as_uri())
+    page.locator(".bk-volumes canvas").wait_for(timeout=20_000)
+    width, height, rows, _ = png.Reader(bytes=settled(page)).asRGB8()
+    grey = np.vstack(list(rows)).reshape(height, width, 3).mean(axis=2)
+    x, y, dx, dy = (round(part) for part in (0.66 * width, 0.68 * height, 0.1 * width, 0.2 * height))  # axial slices
+    above, below = grey[y - dy : y], grey[y : y + dy]
+    others = [above[:, x : x + dx], below[:, x - dx : x], below[:, x : x + dx]]
+    assert above[:, x - dx : x].mean() > 10 * max(other.mean() for other in others)
 
 
 def test_equations_are_set(root: str, page: Page):
