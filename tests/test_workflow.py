@@ -69,7 +69,7 @@ elif name in ("sacct", "squeue") and "--name" in given:
 def profile_file(path: Path) -> Path:
     """Write a profile that is read as quickly as any."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return shutil.copy(TINY, path)
+    return Path(shutil.copy(TINY, path))
 
 
 ACCEPTED: list[tuple[dict[str, Any], str]] = [
@@ -360,7 +360,7 @@ def chapter(tmp_path: Path) -> SimpleNamespace:
         (tmp_path / "executed").mkdir()
         nbformat.write(notebook, tmp_path / "07_x.ipynb")
         raw, executed = tmp_path / "raw" / "07_x.ipynb", tmp_path / "executed" / "07_x.ipynb"
-        command = [sys.executable, ROOT / "workflow" / "chapter.py", tmp_path / "07_x.ipynb", raw, executed]
+        command = [sys.executable, *map(str, (ROOT / "workflow" / "chapter.py", tmp_path / "07_x.ipynb", raw, executed))]
         return subprocess.run(command, capture_output=True, text=True, env=environment(ROOT)), executed
 
     return SimpleNamespace(run=run)
