@@ -266,7 +266,7 @@ def test_a_volume_turns_when_dragged_and_another_one_can_be_chosen(book: Path, r
 
 
 def test_a_volume_lies_in_the_viewer_as_in_a_picture(page: Page, tmp_path: Path):
-    script(BOOK).fetch_vendored()
+    module("vendored").fetch()
     (tmp_path / "_static").mkdir()
     (tmp_path / "_static" / "vendor").symlink_to(BOOK / "assets" / "vendor")
     volume = np.zeros((1, 13, 96, 96), np.float32)

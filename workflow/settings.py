@@ -30,7 +30,7 @@ class WorkflowSettings:
     """
 
     parameters: Mapping[str, str]
-    budgets: tuple[str, ...]
+    budgets: list[str]
     digest: str
     secret: bool
 
@@ -64,7 +64,7 @@ class WorkflowSettings:
         private = [epsilon for epsilon in dict.fromkeys(checked.budgets) if epsilon > 0]
         if not private:
             raise ParameterError(f"epsilons: {epsilons!r} has no budget above 0; the public model (0) is there anyhow")
-        cohort = load_manifest(checked.cohort_private)
+        _, cohort = map(load_manifest, (checked.cohort_public, checked.cohort_private))
         if cohort.secret and math.inf in private:
             raise PrivacyError(f"epsilons: inf on {cohort.name} would reveal real private patients; give finite ones")
         if not cohort.secret and math.inf not in private:
@@ -73,7 +73,7 @@ class WorkflowSettings:
         places = [(checked.profile, PROFILES), *((name, MANIFEST_FOLDER) for name in cohorts)]
         files = [Path(n) if n.endswith((".yaml", ".yml")) else folder / f"{n}.yaml" for n, folder in places]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-        return cls({"profile": checked.profile, **given}, tuple(map(budget_name, private)), digest, cohort.secret)
+        return cls({"profile": checked.profile, **given}, list(map(budget_name, private)), digest, cohort.secret)
 
     @property
     def encoded(self) -> list[str]:
