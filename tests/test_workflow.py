@@ -69,12 +69,8 @@ elif name in ("sacct", "squeue") and "--name" in given:
 def profile_file(path: Path) -> Path:
     """Write a profile that is read as quickly as any."""
     path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-    return Path(shutil.copy(TINY, path))
-=======
     shutil.copy(TINY, path)
     return path
->>>>>>> flow
 
 
 ACCEPTED: list[tuple[dict[str, Any], str]] = [
@@ -202,11 +198,7 @@ def test_make_hands_the_shell_quoted_values() -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-<<<<<<< HEAD
-    """A fresh clone in a folder with a blank in its name, and a small profile; its book is a page."""
-=======
     """A fresh clone in a folder with a blank in its name, and a small profile; building the book leaves but a page."""
->>>>>>> flow
     folder = tmp_path_factory.mktemp("a clone") / "cardiac ldm"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -369,16 +361,10 @@ def chapter(tmp_path: Path) -> SimpleNamespace:
         (tmp_path / "executed").mkdir()
         nbformat.write(notebook, tmp_path / "07_x.ipynb")
         raw, executed = tmp_path / "raw" / "07_x.ipynb", tmp_path / "executed" / "07_x.ipynb"
-<<<<<<< HEAD
-        paths = ROOT / "workflow" / "chapter.py", tmp_path / "07_x.ipynb", raw, executed
-        command = [sys.executable, *map(str, paths)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment(ROOT)), executed
-=======
         paths = (ROOT / "workflow" / "chapter.py", tmp_path / "07_x.ipynb", raw, executed)
         return subprocess.run(
             [sys.executable, *map(str, paths)], capture_output=True, text=True, env=environment(ROOT)
         ), executed
->>>>>>> flow
 
     return SimpleNamespace(run=run)
 
