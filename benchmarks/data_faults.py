@@ -132,7 +132,9 @@ def table(patient: Patient, rng: np.random.Generator, **factors: float) -> Patie
     measured = measure_attributes(labels, patient.volumes[0].spacing_mm)
     said = {name: measured[name] for name in ("LVEDV", "LVESV")}
     said["LVEF"] = factors.get("LVEF", 0) + 100 * (1 - said["LVESV"] / said["LVEDV"])
-    return replace(patient, attributes=said | {name: measured[name] * factors[name] for name in factors if name in said})
+    return replace(
+        patient, attributes=said | {name: measured[name] * factors[name] for name in factors if name in said}
+    )
 
 
 def exchanged(patient: Patient, rng: np.random.Generator) -> Patient:
@@ -148,8 +150,8 @@ def moved_labels(patient: Patient, rng: np.random.Generator) -> Patient:
 
 def bare(spoil: Spoil) -> Spoil:
     """The same to a patient without labels."""
-    return lambda patient, rng: (
-        replace(spoilt := spoil(patient, rng), volumes=tuple(replace(v, labels=None) for v in spoilt.volumes))
+    return lambda patient, rng: replace(
+        spoilt := spoil(patient, rng), volumes=tuple(replace(v, labels=None) for v in spoilt.volumes)
     )
 
 
@@ -179,8 +181,6 @@ FAULTS: dict[str, Spoil] = {
     "LVESV above LVEDV": partial(table, LVESV=6.0),
     "LVEF 30 points off": partial(table, LVEF=30.0),
 }
-
-
 
 
 def found(patient: Patient) -> tuple[bool, bool]:

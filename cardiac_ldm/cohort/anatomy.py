@@ -21,12 +21,13 @@ RIM = 0.65
 """Share of the wall's outer edge in one slice that is RV: sound 0.53 or less; a rim of 1 round 3 makes it 0.7 to 1."""
 FRAGMENTS = 0.05
 """Share of a structure that lies apart from its largest piece in a slice: sound 0.02 or less."""
-CONTRAST = 0.15
-"""Brightness of the cavity above the wall's in standard deviations of the image: sound 0.2 or more."""
+CONTRAST = 0.0
+"""Brightness of the cavity above the wall's in standard deviations of the image: sound mostly 0.6 or more."""
 ANGLES = (100.0, 255.0)
 """Directions from the LV to the RV, degrees: sound 108 to 246; mirrored left to right -66 to 72."""
-REFLECTED = -0.4
-"""Handedness below which a picture is doubted: sound mostly above, reflected mostly below."""
+REFLECTED, STEEP, REFLECTED_STEEP = -0.55, 150.0, -0.15
+"""Handedness below which a picture is doubted, and that for an RV that lies higher than STEEP degrees, as few do unless
+x and y are exchanged. Handedness is 1 on average, and -1 for reflected hearts."""
 FLAT = 0.15
 """Contrast of a slice relative to the stack's median: sound 0.5 or more; a black one has 0."""
 REPEATED = 0.995
@@ -91,9 +92,13 @@ def examine(volumes: Sequence[Volume], said: Mapping[str, float], sources: Sourc
 def examine_labels(volumes: Sequence[Volume], said: Mapping[str, float], sources: Sources) -> list[Finding]:
     """What labels tell, and the table against them: for labels by a segmenter these are doubts, since it may err."""
     found = [finding for v in volumes if v.labels is not None for finding in _labels(v, v.labels, sources)]
-    if not found:  # sizes and sides of labels that are something else mean nothing
-        found = [*_sides(volumes, sources), *_sizes(volumes, sources)]
-    return [*found, *_order(volumes, sources, "labels"), *_table(volumes, said, sources, trusted=not found)]
+    if all(finding.doubt for finding in found):  # sizes and sides of labels that are something else mean nothing
+        found += [*_sides(volumes, sources), *_sizes(volumes, sources)]
+    return [
+        *found,
+        *_order(volumes, sources, "labels"),
+        *_table(volumes, said, sources, trusted=all(f.doubt for f in found)),
+    ]
 
 
 def segmented(patient: Patient, seen: Mapping[str, np.ndarray]) -> list[str]:
@@ -153,7 +158,7 @@ def wrapped(image: np.ndarray) -> float:
         return 0.0
     values = np.unique(image)
     step, span = float(np.diff(values).min()) if len(values) > 1 else 0.0, float(values[-1] - values[0])
-    for modulus in (2**8 * step, 2**16 * step):
+    for modulus in (2.0**8, 2.0**16, 2**8 * step, 2**16 * step):
         if modulus / 2 < span <= modulus and values[0] >= -modulus / 2:
             undone = np.where(image < 0, image + modulus, image)
             if _roughness(undone) < _roughness(image):
@@ -324,7 +329,7 @@ def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         says = f"the RV lies at {angle:.0f} degrees from the LV, expected {ANGLES[0]:.0f} to {ANGLES[1]:.0f}"
         what = f"the picture seems {' or '.join(likely)}; undo that in images and labels alike"
         yield Finding("side", sources.images[phase], f"{says}: {what}")
-    elif hand < REFLECTED:
+    elif hand < (REFLECTED_STEEP if angle < STEEP else REFLECTED):
         says = "it looks like the mirror image of a heart, upside down or with x and y exchanged; look at it"
         yield Finding("reflected", sources.images[phase], says, True)
 

@@ -367,9 +367,7 @@ def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
     where = f"{path.parent.name}/{path.name}/*.jsonl"
     instead = "the middle of the field of view was" if localiser is None else "labels of a public segmenter were"
     if manifest.secret:
-        said = (
-            f"{manifest.name}: what was mended or doubted is in {where}; where there are no labels, {instead} taken"
-        )
+        said = f"{manifest.name}: what was mended or doubted is in {where}; where there are no labels, {instead} taken"
         warnings.warn(said, stacklevel=3)
         return
     rows = [row for split in SPLITS for row in read_rows(path, split)]
