@@ -53,9 +53,9 @@ def make_acdc_patient(tmp_path) -> Callable[..., Path]:
         y = y - 18 - number % 5
         for frame, radius in ((1, 9 + number // 5 % 5), (12, 6 + number // 5 % 5)):
             labels = np.zeros(shape, np.uint8)
-            labels[np.hypot(x - 14, y) < 9 - 1.4 * z] = 1
-            labels[np.hypot(x - 30, y) < radius + 5 - 0.6 * z] = 2
-            labels[np.hypot(x - 30, y) < radius - 0.6 * z] = 3
+            labels[np.hypot(x - 14, y) < radius + 2 - 1.8 * z] = 1
+            labels[np.hypot(x - 30, y) < radius + 5 - 1.3 * z] = 2
+            labels[np.hypot(x - 30, y) < radius - 1.3 * z] = 3
             noise = np.random.default_rng([frame, number]).integers(0, 99, shape)
             image = (noise + 300 * labels.astype(int)).astype(np.int16)
             affine = np.diag([*zooms, 1])

@@ -40,6 +40,8 @@ FACTOR, DOUBTED_FACTOR, LEAST_ML = 2.0, 1.5, 15.0
 """A table's volume against what the labels measure; contours of two readers differ by a tenth or two."""
 EF_POINTS = 10.0
 """An ejection fraction against the volumes beside it, in points of a hundred: rounding makes 2."""
+_OF_LABELS = ("values", "open", "rim", "pieces", "contrast", "no RV")
+"""Codes of findings that, of a segmenter's labels, tell of the segmenter alone."""
 _CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
 _NAMES = {RV: "RV", MYOCARDIUM: "wall", LV: "LV"}
 _REFLECTIONS = {
@@ -108,7 +110,8 @@ def segmented(patient: Patient, seen: Mapping[str, np.ndarray]) -> list[str]:
     named = dict.fromkeys(seen, patient.id)
     volumes = [replace(v, labels=seen[v.phase]) for v in patient.volumes if v.phase in seen]
     found = examine_labels(volumes, patient.attributes, Sources(named, named, patient.id)) if volumes else []
-    return [f"{finding.file}: as the segmenter sees it, {finding.says}" for finding in found]
+    of_the_heart = [finding for finding in found if finding.code not in _OF_LABELS]
+    return [f"{finding.file}: as the segmenter sees it, {finding.says}" for finding in of_the_heart]
 
 
 def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
