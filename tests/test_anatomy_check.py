@@ -116,6 +116,7 @@ def test_handedness_changes_its_sign_with_a_reflection_and_keeps_it_with_a_rotat
                 (np.rot90(v.image, 1, (1, 2)), np.rot90(v.labels, 1, (1, 2))),
             )
         )
+        assert straight is not None and mirrored is not None and turned is not None  # noqa: PT018
         assert np.allclose(mirrored, -straight, atol=0.02)
         assert np.allclose(turned, straight, atol=0.02)
     assert np.isnan(handedness([replace(v, labels=None)]))

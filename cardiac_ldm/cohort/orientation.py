@@ -41,6 +41,6 @@ def flipped(volumes: Sequence[Volume], axes: Sequence[int]) -> tuple[Volume, ...
         return tuple(volumes)
 
     def flip(array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.flip(array, axes))
+        return np.ascontiguousarray(np.flip(array, tuple(axes)))
 
     return tuple(replace(v, image=flip(v.image), labels=None if v.labels is None else flip(v.labels)) for v in volumes)

@@ -31,16 +31,17 @@ class Entry:
 def thumbnail(v: Volume) -> str:
     """All slices of a volume in a row, round the heart where there are labels, these as outlines; a PNG data URI."""
     low, high = np.percentile(v.image, (1, 99))
-    box = np.nonzero(v.labels.any(axis=0)) if v.labels is not None and v.labels.any() else None
-    margins = [round(_MARGIN_MM / mm) for mm in v.spacing_mm[1:]]
-    rows, columns = (
-        slice(max(int(at.min()) - m, 0), int(at.max()) + m) if box else slice(None)
-        for at, m in zip(box or margins, margins, strict=True)
-    )
+    labels = np.zeros(v.image.shape, np.uint8) if v.labels is None else v.labels
+    field = [slice(None), slice(None)]
+    if labels.any():
+        margins = [round(_MARGIN_MM / mm) for mm in v.spacing_mm[1:]]
+        at = zip(np.nonzero(labels.any(axis=0)), margins, strict=True)
+        field = [slice(max(int(where.min()) - m, 0), int(where.max()) + m) for where, m in at]
+    rows, columns = field
     grey = np.clip((v.image[:, rows, columns] - low) / max(high - low, 1e-9), 0, 1)
     picture = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
-    for structure, colour in _COLOURS.items() if v.labels is not None else ():
-        inside = v.labels[:, rows, columns] == structure
+    for structure, colour in _COLOURS.items():
+        inside = labels[:, rows, columns] == structure
         inner = inside.copy()
         for axis in (1, 2):
             for step in (-1, 1):

@@ -375,7 +375,7 @@ def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
     if unlabelled:
         found.append(f"{unlabelled} patient(s) have no labels; {instead} taken")
     for what, field in (("repair(s)", "repairs"), ("doubt(s)", "doubts")):
-        if said := [remark for row in rows for remark in row[field]]:
-            found.append(f"{len(said)} {what}, all in {where}: {'; '.join(said[:10])}")
+        if remarks := [remark for row in rows for remark in row[field]]:
+            found.append(f"{len(remarks)} {what}, all in {where}: {'; '.join(remarks[:10])}")
     if found:
         warnings.warn(f"{manifest.name}: {'; '.join(found)}", stacklevel=3)

@@ -76,8 +76,8 @@ def read_table(
         raise ValueError(f"has no column {', '.join(missing)}, but {on_a_line(', '.join(header) or 'none')}; {hint}")
     unknown = [name for name in header if name not in wanted and not others]
     if twice := unknown or [name for name, n in Counter(header).items() if n > 1 and name in wanted]:
-        said = "an unknown column" if unknown else "twice the column"
-        raise ValueError(f"has {said} {twice[0]!r}; remove it, or name it one of {', '.join(wanted)}")
+        what = "an unknown column" if unknown else "twice the column"
+        raise ValueError(f"has {what} {twice[0]!r}; remove it, or name it one of {', '.join(wanted)}")
     if not rows:
         raise ValueError("has no rows; add the patients")
     table = pd.DataFrame(rows, columns=[header[index] for index in kept], dtype=object)
