@@ -50,20 +50,20 @@ def acdc_root() -> Path:
 
 @pytest.fixture
 def make_acdc_patient(tmp_path) -> Callable[..., Path]:
-    """Write a made-up patient in ACDC's layout under tmp_path/acdc: a ring of myocardium with an RV beside it."""
+    """Write a made-up patient in ACDC's layout under tmp_path/acdc: a tapering wall with an RV beside it."""
 
     def make(name: str = "patient007", shape=(60, 50, 8), zooms=(1.5, 1.5, 10.0)) -> Path:
         folder = tmp_path / "acdc" / name
         folder.mkdir(parents=True)
         (folder / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: HCM\nHeight: 180.0\nNbFrame: 30\nWeight: 81.0\n")
-        x, y = np.indices(shape[:2])
+        x, y, z = np.indices(shape)
         number = int(name[-3:])  # no two patients have the same file
         y = y - 18 - number % 5
         for frame, radius in ((1, 9 + number // 5 % 5), (12, 6 + number // 5 % 5)):
             labels = np.zeros(shape, np.uint8)
-            labels[np.hypot(x - 14, y) < 9] = 1
-            labels[np.hypot(x - 30, y) < radius + 5] = 2
-            labels[np.hypot(x - 30, y) < radius] = 3
+            labels[np.hypot(x - 14, y) < radius + 2 - 1.8 * z] = 1
+            labels[np.hypot(x - 30, y) < radius + 5 - 1.3 * z] = 2
+            labels[np.hypot(x - 30, y) < radius - 1.3 * z] = 3
             noise = np.random.default_rng([frame, number]).integers(0, 99, shape)
             image = (noise + 300 * labels.astype(int)).astype(np.int16)
             affine = np.diag([*zooms, 1])

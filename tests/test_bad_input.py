@@ -19,8 +19,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cardiac_ldm.cohort.files import MAX_VOXELS
 from cardiac_ldm.cohort.manifest import load_manifest
+from cardiac_ldm.cohort.nifti import MAX_VOXELS
 from cardiac_ldm.cohort.readers import list_patients, read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 from tests import miniatures as mini
@@ -220,7 +220,7 @@ TABLES: dict[str, tuple[Spoil, str]] = {
         "has no column patient, phase, path, but anna",
     ),
     "a missing column": (table("phase", "fase"), "has no column phase, but patient, fase, path"),
-    "semicolons": (table(",", ";"), "put commas between cells"),
+    "semicolons after commas": (table("patient,phase,path", "patient;phase;path"), "put commas between cells"),
     "tabs": (table(",", "\t"), "has no column patient, phase, path"),
     "another alphabet's encoding": (table("anna,ED", "änna,ED", "latin-1"), "can't be read as CSV ('utf-8' codec"),
     "an Excel file": (content("patients.csv", lambda b: b"PK\x03\x04" + bytes(99)), "patients.csv: "),

@@ -123,10 +123,10 @@ def test_ukbb_fields_become_attributes_and_later_analyses_go_before_the_scanners
     for eid in ("1000011", "1000022"):
         mini.make_ukbb(tmp_path / "data", eid)
     columns = "eid,31-0.0,21003-2.0,21001-2.0,22421-2.0,22420-2.0,24100-2.0,24106-2.0,53-2.0"
-    (tmp_path / "data/fields.csv").write_text(f"{columns}\n1000011,0,61,24.5,150,55,140.5,,2016-01-01\n")
+    (tmp_path / "data/fields.csv").write_text(f"{columns}\n1000011,0,61,24.5,35,45,34.5,,2016-01-01\n")
     manifest = mini.manifest(tmp_path, "ukbb", reader={"kind": "ukbb", "table": "fields.csv"})
     patient = read_patient(manifest, tmp_path / "data", "1000011")
-    assert patient.attributes == {"SEX": 0, "AGE": 61, "BMI": 24.5, "LVEDV": 140.5, "LVEF": 55}
+    assert patient.attributes == {"SEX": 0, "AGE": 61, "BMI": 24.5, "LVEDV": 34.5, "LVEF": 45}
     assert "fields.csv" in patient.files
     assert read_patient(manifest, tmp_path / "data", "1000022").attributes == {}
     assert list_patients(manifest, tmp_path / "data") == ("1000011", "1000022")

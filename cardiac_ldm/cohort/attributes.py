@@ -96,6 +96,15 @@ def angle_between(lv_centre_xy: np.ndarray, rv_centre_xy: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(-row, column)) % 360)
 
 
+def known_attributes(labels: Mapping[str, np.ndarray], spacing_mm: tuple[float, float, float]) -> dict[str, float]:
+    """What `measure_attributes` measures, NaN for what labels leave out: an RV that nobody drew isn't empty."""
+    measured = measure_attributes(labels, spacing_mm)
+    for side, structure in (("LV", LV), ("RV", RV)):
+        for phase in (phase for phase, one in labels.items() if not (one == structure).any()):
+            measured[f"{side}{phase}V"] = measured[f"{side}EF"] = np.nan
+    return measured
+
+
 def measure_attributes(labels: Mapping[str, np.ndarray], spacing_mm: tuple[float, float, float]) -> dict[str, float]:
     """Measure what labels tell of one patient: volumes (mL), ejection fractions (%), wall thickness (mm), ANGLE, DEPTH.
 

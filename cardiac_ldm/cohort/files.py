@@ -1,29 +1,21 @@
-"""The files of one patient: hashed, opened, read and examined, so that every problem of every file is known at once."""
+"""The files of one patient: hashed, opened, read and paired, so that every problem of every file is known at once."""
 
-import csv
-import gzip
 import hashlib
-import math
 import os
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
-from nibabel.affines import voxel_sizes
-from nibabel.arrayproxy import ArrayProxy
-from nibabel.imageglobals import LoggingOutputSuppressor
-from nibabel.openers import ImageOpener
-from scipy import ndimage
 
-from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible, measure_attributes
+from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible
 from cardiac_ldm.cohort.manifest import Manifest
+from cardiac_ldm.cohort.nifti import Nifti, on_a_line, open_nifti, other_ending, read_voxels
+from cardiac_ldm.cohort.orientation import SAID, flipped, turns
+from cardiac_ldm.cohort.tables import UNKNOWN, column, read_table
 from cardiac_ldm.cohort.volumes import Phase, Volume
 from cardiac_ldm.errors import CohortError
 
@@ -31,13 +23,6 @@ OURS = {RV: RV, MYOCARDIUM: MYOCARDIUM, LV: LV}
 """ACDC's label values are ours."""
 LV_FIRST = {1: LV, 2: MYOCARDIUM, 3: RV}
 """Label values of M&Ms, M&Ms-2 and of ukbb_cardiac's contours and segmentations."""
-SPACING_MM = ((0.3, 5.0), (0.3, 5.0), (1.0, 30.0))
-EXTENT_MM = ((50.0, 1000.0), (50.0, 1000.0), (20.0, 300.0))
-"""What a short-axis stack's voxels and field measure along columns, rows and slices."""
-MAX_VOXELS = 2**28
-"""More than any cine has: a header that claims more is damaged, which is found before memory is asked for."""
-_UNITS = {2: ("mm", 1.0), 1: ("metres", 1000.0), 3: ("micrometres", 0.001), 0: ("(no unit)", 1.0)}
-_UNKNOWN = ("", "nan", "na", "n/a")
 _SEXES = {"f": 0.0, "female": 0.0, "m": 1.0, "male": 1.0}
 
 
@@ -89,8 +74,14 @@ class Reading:
             self.repairs.append(repair)
 
     def exists(self, file: str) -> bool:
-        """Whether there's anything of this name."""
-        return os.path.lexists(self.root / file)
+        """Whether there's anything of this name, packed or unpacked."""
+        return os.path.lexists(self.root / self._there(file))
+
+    def _there(self, file: str) -> str:
+        """The name under which a file is there: .nii for .nii.gz and the reverse, and / for a backslash of Windows."""
+        names = [name for name in (file, file.replace("\\", "/")) if "\0" not in name]
+        names += [other for name in names if (other := other_ending(name))]
+        return next((name for name in names if os.path.lexists(self.root / name)), file)
 
     def folder(self, patient: str, parents: Iterable[str]) -> str:
         """The patient's folder below the root: in one of these parents, and in one alone. Raises CohortError."""
@@ -105,7 +96,7 @@ class Reading:
     def file(self, file: str) -> Path:
         """An ordinary file below the root, hashed and held against the checksums. Raises CohortError."""
         try:
-            place = Path(os.path.realpath(self.root / file))
+            place = Path(os.path.realpath(self.root / self._there(file)))
             if not place.is_relative_to(self.root):
                 raise self.error(file, f"leads out of the data folder, to {place}; copy it below the data root")
             if not place.exists():
@@ -116,7 +107,7 @@ class Reading:
             if name not in self.files:
                 self.files[name] = _digest(place, _modified(place))
         except (OSError, ValueError) as error:
-            raise self.error(file, f"can't be opened ({_line(error)}); mend its name or permissions") from error
+            raise self.error(file, f"can't be opened ({on_a_line(error)}); mend its name or permissions") from error
         if self._checksums:
             listed = _checksums(self._checksums, _modified(self._checksums)).get(name, "not listed")
             if listed != self.files[name]:
@@ -127,28 +118,29 @@ class Reading:
     def text(self, file: str) -> str:
         """A text file's content. Raises CohortError."""
         try:
-            return self.file(file).read_text(encoding="utf-8")
+            return self.file(file).read_text(encoding="utf-8-sig")
         except ValueError as error:
-            raise self.error(file, f"isn't UTF-8 text ({_line(error)}); fetch it again") from error
+            raise self.error(file, f"isn't UTF-8 text ({on_a_line(error)}); fetch it again") from error
 
     def table(
-        self, file: str, key: str, needed: Sequence[str], optional: Sequence[str] = (), others: bool = True
+        self,
+        file: str,
+        key: str,
+        needed: Sequence[str],
+        optional: Sequence[str] = (),
+        others: bool = True,
+        named: Callable[[str], str] = column,
     ) -> pd.DataFrame:
-        """A CSV's rows as text, indexed by the column `key`. Raises CohortError.
-
-        needed: columns that must be there, optional: those that may. others: whether there may be more, left unread.
-        """
+        """A CSV's rows as text, indexed by the column `key`; see tables.read_table. Raises CohortError."""
         place = self.file(file)
         try:
-            return _table(place, _modified(place), key, tuple(needed), tuple(optional), others)
+            return read_table(place, _modified(place), key, tuple(needed), tuple(optional), others, named)
         except ValueError as error:
             raise self.error(file, str(error)) from error
 
-    def row(
-        self, file: str, key: str, names: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
-    ) -> dict[str, str]:
+    def row(self, file: str, key: str, names: Sequence[str], needed: Sequence[str]) -> dict[str, str]:
         """The one row of a table whose key is one of these spellings of a name. Raises CohortError."""
-        table = self.table(file, key, needed, optional)
+        table = self.table(file, key, needed)
         rows = table.loc[[name for name in dict.fromkeys(names) if name in table.index]]
         if len(rows) != 1:
             raise self.error(file, f"has {len(rows)} rows whose {key} is {names[0]}; expected one")
@@ -161,7 +153,7 @@ class Reading:
             if number < 0 or not number.is_integer():
                 raise ValueError
         except ValueError as error:
-            raise self.error(where, f"{column} is {_line(repr(text))}; expected the number of a frame") from error
+            raise self.error(where, f"{column} is {on_a_line(repr(text))}; expected the number of a frame") from error
         return int(number)
 
     def attributes(self, said: Iterable[tuple[str, str, object]]) -> dict[str, float]:
@@ -172,14 +164,14 @@ class Reading:
         known = {}
         for where, name, text in said:
             word = str(text).strip().lower()
-            if word in _UNKNOWN:
+            if word in UNKNOWN:
                 continue
             with self.noting():
                 try:
                     known[name] = _SEXES[word] if name == "SEX" and word in _SEXES else float(word)
                 except ValueError as error:
                     raise self.error(
-                        where, f"{name} is {_line(repr(text))}; expected a number, decimals after a point"
+                        where, f"{name} is {on_a_line(repr(text))}; expected a number, decimals after a point"
                     ) from error
                 if problem := implausible(name, known[name]):
                     raise self.error(where, problem)
@@ -193,7 +185,7 @@ class Reading:
             bmi = float("nan")
         if implausible("BMI", bmi) is None:
             return [(where, "BMI", bmi)]
-        if not {height_cm.lower(), weight_kg.lower()} & set(_UNKNOWN):
+        if not {height_cm.lower(), weight_kg.lower()} & set(UNKNOWN):
             self.mend(where, f"height {height_cm} cm and weight {weight_kg} kg are no patient's; BMI was left unknown")
         return []
 
@@ -226,8 +218,6 @@ class Reading:
             labels[stored == theirs] = ours
         if not labels.any():
             raise self.error(stack.labels, f"is all 0 at {stack.phase}; label this phase, or leave its labels out")
-        if _within_wall(labels, RV) > _within_wall(labels, LV):
-            raise self.error(stack.labels, "the wall surrounds what is labelled RV, not LV; map the label values")
         return labels
 
     def _paired(self, image_file: str, image: np.ndarray, labels_file: str, labels: np.ndarray) -> None:
@@ -246,74 +236,40 @@ class Reading:
         self, file: str, frame: int | None, labels: bool = False
     ) -> tuple[np.ndarray, tuple[float, float, float]]:
         """A volume float32 (slices, rows, columns) and its spacing (z, y, x) in mm."""
-        proxy, (dx, dy, dz) = self._nifti(file)
-        n = proxy.shape[3]
+        nifti = self._nifti(file)
+        n = nifti.data.shape[3]
         if labels and n == 1:
             frame = None
         if frame is None and n > 1:
             raise self.error(file, f"holds {n} frames where one volume is expected; say which, or give a 3D file")
         if (frame or 0) >= n:
             raise self.error(file, f"frame {frame} is beyond its end: it has {n}, counted from 0; correct the number")
-        return self._voxels(file, proxy, frame or 0).T, (dz, dy, dx)
+        dx, dy, dz = nifti.spacing_mm
+        return self._voxels(file, nifti, frame or 0).T, (dz, dy, dx)
 
     def cine(self, file: str) -> np.ndarray:
         """All frames of a file, float32 (x, y, z, t). Raises CohortError."""
-        return self._voxels(file, self._nifti(file)[0], slice(None))
+        return self._voxels(file, self._nifti(file), slice(None))
 
-    def _voxels(self, file: str, proxy: ArrayProxy, frame: int | slice) -> np.ndarray:
+    def _voxels(self, file: str, nifti: Nifti, frame: int | slice) -> np.ndarray:
         try:
-            with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-                voxels = np.asarray(proxy[..., frame]).astype(np.float32)
-        except Exception as error:
-            raise self.error(file, f"can't be read to its end ({_line(error)}); fetch this file again") from error
-        if not np.isfinite(voxels).all():
-            raise self.error(file, "expected finite numbers, found NaN or infinity; fetch or write this file again")
-        return voxels
+            return read_voxels(nifti.data, frame)
+        except ValueError as error:
+            raise self.error(file, str(error)) from error
 
-    def _nifti(self, file: str) -> tuple[ArrayProxy, tuple[float, float, float]]:
-        """A NIfTI file's data (x, y, z, t), unread, and spacing (x, y, z) in mm."""
+    def _nifti(self, file: str) -> Nifti:
         place = self.file(file)
         try:
-            if place.suffix == ".gz":
-                with gzip.open(place) as stream:  # to the end, where the checksum stands that tells of a flipped bit
-                    while stream.read(2**20):
-                        pass
-            with LoggingOutputSuppressor(), np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-                image = nib.load(place)
-                if not isinstance(image, nib.Nifti1Image):
-                    raise TypeError(f"it's {type(image).__name__}")
-                with ImageOpener(place) as stream:
-                    stored = type(image.header).from_fileobj(stream, check=False)
-                proxy, affine, dtype = image.dataobj, np.asarray(image.affine), image.get_data_dtype()
-                sizes = voxel_sizes(affine)
-        except Exception as error:
-            raise self.error(file, f"can't be read as NIfTI ({_line(error)}); fetch this file again") from error
-        shape = proxy.shape
-        if len(shape) < 3 or min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
-            raise self.error(file, f"its shape is {shape}; expected a volume (x, y, z) or a cine (x, y, z, t)")
-        if dtype.kind not in "iuf":
-            raise self.error(file, f"holds {dtype} values; expected one number a voxel: save the magnitude image")
-        raw = [float(v) for v in stored["pixdim"][1:4]]
-        unit, factor = _UNITS.get(int(stored["xyzt_units"]) % 8, _UNITS[0])
-        dx, dy, dz = (v * factor for v in raw)
-        if not _within((dx, dy, dz), SPACING_MM):
-            likely = [name for name, f in _UNITS.values() if f != factor and _within([v * f for v in raw], SPACING_MM)]
-            hint = f"it looks like {likely[0]}: " if likely else ""
-            met = " x ".join(f"{v:g}" for v in raw)
-            raise self.error(file, f"its spacing is {met} {unit}, no short-axis stack's; {hint}correct the header")
-        extent = [n * s for n, s in zip(shape, (dx, dy, dz), strict=False)]
-        if not _within(extent, EXTENT_MM):
-            met = " x ".join(f"{v:.0f}" for v in extent)
-            raise self.error(file, f"its shape {shape} covers {met} mm, no short-axis stack; correct file or header")
-        if not np.allclose(sizes, raw, rtol=0.1):
-            raise self.error(file, "its affine contradicts its spacing (pixdim); correct the header")
-        if factor != 1:
-            self.mend(file, f"its spacing, in {unit}, was brought to mm")
-        self._affines[file] = np.diag([factor, factor, factor, 1]) @ affine
-        return proxy.reshape((*shape[:3], -1)), (dx, dy, dz)
+            nifti = open_nifti(place)
+        except ValueError as error:
+            raise self.error(file, str(error)) from error
+        for repair in nifti.repairs:
+            self.mend(file, repair)
+        self._affines[file] = nifti.affine
+        return nifti
 
     def compare(self, stacks: Sequence[Stack], volumes: Sequence[Volume]) -> None:
-        """Refuse an ED and an ES that can't be one patient's, or that are exchanged. Raises CohortError."""
+        """Refuse an ED and an ES that can't be one patient's. Raises CohortError."""
         ed, es = volumes
         if ed.image.shape != es.image.shape or not np.allclose(ed.spacing_mm, es.spacing_mm, rtol=1e-3):
             met = " and ".join(f"{v.image.shape} at {v.spacing_mm} mm" for v in volumes)
@@ -322,66 +278,17 @@ class Reading:
             )
         if np.array_equal(ed.image, es.image):
             raise self.error(stacks[1].image, "ES is the same picture as ED; correct the files or frames")
-        if ed.labels is None or es.labels is None:
-            return
-        measured = measure_attributes({"ED": ed.labels, "ES": es.labels}, ed.spacing_mm)
-        if problem := implausible("LVEDV", measured["LVEDV"]):
-            raise self.error(stacks[0].labels or "", f"as its labels and spacing have it, {problem}")
-        if measured["LVESV"] > measured["LVEDV"]:
-            met = f"{measured['LVESV']:.0f} mL against {measured['LVEDV']:.0f} mL"
-            raise self.error(stacks[1].labels or "", f"the LV is larger at ES than at ED, {met}; exchange the phases")
+
+    def turns(self, stack: Stack, volumes: Sequence[Volume]) -> tuple[int, ...]:
+        """The axes along which a stack is stored the other way round; to turn them is a repair."""
+        axes = turns(self._affines[stack.image], [v.labels for v in volumes if v.labels is not None])
+        if axes:
+            self.mend(stack.image, f"{', '.join(SAID[axis] for axis in axes)}: turned round")
+        return axes
 
     def turned(self, stack: Stack, volumes: Sequence[Volume]) -> tuple[Volume, ...]:
-        """Volumes with rows down the picture, columns to its right and the base first; a turn is a repair.
-
-        The order of slices shows in the RV, which is wide at the base and ends before the apex: in all 80 ACDC patients
-        the basal third holds more of it than the apical one, by 12 to 78 % of the whole. Where labels don't tell, an
-        affine does, since the apex points left, forwards and down. By the affine alone columns and rows run to the
-        left, back or down, as scanners show the short axis. An affine along the scanner's axes is a placeholder, as
-        ACDC's are, since no heart lies so: it tells nothing.
-        """
-        directions = self._affines[stack.image][:3, :3] / np.linalg.norm(self._affines[stack.image][:3, :3], axis=0)
-        told = np.abs(directions).max() < 0.999 and np.allclose(directions.T @ directions, np.eye(3), atol=0.1)
-        labels = [v.labels for v in volumes if v.labels is not None]
-        rv, shown = (
-            np.sum([match(a).sum(axis=(1, 2)) for a in labels], axis=0)
-            for match in (lambda a: a == RV, lambda a: a > 0)
-        )
-        labelled = np.flatnonzero(shown)
-        third = len(labelled) // 3
-        lean = (rv[labelled[:third]].sum() - rv[labelled[-third:]].sum()) / rv.sum() if third and rv.any() else 0.0
-        to_apex = directions[:, 2] @ (-1, 1, -1) / 3**0.5 if told else 0.0
-        reverse = lean < 0 if abs(lean) >= 0.1 else to_apex < -0.5
-        columns, rows = -directions.sum(axis=0)[:2] < -0.5 if told else (False, False)
-        turns = ((0, reverse, "slices ran from apex to base"), (1, rows, "rows up"), (2, columns, "columns left"))
-        axes = tuple(axis for axis, turn, _ in turns if turn)
-        if not axes:
-            return tuple(volumes)
-        self.mend(stack.image, f"{', '.join(said for _, turn, said in turns if turn)}: turned round")
-
-        def turn(array: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(np.flip(array, axes))
-
-        return tuple(
-            replace(v, image=turn(v.image), labels=None if v.labels is None else turn(v.labels)) for v in volumes
-        )
-
-
-def _line(said: object) -> str:
-    """An error of a library, or the like, on one short line."""
-    return " ".join(str(said).split())[:160] or type(said).__name__
-
-
-def _within(values: Sequence[float], ranges: Sequence[tuple[float, float]]) -> bool:
-    return all(low <= value <= high for value, (low, high) in zip(values, ranges, strict=False))
-
-
-def _within_wall(labels: np.ndarray, structure: int) -> float:
-    """Share of a structure's neighbours in-plane that are myocardium. ACDC: LVs 98 % or more, RVs 41 % or less."""
-    cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
-    inside = labels == structure
-    around = ndimage.binary_dilation(inside, cross) & ~inside
-    return float((labels[around] == MYOCARDIUM).mean()) if around.any() else 0.0
+        """Volumes with rows down the picture, columns to its right and the base first; a turn is a repair."""
+        return flipped(volumes, self.turns(stack, volumes))
 
 
 def _modified(path: Path) -> int:
@@ -403,7 +310,7 @@ def _checksums(path: Path, modified: int) -> dict[str, str]:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise CohortError(
-            f"{path}: the checksums can't be read ({_line(error)}); correct the field checksums"
+            f"{path}: the checksums can't be read ({on_a_line(error)}); correct the field checksums"
         ) from error
     listed = {}
     for line in lines:
@@ -412,40 +319,3 @@ def _checksums(path: Path, modified: int) -> dict[str, str]:
             raise CohortError(f"{path}: {line[:80]!r} is no line of sha256sum's; expected '<64 digits>  <path>'")
         listed[name.lstrip(" *").removeprefix("./")] = digest.lower()
     return listed
-
-
-@lru_cache(maxsize=4)
-def _table(
-    place: Path, modified: int, key: str, needed: tuple[str, ...], optional: tuple[str, ...], others: bool
-) -> pd.DataFrame:
-    """Raises ValueError that says what is wrong."""
-    wanted = (key, *needed, *optional)
-    rows = []
-    try:
-        with place.open(newline="", encoding="utf-8-sig") as stream:
-            lines = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(lines, [])]
-            kept = [index for index, name in enumerate(header) if name in wanted]
-            for line in lines:
-                cells = [cell.strip() for cell in line]
-                if any(cells) and (len(cells) < len(header) or any(cells[len(header) :])):
-                    raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
-                if any(cells):
-                    rows.append([cells[index] for index in kept])
-    except (csv.Error, ValueError) as error:
-        raise ValueError(
-            f"can't be read as CSV ({_line(error)}); save it as UTF-8 with commas between cells"
-        ) from error
-    if missing := [name for name in (key, *needed) if name not in header]:
-        hint = "put commas between cells" if ";" in "".join(header) else "is the first line the header?"
-        raise ValueError(f"has no column {', '.join(missing)}, but {_line(', '.join(header) or 'none')}; {hint}")
-    unknown = [name for name in header if name not in wanted and not others]
-    if twice := unknown or [name for name, n in Counter(header).items() if n > 1 and name in wanted]:
-        said = "an unknown column" if unknown else "twice the column"
-        raise ValueError(f"has {said} {twice[0]!r}; remove it, or name it one of {', '.join(wanted)}")
-    if not rows:
-        raise ValueError("has no rows; add the patients")
-    table = pd.DataFrame(rows, columns=[header[index] for index in kept], dtype=object)
-    if n := int((table[key] == "").sum()):
-        raise ValueError(f"has {n} rows without {key}; fill them in")
-    return table.set_index(key).sort_index()

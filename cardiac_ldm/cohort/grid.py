@@ -5,7 +5,8 @@ from typing import Protocol
 import numpy as np
 from einops import einsum
 
-from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, measure_attributes
+from cardiac_ldm.cohort.anatomy import segmented
+from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, known_attributes
 from cardiac_ldm.cohort.patients import PatientRecord
 from cardiac_ldm.cohort.volumes import GRID, Patient, Volume
 from cardiac_ldm.errors import CohortError
@@ -35,8 +36,8 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
     as it is. A heart longer or wider than the grid loses its ends, which `repairs` say. Attributes are measured on the
     labels as acquired, DEPTH on the grid.
 
-    The localiser labels volumes that nobody has labelled. Where no volume shows a heart, field and slices are centred
-    on the stack, and what labels would tell is unknown.
+    The localiser labels volumes that nobody has labelled; what the check of anatomy finds in those becomes doubts.
+    Where no volume shows a heart, field and slices are centred on the stack, and what labels would tell is unknown.
 
     Raises CohortError where spacing or image can't be used.
     """
@@ -55,6 +56,7 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
     shown = np.arange(shown[0], shown[-1] + 1) if len(shown) else np.arange(labels.shape[1])
     if localiser and not seen:
         repairs.append(f"{patient.id}: no heart was found; the middle of the field of view was taken for it")
+    doubts = [*patient.doubts, *(segmented(patient, seen) if localiser else ())]
     if surplus := max(0, len(shown) - GRID.n_slices):
         repairs.append(
             f"{patient.id}: {len(shown)} slices are more than {GRID.n_slices}; those at the ends were left out"
@@ -71,7 +73,7 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
         placed[start : start + len(shown)] = scaled(image)
         if not placed.any():
             raise CohortError(f"{patient.id}: {phase} has the same value all round the heart; export it again")
-    known = dict(measure_attributes(seen, spacing)) | {"DEPTH": float(len(shown))} if seen else {}
+    known = known_attributes(seen, spacing) | {"DEPTH": float(len(shown))} if seen else {}
     known = known | {name: value for name, value in patient.attributes.items() if name != "DEPTH"}
     attributes = [
         [known.get(name, np.nan) if name != "ESED" else float(v.phase == "ED") for name in ATTRIBUTE_NAMES]
@@ -85,6 +87,7 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
         np.asarray(attributes, np.float32),
         all(v.labels is not None for v in patient.volumes),
         tuple(repairs),
+        tuple(doubts),
     )
 
 

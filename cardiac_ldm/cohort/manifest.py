@@ -129,6 +129,7 @@ class Manifest(_Strict):
 
     obtain: how to get the data, and what of it is public. budget: needed of real private patients. checksums:
     a file in sha256sum's format, paths below the data root, against which everything that is read is compared.
+    exclude: patients who are left out of every split, because they withdrew, say; their places stay, empty.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -142,6 +143,7 @@ class Manifest(_Strict):
     reader: Annotated[Reader, Field(discriminator="kind")]
     splits: Splits
     budget: Budget | None = None
+    exclude: tuple[str, ...] = ()
     _folder: Path = PrivateAttr(default=MANIFEST_FOLDER)
 
     @model_validator(mode="after")
@@ -155,6 +157,8 @@ class Manifest(_Strict):
             raise ValueError(
                 "splits of a phantom are numbers of patients, splits of files are lists of their names, or shares"
             )
+        if twice := [name for name, n in Counter(self.exclude).items() if n > 1]:
+            raise ValueError(f"exclude: {twice[0]} is listed twice; list each patient once")
         return self
 
     @model_validator(mode="after")
@@ -192,11 +196,12 @@ class Manifest(_Strict):
         if split not in SPLITS:
             raise CohortError(f"{self.name}: there's no split {split!r}; the splits are {', '.join(SPLITS)}")
         members = getattr(self.splits, split)
+        self._refuse_unknown(found)
         if isinstance(members, tuple):
-            return members
+            return self._staying(split, members)
         if isinstance(members, int):
             first = sum(getattr(self.splits, name) for name in SPLITS[: SPLITS.index(split)])
-            return tuple(f"p{index:06d}" for index in range(first, first + members))
+            return self._staying(split, tuple(f"p{index:06d}" for index in range(first, first + members)))
         if not found:
             raise CohortError(
                 f"{self.name}: no patients of the layout {self.reader.kind} are there; is the root right?"
@@ -209,7 +214,29 @@ class Manifest(_Strict):
                 f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {members:g}; "
                 "enlarge it, or name its patients"
             )
-        return drawn
+        return self._staying(split, drawn)
+
+    def _staying(self, split: str, members: tuple[str, ...]) -> tuple[str, ...]:
+        """Members who aren't excluded. Raises CohortError if nobody stays."""
+        stay = tuple(patient for patient in members if not {patient, self.person(patient)} & set(self.exclude))
+        if not stay:
+            raise CohortError(f"{self.name}: exclude leaves nobody in the split {split}; enlarge it")
+        return stay
+
+    def _refuse_unknown(self, found: Sequence[str]) -> None:
+        """Raise CohortError where somebody is excluded who isn't in the cohort: a slip would keep the one who left."""
+        splits = [getattr(self.splits, split) for split in SPLITS]
+        if isinstance(splits[0], int):
+            known = {f"p{index:06d}" for index in range(sum(splits))} if self.exclude else set()
+        else:
+            known = {name for members in splits if isinstance(members, tuple) for name in members} or set(found)
+        known |= set(map(self.person, known))
+        for number, patient in enumerate(self.exclude, 1):
+            if patient not in known:  # who withdrew is nobody else's business: no name is told
+                raise CohortError(
+                    f"{self.name}: exclude: number {number} is no patient of this cohort; correct the name, or take it "
+                    "out of the list if their files are gone"
+                )
 
     def person(self, patient: str) -> str:
         """Who a patient's name stands for: UK Biobank's <eid>_2_0 and <eid>_3_0 are two visits of one participant."""

@@ -29,7 +29,7 @@ class PatientRecord:
 
     images: float32 (v, 13, 96, 96) in [0, 1]. labels: uint8 (v, 13, 96, 96): 0 background, 1 RV, 2 myocardium, 3 LV.
     attributes: float32 (v, 14) in the units of ATTRIBUTES, NaN where unknown. labelled: whether the labels were given;
-    else they're a segmenter's, or all 0. repairs: what was mended, a sentence each.
+    else they're a segmenter's, or all 0. repairs: what was mended, doubts: what may be wrong, a sentence each.
     """
 
     id: str
@@ -39,6 +39,7 @@ class PatientRecord:
     attributes: np.ndarray
     labelled: bool = True
     repairs: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 def open_split(path: Path, n_patients: int | None = None) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def table_row(record: PatientRecord) -> dict[str, Any]:
         "group": record.group,
         "labelled": record.labelled,
         "repairs": record.repairs,
+        "doubts": record.doubts,
         "attributes": [[None if math.isnan(x) else x for x in row] for row in record.attributes.tolist()],
     }
 
@@ -98,23 +100,18 @@ class _Table:
     """What of a split's table is kept in memory; patient p's `counts[p]` volumes have attributes from `first[p]` on."""
 
     def __init__(self, path: Path, split: str) -> None:
-        ids, people, groups, labelled, repairs, counts = [], [], [], [], [], []
+        ids, people, groups, labelled, remarks, counts = [], [], [], [], [], []
         attributes = [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
         for row in read_rows(path, split):
             ids.append(row["id"])
             people.append((row.get("person", row["id"]), *row.get("voxels", ())))
             groups.append(row["group"])
             labelled.append(row["labelled"])
-            repairs.append(tuple(row["repairs"]))
+            remarks.append((tuple(row["repairs"]), tuple(row["doubts"])))
             attributes.append(np.asarray(row["attributes"], np.float32))
             counts.append(len(attributes[-1]))
-        self.people, self.ids, self.groups, self.labelled, self.repairs = (
-            people,
-            ids,
-            groups,
-            np.asarray(labelled, bool),
-            repairs,
-        )
+        self.people, self.ids, self.groups, self.remarks = people, ids, groups, remarks
+        self.labelled = np.asarray(labelled, bool)
         self.counts, self.attributes = np.asarray(counts, np.int64), np.concatenate(attributes)
         self.first = np.cumsum(self.counts) - self.counts
 
@@ -270,7 +267,7 @@ class Patients(Sequence[PatientRecord]):
             self.labels(own),
             self.attributes[own],
             bool(self.labelled[index]),
-            self._table.repairs[self._members[index]],
+            *self._table.remarks[self._members[index]],
         )
 
     def __iter__(self) -> Iterator[PatientRecord]:

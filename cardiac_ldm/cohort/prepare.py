@@ -409,20 +409,15 @@ def _warn(path: Path, manifest: Manifest, localiser: Localiser | None) -> None:
     where = f"{path.parent.name}/{path.name}/*.jsonl"
     instead = "the middle of the field of view was" if localiser is None else "labels of a public segmenter were"
     if manifest.secret:
-        said = f"{manifest.name}: what was mended is in {where}; where somebody has no labels, {instead} taken"
+        said = f"{manifest.name}: what was mended or doubted is in {where}; where there are no labels, {instead} taken"
         warnings.warn(said, stacklevel=3)
         return
-    unlabelled, n_repairs = 0, 0
-    repairs: list[str] = []
-    for split in SPLITS:
-        for row in read_rows(path, split):
-            unlabelled += not row["labelled"]
-            n_repairs += len(row["repairs"])
-            repairs += row["repairs"][: 10 - len(repairs)]
-    found = []
+    rows = [row for split in SPLITS for row in read_rows(path, split)]
+    unlabelled, found = sum(not row["labelled"] for row in rows), []
     if unlabelled:
         found.append(f"{unlabelled} patient(s) have no labels; {instead} taken")
-    if n_repairs:
-        found.append(f"{n_repairs} repair(s), all in {where}: {'; '.join(repairs)}")
+    for what, field in (("repair(s)", "repairs"), ("doubt(s)", "doubts")):
+        if remarks := [remark for row in rows for remark in row[field]]:
+            found.append(f"{len(remarks)} {what}, all in {where}: {'; '.join(remarks[:10])}")
     if found:
         warnings.warn(f"{manifest.name}: {'; '.join(found)}", stacklevel=3)

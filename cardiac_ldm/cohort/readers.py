@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cardiac_ldm.cohort.anatomy import Finding, Sources, examine
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
 from cardiac_ldm.cohort.files import LV_FIRST, OURS, Reading, Stack
 from cardiac_ldm.cohort.manifest import (
@@ -22,7 +23,9 @@ from cardiac_ldm.cohort.manifest import (
     TableReader,
     UkbbReader,
 )
+from cardiac_ldm.cohort.orientation import flipped
 from cardiac_ldm.cohort.phantom import simulate
+from cardiac_ldm.cohort.tables import ukbb_field
 from cardiac_ldm.cohort.volumes import Patient, Phase
 
 PHASES: tuple[Phase, Phase] = ("ED", "ES")
@@ -88,15 +91,41 @@ def read_patient(manifest: Manifest, root: Path | None, patient_id: str, imaged:
     """
     if isinstance(manifest.reader, PhantomReader):
         return simulate(manifest.reader.population, manifest.reader.seed, int(patient_id.removeprefix("p")), imaged)
+    patient, findings, reading = open_patient(manifest, root, patient_id)
+    for finding in findings:
+        if not finding.doubt:
+            reading.problems.append(str(reading.error(finding.file, finding.says)))
+    reading.raise_problems()
+    return patient
+
+
+def open_patient(manifest: Manifest, root: Path | None, patient_id: str) -> tuple[Patient, list[Finding], Reading]:
+    """Read one patient, who isn't a phantom, and check their anatomy; give what was found instead of raising it.
+
+    Raises CohortError where files can't be read, or aren't one patient's.
+    """
     reading, found = Reading(manifest, root), Found(None, ())
     with reading.noting():
         found = _found(reading, manifest, patient_id)
     attributes = reading.attributes(found.attributes)
-    volumes = [volume for stack in found.stacks if (volume := reading.volume(stack))]
+    stacks = found.stacks
+    volumes = [volume for stack in stacks if (volume := reading.volume(stack))]
     reading.raise_problems()
-    reading.compare(found.stacks, volumes)
-    turned = reading.turned(found.stacks[0], volumes)
-    return Patient(patient_id, found.group, turned, attributes, reading.files, tuple(reading.repairs))
+    reading.compare(stacks, volumes)
+    axes = reading.turns(stacks[0], volumes)
+    volumes = list(flipped(volumes, axes))
+    table = found.attributes[0][0].rpartition(": ") if found.attributes else ("", "", "")
+    sources = Sources(
+        images={stack.phase: stack.image for stack in stacks},
+        labels={stack.phase: stack.labels or stack.image for stack in stacks},
+        table=table[0] if isinstance(manifest.reader, UkbbReader) else "".join(table),
+        values=stacks[0].values,
+        reverse=0 in axes,
+    )
+    findings = examine(volumes, attributes, sources)
+    doubts = tuple(f"{finding.file}: {finding.says}" for finding in findings if finding.doubt)
+    files, repairs = reading.files, tuple(reading.repairs)
+    return Patient(patient_id, found.group, tuple(volumes), attributes, files, repairs, doubts), findings, reading
 
 
 def _found(reading: Reading, manifest: Manifest, patient: str) -> "Found":
@@ -183,17 +212,14 @@ def read_ukbb(reading: Reading, table: str | None, patient: str) -> Found:
     <eid>/sa.nii.gz is the cine, stored (x, y, z, t). Labels are by hand (label) or else the network's (seg): two files
     label_sa_ED.nii.gz, label_sa_ES.nii.gz with the images sa_ED.nii.gz, sa_ES.nii.gz, or one of all frames,
     label_sa.nii.gz, of which ED is frame 0, as in that code, and ES where the LV cavity is smallest. Without labels ES
-    is where the image differs most from ED, which is a repair. table: a CSV with eid and UKBB_FIELDS; what it says goes
-    before what the labels measure, and a participant may be missing in it.
+    is where the image differs most from ED, which is a repair. table: a CSV with eid and UKBB_FIELDS, in a spelling of
+    tables.ukbb_field; what it says goes before what the labels measure, and a participant may be missing in it.
     """
     folder = reading.folder(patient, ("",))
     cine, said = f"{folder}/sa.nii.gz", []
     if table:
         with reading.noting():
-            rows = reading.table(table, "eid", (), tuple(UKBB_FIELDS))
-            eid = patient.partition("_")[0]
-            row = reading.row(table, "eid", (eid,), (), tuple(UKBB_FIELDS)) if eid in rows.index else {}
-            said = [(f"{table}: {patient}: {f}", ours, row[f]) for f, ours in UKBB_FIELDS.items() if f in row]
+            said = _ukbb_fields(reading, table, patient.partition("_")[0])
     for prefix in ("label", "seg"):
         files = {p: (f"{folder}/sa_{p}.nii.gz", f"{folder}/{prefix}_sa_{p}.nii.gz") for p in PHASES}
         labels = f"{folder}/{prefix}_sa.nii.gz"
@@ -216,6 +242,22 @@ def read_ukbb(reading: Reading, table: str | None, patient: str) -> Found:
     return Found(None, [Stack(p, cine, None, f) for p, f in zip(PHASES, (0, es), strict=True)], said)
 
 
+def _ukbb_fields(reading: Reading, table: str, patient: str) -> list[tuple[str, str, object]]:
+    """What a table of fields says of a participant. Raises CohortError for a table that says nothing of anybody."""
+    rows = reading.table(table, "eid", (), tuple(UKBB_FIELDS), named=ukbb_field)
+    if not len(rows.columns):
+        known = ", ".join(UKBB_FIELDS)
+        raise reading.error(table, f"has none of the fields {known}, by these names or as p31, p21003_i2; export them")
+    if patient not in rows.index:
+        if rows.index.isin([path.name for path in reading.root.iterdir()]).any():
+            return []
+        raise reading.error(table, "lists no participant who has a folder; are the eids another application's?")
+    row = rows.loc[[patient]]
+    if len(row) != 1:
+        raise reading.error(table, f"has {len(row)} rows whose eid is {patient}; expected one")
+    return [(f"{table}: {patient}: {f}", ours, row[f].iloc[0]) for f, ours in UKBB_FIELDS.items() if f in row]
+
+
 def read_table(reading: Reading, table: str, values: Mapping[int, int], patient: str) -> Found:
     """One patient of any folder of NIfTI files, (x, y, z) or cines (x, y, z, t), that a CSV lists, a row per phase.
 
@@ -227,7 +269,8 @@ def read_table(reading: Reading, table: str, values: Mapping[int, int], patient:
     rows = rows.loc[rows.index == patient].sort_values("phase")
     if list(rows["phase"]) != list(PHASES):
         met = ", ".join(rows["phase"]) or "none"
-        raise reading.error(where, f"the phases of its rows are {met}; expected one row of ED and one of ES")
+        hint = "; of somebody scanned twice keep one scan's rows" if rows["phase"].duplicated().any() else ""
+        raise reading.error(where, f"the phases of its rows are {met}; expected one row of ED and one of ES{hint}")
     stacks = []
     for row in rows.to_dict("records"):
         with reading.noting():

@@ -48,6 +48,7 @@ class Patient:
     volumes share one geometry. attributes: what is known beyond the labels (age, say); it takes precedence over what is
     measured from them. files: what was read, path below the data root -> SHA-256. repairs: what was mended in reading,
     a sentence each, which names the file.
+    doubts: what the check of anatomy found doubtful, likewise.
     """
 
     id: str
@@ -56,3 +57,4 @@ class Patient:
     attributes: Mapping[str, float]
     files: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()

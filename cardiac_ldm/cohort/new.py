@@ -1,0 +1,152 @@
+"""A manifest for a folder that nobody has described yet: its layout is guessed, said, and written to be corrected."""
+
+import csv
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
+from cardiac_ldm.cohort.nifti import ENDINGS, on_a_line
+from cardiac_ldm.cohort.tables import read_table, ukbb_field
+from cardiac_ldm.errors import CohortError
+
+_PHASES = {"ED": ("ed", "dia", "diastole", "diastolic"), "ES": ("es", "sys", "systole", "systolic")}
+_LABELS = ("gt", "seg", "label", "labels", "mask", "segmentation", "contours")
+_TABLE = "patients.csv"
+_HEAD = """\
+# Guessed from the folder's content by `python -m cardiac_ldm.cohort new`: correct it, then
+#   python -m cardiac_ldm.cohort check {path}
+# role: private unless everybody may see these patients; then public.
+# exclude: names of patients to leave out, because they withdrew, say.
+"""
+
+
+def new(folder: Path, out: Path | None = None) -> Path:
+    """Write a manifest for a data folder, to `out` or data_manifests/, print what was guessed, and return its path.
+
+    Nothing is overwritten. Of NIfTI files that no table lists, one is written into the folder. Raises CohortError where
+    the folder holds no layout that's known, or a file is in the way.
+    """
+    if not folder.is_dir():
+        raise CohortError(f"{folder}: there's no such folder; give the one that holds the files")
+    name = re.sub(r"[^a-z0-9_]+", "_", folder.resolve().name.lower()).strip("_")
+    name = name if name[:1].isalpha() else f"cohort_{name}".rstrip("_")
+    out = out or MANIFEST_FOLDER / f"{name}.yaml"
+    if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
+        raise CohortError(f"{out}: give a file that ends in .yaml, in a folder that is there")
+    if out.exists():
+        raise CohortError(f"{out}: is there already and isn't overwritten; name another file with --out")
+    reader, said = _guess(folder)
+    said += [
+        "role: private, as long as nobody says otherwise",
+        "splits: 80, 5 and 15 % of the patients, by their names",
+    ]
+    manifest: dict[str, Any] = {"name": name, "role": "private", "simulated": False}
+    manifest |= {"licence": "to be filled in", "citation": "to be filled in", "obtain": "to be filled in"}
+    manifest |= {"root": str(folder.resolve()), "reader": reader, "exclude": []}
+    manifest |= {"splits": {"train": 0.8, "validation": 0.05, "test": 0.15}}
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(_HEAD.format(path=out) + yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise CohortError(f"{out}: can't be written ({on_a_line(error)}); name another file with --out") from error
+    print(f"{out}: written; it's a guess, to be corrected:")
+    print("\n".join(f"  {line}" for line in said))
+    print(f"then: python -m cardiac_ldm.cohort check {out}")
+    return out
+
+
+def _guess(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The reader's settings, and what was seen that speaks for them."""
+    if infos := [p for outer in ("", "training", "testing") for p in (folder / outer).glob("patient[0-9]*/Info.cfg")]:
+        return {"kind": "acdc"}, [f"reader: acdc, for {len(infos)} folders patientNNN with Info.cfg"]
+    tables = {path.name: _columns(path) for path in sorted(folder.glob("*.csv"))}
+    for name, columns in tables.items():
+        if "External code" in columns and any((folder / part).is_dir() for part in ("Training", "Validation")):
+            return {"kind": "mnms", "table": name}, [f"reader: mnms, for {name} and the challenge's folders"]
+        if "SUBJECT_CODE" in columns and (folder / "dataset").is_dir():
+            return {"kind": "mnms2", "table": name}, [f"reader: mnms2, for {name} and the folder dataset"]
+    if cines := [p for end in ENDINGS for p in folder.glob(f"[0-9]*/sa{end}")]:
+        fields = next((n for n, columns in tables.items() if "eid" in map(ukbb_field, columns)), None)
+        said = [
+            f"reader: ukbb, for {len(cines)} cines <eid>/sa.nii.gz",
+            f"table of fields: {fields or 'none is there'}",
+        ]
+        return {"kind": "ukbb"} | ({"table": fields} if fields else {}), said
+    for name, columns in tables.items():
+        if {"patient", "phase", "path"} <= set(columns):
+            return {"kind": "table", "table": name}, _of_table(folder, name, columns)
+    return _listed(folder, tables)
+
+
+def _columns(path: Path) -> list[str]:
+    """The names in a CSV's first line, as the readers see them; none of what isn't UTF-8 text."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError):
+        return []
+    first = next((line for line in text.splitlines() if not line.lower().startswith(("sep=", '"sep='))), "")
+    return [cell.strip() for cell in next(csv.reader([first], delimiter=";" if ";" in first else ","), [])]
+
+
+def _of_table(folder: Path, name: str, columns: Sequence[str]) -> list[str]:
+    said = [f"reader: table, for {name}, which has the columns {', '.join(columns)}"]
+    try:
+        table = read_table(folder / name, 0, "patient", ("phase", "path"), ("labels",))
+        labelled = int((table["labels"] != "").sum()) if "labels" in table else 0
+        said.append(f"{table.index.nunique()} patients in {len(table)} rows, {labelled} of them with labels")
+    except ValueError as error:
+        said.append(f"{name} {error}")
+    return said
+
+
+def _listed(folder: Path, tables: dict[str, list[str]]) -> tuple[dict[str, Any], list[str]]:
+    """Write a table of the NIfTI files, by what their names say. Raises CohortError."""
+    rows, unclear = _rows(folder)
+    if not rows:
+        seen = f"{len(unclear)} NIfTI files whose names say neither ED nor ES" if unclear else "no NIfTI file"
+        hint = f"; {', '.join(tables)} lacks the columns patient, phase, path" if tables else ""
+        raise CohortError(
+            f"{folder}: holds {seen}{hint}; list the files in a CSV with the columns patient, phase, path (and labels, "
+            "frame), and call this again"
+        )
+    table = folder / _TABLE
+    try:
+        with table.open("x", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("patient", "phase", "path", "labels"), *rows])
+    except OSError as error:
+        raise CohortError(
+            f"{table}: can't be written ({on_a_line(error)}); nothing is overwritten: rename it"
+        ) from error
+    said = [f"reader: table, for {_TABLE}, which was written from the files' names: look through it"]
+    said.append(
+        f"{len({row[0] for row in rows})} patients in {len(rows)} rows, {sum(bool(r[3]) for r in rows)} labelled"
+    )
+    said += [f"{file}: says neither ED nor ES; left out" for file in unclear[:10]]
+    return {"kind": "table", "table": _TABLE}, said
+
+
+def _rows(folder: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """Rows (patient, phase, path, labels), and the files whose names don't tell."""
+    met: dict[tuple[str, str], dict[bool, str]] = defaultdict(dict)
+    unclear = []
+    for file in _niftis(folder):
+        where, stem = file.parent.as_posix(), re.sub(r"\.nii(\.gz)?$", "", file.name)
+        words = [word for word in re.split(r"[_\-. ]+", stem) if word]
+        phase = next((p for p, names in _PHASES.items() if any(word.lower() in names for word in words)), None)
+        rest = [w for w in words if w.lower() not in (*_LABELS, *(n for names in _PHASES.values() for n in names))]
+        if phase is None:
+            unclear.append(file.as_posix())
+        else:
+            patient = where.replace("/", "_") if where != "." else "_".join(rest)
+            met[patient, phase][any(word.lower() in _LABELS for word in words)] = file.as_posix()
+    rows = [(*who, files[False], files.get(True, "")) for who, files in sorted(met.items()) if False in files]
+    return rows, unclear
+
+
+def _niftis(folder: Path) -> Iterator[Path]:
+    yield from sorted(p.relative_to(folder) for end in ENDINGS for p in folder.rglob(f"*{end}") if p.is_file())
