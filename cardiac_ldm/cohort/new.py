@@ -3,14 +3,15 @@
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
+from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER, Manifest
 from cardiac_ldm.cohort.nifti import ENDINGS, on_a_line
+from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.cohort.tables import read_table, ukbb_field
 from cardiac_ldm.errors import CohortError
 
@@ -21,6 +22,7 @@ _HEAD = """\
 # Guessed from the folder's content by `python -m cardiac_ldm.cohort new`: correct it, then
 #   python -m cardiac_ldm.cohort check {path}
 # role: private unless everybody may see these patients; then public.
+# budget: what all runs together may spend of these patients; patients: how many places there are, which is public.
 # exclude: names of patients to leave out, because they withdrew, say.
 """
 
@@ -44,11 +46,13 @@ def new(folder: Path, out: Path | None = None) -> Path:
     said += [
         "role: private, as long as nobody says otherwise",
         "splits: 80, 5 and 15 % of the patients, by their names",
+        "budget: what all runs together may spend, and the places to learn from, which are public: a round number",
     ]
     manifest: dict[str, Any] = {"name": name, "role": "private", "simulated": False}
     manifest |= {"licence": "to be filled in", "citation": "to be filled in", "obtain": "to be filled in"}
     manifest |= {"root": str(folder.resolve()), "reader": reader, "exclude": []}
     manifest |= {"splits": {"train": 0.8, "validation": 0.05, "test": 0.15}}
+    manifest["budget"] = {"epsilon": 10.0, "delta": 1e-5, "patients": _places(manifest, folder)}
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(_HEAD.format(path=out) + yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True))
@@ -58,6 +62,15 @@ def new(folder: Path, out: Path | None = None) -> Path:
     print("\n".join(f"  {line}" for line in said))
     print(f"then: python -m cardiac_ldm.cohort check {out}")
     return out
+
+
+def _places(manifest: Mapping[str, Any], folder: Path) -> int:
+    """A round number of patients that the train split won't exceed; who reads it learns no more than that."""
+    try:
+        found = list_patients(Manifest.model_validate({**manifest, "role": "public"}), folder)
+    except CohortError:  # the table is wrong somewhere: the check that comes next says where
+        found = ()
+    return max(10, -(-len(found) // 10) * 10)
 
 
 def _guess(folder: Path) -> tuple[dict[str, Any], list[str]]:
