@@ -40,7 +40,7 @@ while arguments:
     part = arguments.pop(0)
     if rest or not part.startswith("-"):
         rest.append(part)
-    elif part in ("--job-name", "--output", "--comment", "--name", "-A", "-p", "-t", "--mem", "-D", "-C"):
+    elif part in ("--job-name", "--output", "--comment", "-A", "-p", "-t", "--mem", "-D", "-C"):
         given[part] = arguments.pop(0)
     else:
         key, _, given[key] = part.partition("=")
@@ -60,7 +60,7 @@ if name == "sbatch":
     print(job.name)
 elif name == "srun":
     os.execvp(rest[0], rest)
-elif name in ("sacct", "squeue") and "--name" in given:
+elif name in ("sacct", "squeue") and "--name" in sys.argv:
     for job in jobs.iterdir():
         print(job.name, (job / "state").read_text().strip() if (job / "state").exists() else "RUNNING", sep="|")
 '''
@@ -223,7 +223,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(clone: Path, **others: str) -> dict[str, str]:
     """The environment of a workflow in a clone."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CARDIAC_LDM_RUNS")}
+    left = ("CARDIAC_LDM_RUNS", "PYTEST_CURRENT_TEST")  # by the latter ipykernel knows that it's tested
+    kept = {name: value for name, value in os.environ.items() if name not in left}
     return kept | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"} | others
 
 
