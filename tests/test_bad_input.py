@@ -220,7 +220,7 @@ TABLES: dict[str, tuple[Spoil, str]] = {
         "has no column patient, phase, path, but anna",
     ),
     "a missing column": (table("phase", "fase"), "has no column phase, but patient, fase, path"),
-    "semicolons after commas": (table("patient,phase,path", "patient;phase;path"), "put commas between cells"),
+    "semicolons and commas": (table("patient,phase,path", "patient;phase;path"), "line 2 has 5 cells, the header 3"),
     "tabs": (table(",", "\t"), "has no column patient, phase, path"),
     "another alphabet's encoding": (table("anna,ED", "änna,ED", "latin-1"), "can't be read as CSV ('utf-8' codec"),
     "an Excel file": (content("patients.csv", lambda b: b"PK\x03\x04" + bytes(99)), "patients.csv: "),
