@@ -1,4 +1,4 @@
-# Needs python3 (3.11 or newer) and make; everything else is installed into .venv. Variables: PROFILE, EPSILONS, CORES.
+# Needs python3 (3.11.5 to 3.14) and make; everything else is installed into .venv. Variables: PROFILE, EPSILONS, CORES.
 PROFILE ?= demo
 EPSILONS ?= 1,10
 CORES ?= $(shell python3 -c "import os; print(os.cpu_count())")
@@ -36,7 +36,7 @@ clean: .venv/installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 
 .venv/installed: pyproject.toml constraints.txt
-	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python3 is %s; the study needs 3.11 or newer' % sys.version.split()[0])"
+	python3 -c "import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 15) and 'python3 is %s; the study needs 3.11.5 to 3.14' % sys.version.split()[0])"
 	python3 -m venv .venv
 	$(INSTALL) ".[book]"
 	$(BIN)/python book/_ext/vendored.py || echo "The book's viewers are not here yet: with a network, run python book/_ext/vendored.py"

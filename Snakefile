@@ -65,7 +65,7 @@ rule book:
     params:
         python=sys.executable, build=f"{ROOT}/book/build.py", executed=EXECUTED, into=f"{RUNS}/book",
     shell:
-        "exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
+        "rm -rf {params.into:q}; exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
 
 
 for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS.items():

@@ -1,5 +1,6 @@
 """The workflow: what it's asked for, how it's killed and started again, a cluster's scheduler, `make clean`."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -16,7 +18,9 @@ import nbformat
 import pytest
 import yaml
 from filelock import FileLock
+from packaging.specifiers import SpecifierSet
 
+from benchmarks import RESULTS
 from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
 from cardiac_ldm.errors import ParameterError, StudyError
 from cardiac_ldm.privacy import Ledger
@@ -193,6 +197,17 @@ def test_make_hands_the_shell_quoted_values() -> None:
     assert '--config "profile=$PROFILE" "epsilons=$EPSILONS"' in shown
 
 
+def test_pythons_that_are_named_are_those_for_which_the_pinned_versions_resolve() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = json.loads((RESULTS / "python_versions.json").read_text())["rows"]
+    resolved = [row["python"] for row in rows if row["system"] == "Linux x86-64" and row["resolves"]]
+    asked = SpecifierSet(project["requires-python"])
+    assert all(version in asked for version in resolved)
+    assert not {"3.11.4", "3.15"} & set(asked.filter(["3.11.4", "3.15"]))
+    named = [classifier.rpartition(" ")[2] for classifier in project["classifiers"] if "Python" in classifier]
+    assert named == [".".join(version.split(".")[:2]) for version in resolved]
+
+
 # ---- runs of the workflow, in a clone of its own ----
 
 
@@ -213,6 +228,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "book" / "build.py").write_text(
         "import pathlib, sys\nassert len(list(pathlib.Path(sys.argv[1]).glob('*.ipynb'))) == 10\n"
         "page = pathlib.Path(sys.argv[2], '_build/html/index.html')\n"
+        "assert not pathlib.Path(sys.argv[2]).exists()\n"
         "page.parent.mkdir(parents=True)\npage.write_text('the book')\n"
     )
     profile_file(folder / "runs" / ODD)
@@ -243,6 +259,15 @@ def snakemake(clone: Path, *arguments: str, log: IO[str] | None = None, **env: s
     )
 
 
+def output_of(workflow: subprocess.Popen[str]) -> str:
+    """What a workflow has printed when it ends; one that hangs is killed, and what it said fails the test."""
+    try:
+        return workflow.communicate(timeout=1200)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(workflow.pid, signal.SIGKILL)
+        pytest.fail(f"the workflow hangs: {workflow.communicate()[0]}")
+
+
 def is_clean(clone: Path) -> bool:
     """Whether git sees nothing new and nothing changed."""
     told = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
@@ -262,7 +287,7 @@ def processes_with(marker: str) -> list[int]:
 
 def test_a_wrong_setting_ends_the_workflow_with_one_sentence(clone: Path) -> None:
     workflow = snakemake(clone, "--dry-run", "--cores", "2", "--config", "epsilons=ten")
-    said, _ = workflow.communicate()
+    said = output_of(workflow)
     assert workflow.returncode != 0
     assert "ParameterError: epsilons: 'ten'" in said
     assert "Traceback" not in said
@@ -272,7 +297,7 @@ def test_a_wrong_setting_ends_the_workflow_with_one_sentence(clone: Path) -> Non
 def test_the_slurm_profile_plans_every_chapter_with_what_it_needs(clone: Path) -> None:
     arguments = ("--config", f"profile=runs/{ODD}", "epsilons=1, 10")
     workflow = snakemake(clone, "--dry-run", "--workflow-profile", "slurm", "--quiet", "host", *arguments)
-    said, _ = workflow.communicate()
+    said = output_of(workflow)
     assert workflow.returncode == 0, said
     (finetune, *_) = re.findall(r"rule finetune:.*?\n\n", said, re.DOTALL)
     for needed in ("mem_mb=64000", "runtime=2880", "gpu=1"):
@@ -299,7 +324,7 @@ def test_a_killed_workflow_is_started_again_by_the_same_command(clone: Path, tmp
                 time.sleep(0.2)
         if number == 0:
             second = snakemake(clone, *command, *goal)
-            said, _ = second.communicate()
+            said = output_of(second)
             assert second.returncode != 0
             assert "a study is running here already" in said
         time.sleep(2 * number)  # into the notebook
@@ -310,7 +335,7 @@ def test_a_killed_workflow_is_started_again_by_the_same_command(clone: Path, tmp
             assert time.monotonic() < deadline, f"{left} outlive the workflow"
             time.sleep(0.5)
     workflow = snakemake(clone, *command, *goal)
-    said, _ = workflow.communicate()
+    said = output_of(workflow)
     assert workflow.returncode == 0, said
     assert nbformat.read(wanted, 4).cells
     assert is_clean(clone)
@@ -329,7 +354,7 @@ def test_slurm_runs_the_whole_study(clone: Path, tmp_path: Path) -> None:
     asked = ("--config", f"profile=runs/{ODD}", "epsilons=1.0, 10,1")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     workflow = snakemake(clone, "--workflow-profile", "slurm", *patient, *asked, PATH=path)
-    said, _ = workflow.communicate()
+    said = output_of(workflow)
     assert workflow.returncode == 0, said + "".join(
         p.read_text() for p in clone.glob(".snakemake/slurm_logs/*/*/*.log")
     )
