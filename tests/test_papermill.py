@@ -288,7 +288,7 @@ def test_a_first_cell_that_is_run_again_ignores_what_later_cells_defined(tmp_pat
         ("finetune.draws", 0, "finetune.draws: 0"),
         ("finetune.delta", 1, "finetune.delta: 1"),
         ("finetune.delta", 0.1, r"delta: 0.1 must lie between 0 and 1/N = 1/24"),
-        ("finetune.expected_batch", 24, "expected_batch: 24 must be below N = 24"),
+        ("finetune.expected_batch", 25, "expected_batch: 25 must be 1 to N = 24"),
         ("denoiser.channels", [8, 12], "autoencoder or denoiser can't be built"),
         ("denoiser.attention", [True], "autoencoder or denoiser can't be built"),
         ("autoencoder.channels", [], "autoencoder or denoiser can't be built|autoencoder.channels"),
@@ -313,7 +313,8 @@ def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(tmp_path
     terms = {"simulated": False, "licence": "none", "citation": "none", "reader": {"kind": "acdc"}}
     splits = {"train": ["patient001"], "validation": ["patient002"], "test": ["patient003"]}
     hospital, root = tmp_path / "hospital.yaml", tmp_path / "files"
-    hospital.write_text(yaml.safe_dump({"name": "hospital", "role": "private", "splits": splits} | terms))
+    spending = {"budget": {"epsilon": 10, "delta": 1e-5}}
+    hospital.write_text(yaml.safe_dump({"name": "hospital", "role": "private", "splits": splits} | terms | spending))
     clinic = tmp_path / "clinic.yaml"
     clinic.write_text(yaml.safe_dump({"name": "clinic", "role": "public", "splits": splits} | terms))
     for patient in ("patient001", "patient003"):
@@ -337,7 +338,7 @@ def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(tmp_path
     refused({"epsilons": "1, 1e-12"}, "epsilon: 1e-12 can't be reached in 4 steps", CompareParameters)
     (root / "training" / "patient002").mkdir()
     refused(there | {"epsilon": math.inf}, "epsilon: inf on hospital would reveal real private patients")
-    refused(there | {"epsilon": 1}, "expected_batch: 6 must be below N = 1")
+    refused(there | {"epsilon": 1}, "expected_batch: 6 must be 1 to N = 1")
     small = yaml.safe_load(TINY.read_text())
     small["patients"]["private"]["test"] = 7
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))

@@ -150,11 +150,19 @@ def test_what_no_notebook_takes_is_refused_in_a_sentence(config: dict[str, Any],
 
 def test_a_real_private_cohort_is_never_trained_on_without_privacy(tmp_path: Path) -> None:
     path = tmp_path / "our hospital's.yaml"
+    names = [f"patient{number:03d}" for number in range(10)]
+    for name in names:
+        (tmp_path / "files" / name).mkdir(parents=True)
     manifest = yaml.safe_load((MANIFEST_FOLDER / "acdc.yaml").read_text()) | {"name": "hospital", "role": "private"}
+    manifest |= {"splits": {"train": names[:8], "validation": names[8:9], "test": names[9:]}}
+    manifest |= {"root": str(tmp_path / "files"), "budget": {"epsilon": 20, "delta": 1e-5}}
     path.write_text(yaml.safe_dump(manifest))
-    assert WorkflowSettings.read({"cohort_private": str(path)}).budgets == ["1", "10"]
+    asked = {"cohort_private": str(path), "profile": str(TINY)}
+    settings = WorkflowSettings.read(asked)
+    assert settings.budgets == ["1", "10"]
+    assert "would-spend" in settings.would_spend  # looks at both before one is spent
     with pytest.raises(StudyError, match="inf on hospital would reveal real private patients"):
-        WorkflowSettings.read({"cohort_private": str(path), "epsilons": "1,inf"})
+        WorkflowSettings.read(asked | {"epsilons": "1,inf"})
 
 
 @pytest.mark.parametrize("name", [ODD, "plain.yaml", "'.yaml", '".yaml', "-r.yaml", "ä ß.yaml", "a=b,c.yaml"])
