@@ -368,8 +368,11 @@ def test_a_failure_names_every_broken_patient_and_keeps_the_sound_parts(ward, tm
     texts = [file.read_text() for file in broken]
     for file in broken:
         file.unlink()
-    with pytest.raises(CohortError, match=r"2 patient\(s\)[\s\S]*patient001[\s\S]*patient009"):
+    with pytest.raises(CohortError, match=r"2 patient\(s\) can't be prepared") as caught:
         prepare(manifest, store=tmp_path / "store", data_root=ward)
+    assert "patient0" not in str(caught.value)  # they are real and private: their names are for the holder alone
+    log = tmp_path / "store" / ".hospital-problems.txt"
+    assert [name in log.read_text() for name in ("patient000", "patient001", "patient009")] == [False, True, True]
     assert not list((tmp_path / "store").glob("hospital-*"))
     read.clear()
     for file, text in zip(broken, texts, strict=True):
@@ -593,8 +596,14 @@ def test_labels_of_one_phase_place_both_and_a_patient_counts_as_unlabelled():
     assert np.isnan(record.attributes[0, ATTRIBUTE_NAMES.index("LVESV")])
 
 
+def scaled(patient, factor):
+    """The patient, seen by a brighter coil."""
+    volumes = tuple(replace(volume, image=factor * volume.image) for volume in patient.volumes)
+    return replace(patient, volumes=volumes)
+
+
 def test_the_store_knows_whose_labels_were_given_and_by_what_the_others_were_found(tmp_path, threads, monkeypatch):
-    people = {f"patient00{i}": unlabelled(name=f"patient00{i}") for i in range(10)}
+    people = {f"patient00{i}": scaled(unlabelled(name=f"patient00{i}"), 1 + i) for i in range(10)}
     people["patient001"] = replace(tissue(11, (10.0, 1.5, 1.5)), id="patient001")
     reads = []
 
@@ -709,6 +718,7 @@ def test_guards_let_through_only_what_exposes_nobody(tmp_path, role, simulated, 
             "splits": dict.fromkeys(("train", "validation", "test"), 1)
             if simulated
             else {"train": ["a"], "validation": ["b"], "test": ["c"]},
+            "budget": {"epsilon": 10, "delta": 1e-5} if role == "private" and not simulated else None,
         }
     )
     patients = Patients(manifest, "train", tmp_path, np.arange(1))

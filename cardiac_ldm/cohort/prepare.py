@@ -282,7 +282,7 @@ def _prepare_part(
             problems.append(str(error))
             continue
         used = None if record.labelled or localiser is None else localiser.key
-        voxels = [] if on_demand else [_voxels(volume.image) for volume in patient.volumes]
+        voxels = [_voxels(volume.image) for volume in patient.volumes if root]  # no phantom is there twice
         files = {
             "person": manifest.person(patient_id),
             "voxels": voxels,
