@@ -170,11 +170,14 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, ac
     """The whole flow on real hearts, public and private: nothing is measured on private ones and no seed is used."""
     manifest = yaml.safe_load((ROOT / "data_manifests" / "acdc.yaml").read_text())
     train = manifest["splits"]["train"]  # of which this profile takes the first few for the public cohort
-    others = {"train": train[30:], "validation": train[20:25], "test": train[25:30]}
+    others = {"train": train[-24:], "validation": train[20:25], "test": train[25:30]}
     path, runs = tmp_path / "hospital.yaml", tmp_path / "runs"
-    path.write_text(yaml.safe_dump(manifest | {"name": "hospital", "role": "private", "splits": others}))
+    terms = {"name": "hospital", "role": "private", "splits": others, "budget": {"epsilon": 10, "delta": 1e-5}}
+    path.write_text(yaml.safe_dump(manifest | terms))
     cohorts = ("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", str(acdc_root))
-    finished = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
+    asked = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
+    assert "to agree, set the parameter spend to True" in asked.stderr
+    finished = papermill("07_gallery", *cohorts, "epsilons", "10", "spend", "True", runs=runs)
     assert finished.returncode == 0, finished.stderr[-3000:]
     (folder,) = runs.glob("finetune-*")
     assert Ledger.load(folder / "privacy.json").randomness == "ChaCha20, keyed by the operating system's entropy"
