@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from benchmarks import RESULTS
 from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
 from cardiac_ldm.errors import ParameterError, StudyError
-from cardiac_ldm.privacy import Ledger
+from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.study import ROOT
 from tests.conftest import TINY
 from workflow import clean
@@ -429,14 +429,15 @@ def test_progress_of_a_chapter_reaches_the_terminal_with_its_name(chapter: Simpl
 def test_clean_says_what_it_deletes_and_leaves_what_was_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulated = Ledger.load(ROOT / "cardiac_ldm" / "weights" / "pretrain" / "privacy.json").model_copy(
-        update={"guarantee": "patient-level DP", "randomness": "ChaCha20, keyed by seed 0: simulated patients only"}
-    )
-    real = simulated.model_copy(update={"randomness": "ChaCha20, keyed by the operating system's entropy"})
+    plan = PrivatePlan(24, 6, 2, 1.0, 1, 5.0, 1e-5, noise_multiplier=2.0)
+    words = {"stage": "denoiser", "tuned": "all", "private_data": "mine (train)", "public_data": ""}
+    simulated = plan.ledger(Randomness(0, simulated=True), **words)
+    real = simulated.model_copy(update={"simulated": False})
     for folder, ledger in (("finetune-1", simulated), ("finetune-2", real), ("release/finetune-2", real)):
         (tmp_path / folder).mkdir(parents=True)
-        ledger.save(tmp_path / folder / "privacy.json")
-        (tmp_path / folder / "weights.safetensors").write_bytes(b"0" * 1_000_000)
+        weights = tmp_path / folder / "weights.safetensors"
+        weights.write_bytes(b"0" * 1_000_000)
+        ledger.bound(weights).save(weights.with_name("privacy.json"))
     for name in ("cohorts/.salt", "cohorts/x/images", "latents/y", "executed/demo/00.ipynb"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

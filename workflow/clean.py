@@ -34,7 +34,7 @@ def about_real_patients(ledger: Path) -> bool:
         told = Ledger.load(ledger)
     except (StudyError, ValueError, OSError):
         return True
-    return told.guarantee != "public data only" and "simulated" not in told.randomness
+    return told.guarantee != "public data only" and not told.simulated
 
 
 def leave_only(folder: Path, stay: set[Path]) -> None:
