@@ -111,7 +111,7 @@ def check_built(app: Sphinx, exception: Exception | None) -> None:
 
 
 class Library(LiteralInclude):
-    """Code of the library, named from the repository's root: `{library} cardiac_ldm/privacy/dpsgd.py`."""
+    """A file of the repository, named from its root: `{library} cardiac_ldm/privacy/dpsgd.py`."""
 
     def run(self) -> list[nodes.Node]:
         """Find the file wherever the book lies, then do as `literalinclude` does."""
