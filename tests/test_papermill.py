@@ -309,7 +309,10 @@ def test_a_setting_that_cant_work_is_found_in_the_first_cell(
         FinetuneParameters.read({"profile": str(tmp_path / "mine.yaml"), "epsilon": 1})
 
 
-def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(tmp_path: Path) -> None:
+def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CARDIAC_LDM_ROOT_ACDC", raising=False)
     terms = {"simulated": False, "licence": "none", "citation": "none", "reader": {"kind": "acdc"}}
     splits = {"train": ["patient001"], "validation": ["patient002"], "test": ["patient003"]}
     hospital, root = tmp_path / "hospital.yaml", tmp_path / "files"
