@@ -1,84 +1,51 @@
-"""The study: which stage needs which.
-
-A stage's folder is `runs/<stage>-<key>`; the key hashes its settings and the keys of the stages before it, so the same
-settings are never trained twice and changed ones never reuse a result. `metrics.json` is written last and says that a
-stage is complete.
-"""
+"""The study: which stage needs which, and what each does, in the order in which data walks through them."""
 
 import hashlib
 import json
 import math
 import os
-import pickle
-import secrets
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from filelock import FileLock
-from pydantic import BaseModel
 
 from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
-from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
+from cardiac_ldm.evaluation.audit import audit_mechanism, audit_training
 from cardiac_ldm.evaluation.features import InceptionEncoder
 from cardiac_ldm.evaluation.foreign import read_folder
 from cardiac_ldm.evaluation.membership import calibrated, membership
 from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation
-from cardiac_ldm.evaluation.metrics import Estimates, Measured, compare, differences, estimate, measure, measure_real
+from cardiac_ldm.evaluation.metrics import compare, differences, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
 from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tabulate_arms, utility
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import CohortParameters, Parameters
-from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, Standing, public_ledger
-from cardiac_ldm.privacy.bounds import BOUNDS
-from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
-from cardiac_ldm.profile import AnatomySettings, Profile, Role
+from cardiac_ldm.privacy import Ledger, Randomness, Record, Standing, public_ledger
+from cardiac_ldm.profile import Profile, Role
 from cardiac_ldm.progress import awaited
+from cardiac_ldm.runs import Run, Stage, place, plain, stage
+from cardiac_ldm.spending import Spending
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
-from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import denoising, finetune, finetune_decoder
+from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
+from cardiac_ldm.training.private import is_first_process
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
 """Attributes whose calibration is shown."""
 _STEERED = 10
 """Reference patients whose requests are asked anew, in many ways."""
-_AUDITED = 600
-"""Places in an audit from end to end."""
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A completed stage and the folder that holds what it left."""
-
-    stage: str
-    key: str
-    folder: Path
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        """What the stage measured."""
-        return json.loads((self.folder / "metrics.json").read_text())
-
-    @property
-    def ledger(self) -> Ledger:
-        """What the model's training spent."""
-        return Ledger.load(self.folder / "privacy.json")
+Metrics = Mapping[str, Any]
 
 
 class Study:
@@ -89,37 +56,56 @@ class Study:
         self.profile = Profile.load(parameters.profile)
         self.runs = Path(os.environ.get("CARDIAC_LDM_RUNS", ROOT / "runs"))
 
+    # --- Cohorts ---
+
     @cached_property
-    def _public_as_given(self) -> Cohort:
-        """The prepared public cohort, from whose labels the instruments learn."""
+    def public_as_given(self) -> Cohort:
+        """The prepared public cohort, from whose labels the segmenter and the phase classifier learn."""
         return self._cohort("public")
 
     @cached_property
     def public(self) -> Cohort:
         """The prepared public cohort."""
-        given = self._public_as_given
-        return given if all(given.split(s).labelled.all() for s in given.splits) else self._with_hearts_found("public")
+        given = self.public_as_given
+        return given if _labelled(given) else self._with_hearts_found("public")
 
     @cached_property
     def private(self) -> Cohort:
         """The prepared private cohort."""
         return self._with_hearts_found("private")
 
+    @cached_property
+    def reference_cohort(self) -> Cohort:
+        """The private cohort where it's simulated.
+
+        Held-out patients of a real private cohort are not covered by the guarantee, so public ones stand in for them.
+        """
+        return self.private if load_manifest(self.parameters.cohort_private).simulated else self.public
+
+    @property
+    def reference(self) -> Patients:
+        """The held-out patients whose attributes are asked for and against whom models are measured."""
+        return self.reference_cohort.split("test")
+
+    def beside(self, parameters: CohortParameters) -> list[Cohort]:
+        """The cohort to hold beside the study's own; none where none is named."""
+        if not parameters.cohort_beside:
+            return []
+        root = Path(parameters.data_root_beside) if parameters.data_root_beside else None
+        return [prepare(load_manifest(parameters.cohort_beside), store=self.runs / "cohorts", data_root=root)]
+
     def _with_hearts_found(self, role: Role) -> Cohort:
         """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
-        run = self._shipped("anatomy")
+        declared: Stage = type(self).anatomy
+        run = self.shipped(declared)
         if run is None:
-            if not self._public_as_given.split("train").labelled.any():
+            if not self.public_as_given.split("train").labelled.any():
                 return self._cohort(role)
-            run = self._planned(*self._anatomy)
-        finder = HeartFinder(run.folder / "segmenter.safetensors", run.key)
-        try:
-            return self._cohort(role, finder)
-        except FileNotFoundError:
-            if finder.weights.exists():
-                raise
-            _ = self.anatomy
-            return self._cohort(role, finder)
+            run = declared.planned(self)
+            if not run.done and _labelled(given := self._cohort(role)):
+                return given
+            run = self.anatomy
+        return self._cohort(role, HeartFinder(run.folder / "segmenter.safetensors", run.key))
 
     @awaited("cohorts")
     def _cohort(self, role: Role, localiser: HeartFinder | None = None) -> Cohort:
@@ -129,99 +115,61 @@ class Study:
         store = self.runs / "cohorts"
         return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=True)
 
-    def beside(self, parameters: CohortParameters) -> list[Cohort]:
-        """The cohort to hold beside the study's own; none where none is named."""
-        if not parameters.cohort_beside:
-            return []
-        root = Path(parameters.data_root_beside) if parameters.data_root_beside else None
-        return [prepare(load_manifest(parameters.cohort_beside), store=self.runs / "cohorts", data_root=root)]
+    # --- Public models ---
 
-    @cached_property
-    def reference(self) -> Patients:
-        """The held-out patients whose attributes are asked for and against whom models are measured.
+    @stage("autoencoder", 1, settings=("autoencoder",), needs=("public",))
+    def autoencoder(self, run: Run) -> Metrics:
+        """The autoencoder, trained on public patients."""
+        model, losses = train_autoencoder(self.public.split("train"), self.profile.autoencoder, self.seed, run.state)
+        self._leave_public(run, weights=model)
+        return {"losses": losses}
 
-        They come from the private cohort where it is simulated. Held-out patients of a real private cohort are not
-        covered by the guarantee, so the public ones stand in for them.
-        """
-        simulated = load_manifest(self.parameters.cohort_private).simulated
-        return (self.private if simulated else self.public).split("test")
+    @stage("anatomy", 1, settings=("anatomy",), needs=("public_as_given",), title="segmenter and phase classifier")
+    def anatomy(self, run: Run) -> Metrics:
+        """The segmenter and the phase classifier, trained on public labels."""
+        patients, settings = self.public_as_given.split("train"), self.profile.anatomy
+        segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
+        phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
+        self._leave_public(run, segmenter=segmenter, phase=phase)
+        return {"segmenter": dice, "phase": entropy}
 
-    @cached_property
-    @awaited("autoencoder")
-    def autoencoder(self) -> Run:
-        """Stage: the autoencoder, trained on public patients."""
-        settings = self.profile.autoencoder
+    @stage("pretrain", 1, settings=("pretrain", "denoiser"), needs=("autoencoder",), title="pretraining")
+    def pretrained(self, run: Run) -> Metrics:
+        """The denoiser, pre-trained on public patients; the model of epsilon 0."""
+        patients, settings = self.public.split("train"), self.profile.pretrain
+        latents = self.latents(patients, self.public)[:]
+        model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, run.state)
+        self._leave_public(run, weights=model)
+        return {"losses": losses}
 
-        def work(folder: Path) -> dict[str, Any]:
-            model, losses = train_autoencoder(self.public.split("train"), settings, self.seed, folder / "state.pt")
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
-            return {"losses": losses}
+    def _leave_public(self, run: Run, **models: Any) -> None:  # noqa: ANN401
+        run.leave(**models)
+        files = run.folder.glob("*.safetensors")
+        public_ledger(self.public_as_given.manifest.name).bound(*files).save(run.folder / "privacy.json")
 
-        return self._shipped("autoencoder") or self._run("autoencoder", settings, [self.public.key], work)
-
-    @property
-    def _anatomy(self) -> tuple[str, AnatomySettings, list[str]]:
-        return "anatomy", self.profile.anatomy, [self._public_as_given.key]
-
-    @cached_property
-    @awaited("segmenter and phase classifier")
-    def anatomy(self) -> Run:
-        """Stage: the segmenter and the phase classifier, trained on public labels."""
-        settings = self.profile.anatomy
-
-        def work(folder: Path) -> dict[str, Any]:
-            patients = self._public_as_given.split("train")
-            segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
-            phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
-            save_weights(segmenter, folder / "segmenter.safetensors")
-            save_weights(phase, folder / "phase.safetensors")
-            _leave_public_ledger(self._public_as_given, folder)
-            return {"segmenter": dice, "phase": entropy}
-
-        return self._shipped("anatomy") or self._run(*self._anatomy, work)
-
-    @cached_property
-    @awaited("pretraining")
-    def pretrained(self) -> Run:
-        """Stage: the denoiser, pre-trained on public patients; the model of epsilon 0."""
-        settings = self.profile.pretrain
-
-        def work(folder: Path) -> dict[str, Any]:
-            patients = self.public.split("train")
-            latents = self.latents(patients, self.public)[:]
-            model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt")
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
-            return {"losses": losses}
-
-        return self._shipped("pretrain") or self._run(
-            "pretrain", [settings, self.profile.denoiser], [self.autoencoder.key], work
-        )
-
-    def described(self, stage: str) -> dict[str, object]:
+    def described(self, name: str) -> dict[str, object]:
         """What the weights of a public stage depend on, as shipped ones say it."""
         profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
-        settings: dict[str, list[BaseModel]] = {
+        settings = {
             "anatomy": [profile.anatomy],
             "autoencoder": [profile.autoencoder],
             "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],
         }
-        cohort = {
-            "name": manifest.name,
-            "reader": _plain(manifest.reader),
-            "train": profile.patients["public"].train,
-        }
-        return {"settings": _plain(settings[stage]), "cohort": cohort, "seed": self.seed}
+        train = profile.patients["public"].train
+        cohort = {"name": manifest.name, "reader": plain(manifest.reader), "train": train}
+        return {"settings": [plain(part) for part in settings[name]], "cohort": cohort, "seed": self.seed}
 
-    def _shipped(self, stage: str) -> Run | None:
+    def shipped(self, declared: Stage) -> Run | None:
         """The run of a public stage that came with the library, if it's the one that is asked for."""
-        found = shipped.find(stage, self.described(stage))
-        return found and Run(stage, *found)
+        if declared.name not in ("anatomy", "autoencoder", "pretrain"):
+            return None
+        found = shipped.find(declared.name, self.described(declared.name))
+        return found and Run(declared.name, *found)
 
-    @awaited("fine-tuning")
+    # --- Private models ---
+
     def finetuned(self, epsilon: float) -> Run:
-        """Stage: the denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
+        """The denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
 
         Real patients are charged in their record, once for each run, before its first step.
 
@@ -230,333 +178,79 @@ class Study:
         """
         if epsilon == 0:
             return self.pretrained
-        epsilon, patients, settings = float(epsilon), self.private.split("train"), self.profile.finetune
-        settings.check(epsilon, patients.name, len(patients), patients.secret)
-        if patients.secret:
-            self._agree_to_spend([epsilon, *self.parameters.budgets])
-
-        def work(folder: Path) -> dict[str, Any]:
-            seed = None if patients.secret else self.seed
-            randomness = Randomness(seed, simulated=patients.simulated, run=folder.name)
-            model, public_data = self.denoiser(self.pretrained), load_manifest(self.parameters.cohort_public).name
-            first, plan = self._plans(epsilon)
-            if patients.secret and is_first_process():
-                words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
-                self._charge(plan.ledger(randomness, stage="denoiser", **words, public_data=public_data), folder)
-            if settings.decoder and first:
-                autoencoder, where = self.load_autoencoder(), folder / "decoder"
-                stage = finetune_decoder(autoencoder, patients, first, settings.decoder, randomness, where, public_data)
-                plan = replace(plan, before=stage.mechanisms)
-            latents = self.latents(patients, self.private)
-            if patients.secret:
-                _ = latents[:]  # else what had been encoded would tell who was in the lots
-            schedule = self.profile.denoiser.schedule
-            left = finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
-            if patients.secret and is_first_process():
-                Record().finish(left)
-            return {"epsilon": _plain(epsilon)}
-
-        if not patients.secret:  # 2: lots and noise are each run's own
-            upstream = [self.pretrained.key, self.private.key]
-            return self._run("finetune", [settings, epsilon, {"version": 2}], upstream, work, together=True)
-        self._begin(self._planned("finetune", self._of_real_patients(epsilon), []))
-        run = self._run("finetune", self._of_real_patients(epsilon), [], work, together=True)
+        epsilon, patients = float(epsilon), self.private.split("train")
+        self.profile.finetune.check(epsilon, patients.name, len(patients), patients.secret)
+        if not patients.secret:
+            return self.trained_privately(epsilon)
+        spending, agreed = self._spending, getattr(self.parameters, "spend", False)
+        spending.agree([epsilon, *self.parameters.budgets], self._of_real_patients, agreed)
+        declared, run = type(self).trained_privately, self._of_real_patients(epsilon)
+        spending.begin(run)
+        run = declared.complete(self, run, epsilon, described=self._described_real(epsilon))
         if is_first_process():
             Record().vouch(run.ledger)
         return run
 
-    def _plans(self, epsilon: float) -> tuple[PrivatePlan | None, PrivatePlan]:
-        """The plans of a budget's two stages on the private patients: the decoder's, if any, and the denoiser's."""
-        settings = self.profile.finetune
-        terms = settings.delta, settings.unit, self.private.split("train").places
-        first = settings.decoder.plan(settings.decoder.share * epsilon, *terms) if settings.decoder else None
-        return first, settings.plan(epsilon, *terms, first.mechanisms("decoder", "decoder") if first else ())
+    @stage("finetune", 2, settings=("finetune",), needs=("pretrained", "private"), title="fine-tuning", together=True)
+    def trained_privately(self, run: Run, epsilon: float) -> Metrics:
+        """A private training, on simulated or on real patients."""
+        patients, settings = self.private.split("train"), self.profile.finetune
+        seed = None if patients.secret else self.seed
+        randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
+        plan, public_data = (
+            settings.plan(epsilon, settings.delta, settings.unit, patients.places),
+            load_manifest(self.parameters.cohort_public).name,
+        )
+        if patients.secret and is_first_process():
+            words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
+            ledger = plan.ledger(randomness, stage="denoiser", **words, public_data=public_data)
+            self._spending.charge(ledger, run.folder)
+        latents = self.latents(patients, self.private)
+        if patients.secret:
+            _ = latents[:]  # else what had been encoded would tell who was in the lots
+        model = self.denoiser(self.pretrained)
+        left = finetune(
+            model,
+            patients,
+            latents,
+            plan,
+            settings,
+            self.profile.denoiser.schedule,
+            randomness,
+            run.folder,
+            public_data,
+        )
+        if patients.secret and is_first_process():
+            Record().finish(left)
+        return {"epsilon": plain(epsilon)}
 
-    def _of_real_patients(self, epsilon: float) -> list[object]:
-        """What a model of real patients depends on: no seed, no source text, no version of a library.
+    @property
+    def _spending(self) -> Spending:
+        return Spending(self.private.split("train"), self.profile.finetune, self.runs)
+
+    def _described_real(self, epsilon: float) -> dict[str, object]:
+        """What a model of real patients depends on: no seed, no version.
 
         So it's trained again, and they are charged again, only where something else is asked for.
         """
-        patients = self.private.split("train")
-        public = [Ledger.load(run.folder / "privacy.json").weights for run in (self.pretrained, self.autoencoder)]
-        who = hashlib.sha256(repr(sorted(Record().hashes(patients.people))).encode()).hexdigest()
-        profile = self.profile
-        return [profile.finetune, profile.denoiser, profile.autoencoder, epsilon, public, who, patients.places]
+        profile, places = self.profile, self.private.split("train").places
+        settings = [plain(part) for part in (profile.finetune, profile.denoiser, profile.autoencoder, epsilon)]
+        public = [run.ledger.weights for run in (self.pretrained, self.autoencoder)]
+        return {"stage": "finetune", "settings": [*settings, public, self._spending.who, places]}
 
-    def would_spend(self, budgets: Iterable[float]) -> str | None:
-        """What the models of all these budgets would spend of real private patients; None where they are there.
+    def _of_real_patients(self, epsilon: float) -> Run:
+        return place(self.runs, "finetune", self._described_real(epsilon))
 
-        Raises:
-            PrivacyError: more than the manifest's budget, or something that would reveal them; the message names it.
-            ParameterError: a budget that no plan reaches.
-        """
-        patients, settings, record = self.private.split("train"), self.profile.finetune, Record()
-        asked = sorted(set(map(float, budgets)) - {0})
-        for epsilon in asked:
-            settings.check(epsilon, patients.name, patients.places, patients.secret)
-        new = {epsilon: self._plans(epsilon)[1].mechanisms("denoiser", settings.tuned) for epsilon in asked}
-        people = record.hashes(patients.people)
-        self._none_unknown()
-        if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
-            runs = {epsilon: self._planned("finetune", self._of_real_patients(epsilon), []) for epsilon in asked}
-            new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(runs[epsilon])}
-        return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
-
-    def _agree_to_spend(self, budgets: Iterable[float]) -> None:
-        """Look at all budgets of this study before one is spent. Raises PrivacyError unless told to spend."""
-        said = self.would_spend(budgets)
-        if said and not getattr(self.parameters, "spend", False):
-            raise PrivacyError(f"{said}. Nothing is spent yet; to agree, set the parameter spend to True")
-        if said and is_first_process():
-            print(f"{said}. It's recorded in {str(Record().path).replace(str(Path.home()), '~')}")
-
-    def _none_unknown(self) -> None:
-        """Raise PrivacyError where `runs` holds a model of real patients of which the record knows nothing."""
-        record = Record()
-        known = {spend.run for spend in record.spends}
-        for path in self.runs.glob("finetune-*/privacy.json"):
-            began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
-            if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
-                record.vouch(ledger)
-
-    def _charged(self, run: Run) -> bool:
-        """Whether real patients have been charged for the run in this folder, which is done or can go on."""
-        path, record = run.folder / "privacy.json", Record()
-        if not path.exists():
-            return False
-        ledger, left = Ledger.load(path), record.finished
-        if ledger.run not in {spend.run for spend in record.spends}:
-            return False
-        whole = (run.folder / "weights.safetensors").exists()
-        return ledger.run not in left or (whole and left[ledger.run] == ledger.weights)
-
-    def _begin(self, run: Run) -> None:
-        """Make room for a run that is yet to be charged: what a folder has kept of another can't be gone on with.
-
-        That one was finished elsewhere, from a copy of the folder, or its weights are gone; its charge stays.
-        """
-        if is_first_process() and run.folder.exists():
-            with FileLock(run.folder / "lock"):
-                for left in () if self._charged(run) else [*run.folder.iterdir()]:
-                    if left.is_dir():
-                        shutil.rmtree(left)
-                    elif left.name != "lock":
-                        left.unlink()
-
-    def _charge(self, ledger: Ledger, folder: Path) -> None:
-        """Charge real private patients for a run before its first step; one that goes on was charged."""
-        patients, path = self.private.split("train"), folder / "privacy.json"
-        folder.chmod(0o700)
-        if not path.exists():  # on the disk first: a kill before the next lines has neither spent nor charged
-            ledger.model_copy(update={"run": secrets.token_hex(16)}).save(path)
-        begun, record = Ledger.load(path), Record()
-        people = record.hashes(patients.people)
-        together = record.charge(begun, patients.name, people, patients.budget)
-        begun.model_copy(update={"together": together}).save(path)
-
-    @awaited("held-out loss")
-    def held_out_loss(self, epsilon: float) -> Run:
-        """Stage: the denoising loss of a budget's model on the reference patients, with its standard error."""
-        model = self.finetuned(epsilon)
-
-        def work(folder: Path) -> dict[str, Any]:
-            cohort = self.private if self.reference.role == "private" else self.public
-            latents, schedule = self.latents(self.reference, cohort), self.profile.denoiser.schedule
-            losses = held_out_loss(self.denoiser(model), schedule, latents, self.reference)
-            error = losses.std(ddof=1) / math.sqrt(len(losses))
-            return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
-
-        return self._run("loss", "", [model.key, self._reference_key], work)
-
-    def audited(self, epsilon: float) -> Run:
-        """Stage: lower bounds on what the mechanism of a budget's ledger spends, from canaries; touches no patient.
-
-        For a finite budget the same with a tenth of the noise too: the positive control, which states too little.
-
-        Raises:
-            ParameterError: epsilon is 0: no private patient trained the public model.
-        """
-        model = self.finetuned(epsilon)
-        ledger = model.ledger
-
-        def work(folder: Path) -> dict[str, Any]:
-            rows = []
-            for noise in (1.0, 0.1) if math.isfinite(ledger.epsilon) else (1.0,):
-                scores, included = ledger_scores(ledger, self.seed, noise=noise)
-                rows += [
-                    {"noise": noise, "bound": name, "shown": bound(scores, included, ledger.delta)}
-                    | {"at_most": bound(included.astype(float), included, ledger.delta)}
-                    for name, bound in BOUNDS.items()
-                ]
-            told = {"stated": _plain(ledger.epsilon), "delta": ledger.delta, "n_canaries": len(scores)}
-            return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
-
-        return self._run("audit", "", [model.key], work)
-
-    def audited_whole(self, epsilon: float) -> Run:
-        """Stage: the same from end to end: a private training with canaries, whose final weights an attacker reads.
-
-        Most places of a small cohort are canaries'; the others are simulated or public patients', with the real loss.
-        The plan's ledger is stated either way; noise 0 is the positive control, left out of the loop alone.
-        """
-        recipe, private = self.profile.finetune, load_manifest(self.parameters.cohort_private)
-
-        def work(folder: Path) -> dict[str, Any]:
-            cohort = self.public if private.secret else self.private
-            train, n, rows = cohort.split("train"), _AUDITED, []
-            known = min(16, len(train))
-            patients, size = (
-                train.subset(np.arange(n) % len(train)),
-                n - known,
-            )  # whoever is last makes room for canaries
-            latents, schedule = self.latents(train, cohort)[: train.offsets[known]], self.profile.denoiser.schedule
-            settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2, "decoder": None})
-            plan = settings.plan(epsilon, settings.delta, "patient", n)
-            for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
-                randomness = Randomness(self.seed, simulated=True, run=f"{folder.name}-{noise}")
-                tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings, schedule)
-                weights = list(tuned.values())
-                before = [weight.detach().clone() for weight in weights]
-                included, signs = draw_canaries(size, weights, np.random.default_rng(self.seed))
-                words = {"private_data": "canaries", "public_data": self.public.manifest.name}
-                ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **words)
-                run = replace(plan, noise_multiplier=noise * plan.noise_multiplier)
-                with_them = with_canaries(loss, included, signs, plan, weights)
-                where = folder / f"noise-{noise}"
-                train_privately(tuned, with_them, run, settings, randomness, ledger, patients, where)
-                shutil.rmtree(where)
-                scores = weights_scores(before, [weight.detach() for weight in weights], signs)
-                rows += [
-                    {"noise": noise, "bound": name, "shown": bound(scores, included, plan.delta)}
-                    | {"at_most": bound(included.astype(float), included, plan.delta)}
-                    for name, bound in BOUNDS.items()
-                ]
-            told = {"stated": _plain(ledger.epsilon), "delta": plan.delta, "n_canaries": size, "n_patients": known}
-            return {"epsilon": _plain(epsilon)} | told | {"rows": rows}
-
-        upstream = [self.pretrained.key, (self.public if private.secret else self.private).key]
-        return self._run("audit-whole", [recipe, float(epsilon)], upstream, work)
-
-    def attacked(self, epsilon: float) -> Run:
-        """Stage: membership inference from losses, against a budget's model and its simulated private patients.
-
-        Members are training patients, as many as were held out. The reference is the public model, which met neither;
-        of itself, the loss alone is tried. Leaves every patient's loss in `losses.npz`.
-
-        Raises:
-            PrivacyError: the private patients are real.
-        """
-        splits = {name: self.private.split(name) for name in ("train", "validation", "test")}
-        require_releasable(splits["train"], "who among private patients trained the model")
-        model, public = self.finetuned(epsilon), None if epsilon == 0 else self.attacked(0)
-
-        def work(folder: Path) -> dict[str, Any]:
-            everyone = {name: np.arange(len(patients)) for name, patients in splits.items()}
-            size = len(everyone["validation"]) + len(everyone["test"])
-            everyone["train"] = np.sort(np.random.default_rng(self.seed).permutation(everyone["train"])[:size])
-            found = {name: self._losses(model, splits[name], self.private, who) for name, who in everyone.items()}
-            losses = found["train"], np.concatenate([found["validation"], found["test"]])
-            np.savez(folder / "losses.npz", *losses)
-            references = tuple(np.load(public.folder / "losses.npz").values()) if public else None
-            return {"epsilon": _plain(epsilon)} | _attacks(losses, references)
-
-        return self._run("attack", "", [model.key, self.private.key], work)
-
-    def memorised(self, epsilon: float) -> Run:
-        """Stage: whether a budget's synthetic cohort lies nearer to simulated private patients than to held-out ones.
-
-        The requests are the private test patients' attributes, written without regard to training or validation.
-
-        Raises:
-            PrivacyError: the private patients are real.
-        """
-        require_releasable(self.private.split("train"), "whom among private patients the synthetic volumes resemble")
-        synthetic = self.synthesised(epsilon)
-
-        def work(folder: Path) -> dict[str, Any]:
-            cohort = SyntheticCohort.load(synthetic.folder / "synthetic.npz")
-            return {"epsilon": _plain(epsilon)} | self._memorisation(cohort, *self._private_parts)
-
-        return self._run("memorised", self.profile.evaluation.resamples, [synthetic.key], work)
-
-    @cached_property
-    def overfitted(self) -> Run:
-        """Stage: the positive control: a copy of the public model that learns a few of its patients by heart.
-
-        They are at most 20 training patients, held against as many public validation patients, by the same tests as
-        private ones; requests are the public test patients' attributes. The public model, the attack's reference, met
-        the few as well, which hides some of what the copy learnt. Leaves `synthetic.npz` too.
-        """
-        settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
-
-        def work(folder: Path) -> dict[str, Any]:
-            train, held_out, asked = (self.public.split(name) for name in ("train", "validation", "test"))
-            few = min(20, len(train), len(held_out))
-            known, others, who = train[:few], held_out[:few], np.arange(few)
-            latents, public = self.latents(train, self.public)[: train.offsets[few]], self.denoiser(self.pretrained)
-            model, _ = pretrain(
-                known, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt", start=public
-            )
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
-            copy = Run("overfit", "", folder)
-            cohort = self._drawn(copy, asked.attributes, asked.owners)
-            cohort.save(folder / "synthetic.npz")
-            losses, references = (
-                tuple(self._losses(run, patients, self.public, who) for patients in (train, held_out))
-                for run in (copy, self.pretrained)
-            )
-            parts = (self._embedded(patients) for patients in (known, others))
-            return _attacks(losses, references) | self._memorisation(cohort, *parts)
-
-        upstream = [self.pretrained.key, self.public.key]
-        every = [settings, self.profile.sampling, self.profile.evaluation.resamples]
-        return self._run("overfit", every, upstream, work)
-
-    @cached_property
-    def sensitivities(self) -> Run:
-        """Stage: how far one patient moves the sum of clipped gradients, with two habits that break its bound.
-
-        On public patients, who stand for private ones, with the private recipe's clip.
-        """
-        recipe = self.profile.finetune
-
-        def work(folder: Path) -> dict[str, Any]:
-            patients, schedule = self.public.split("train")[:8], self.profile.denoiser.schedule
-            models = self.load_autoencoder(), self.denoiser(self.pretrained)
-            found = sensitivities(patients, *models, schedule, recipe.clip, recipe.clipping)
-            return {"n_patients": len(patients), "rows": _records(found)}
-
-        return self._run("sensitivity", [recipe.clip, recipe.clipping], [self.pretrained.key, self.public.key], work)
-
-    def _losses(self, model: Run, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
-        """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
-        rows = np.flatnonzero(np.isin(patients.owners, who))
-        latents, schedule = self.latents(patients, cohort)[rows], self.profile.denoiser.schedule
-        return held_out_loss(self.denoiser(model), schedule, latents, patients.subset(who), draws=4)
-
-    @cached_property
-    def _private_parts(self) -> tuple[Embedded, Embedded]:
-        return self._embedded(self.private.split("train")), self._embedded(self.private.split("validation"))
-
-    def _embedded(self, patients: Patients) -> Embedded:
-        return embed_real(patients, self.load_autoencoder())
-
-    def _memorisation(self, cohort: SyntheticCohort, train: Embedded, held_out: Embedded) -> dict[str, Any]:
-        synthetic = embed(cohort.images, cohort.owners, self.load_autoencoder())
-        resamples = self.profile.evaluation.resamples
-        found = memorisation(
-            synthetic, train, held_out, permutations=999, resamples=resamples, suspicious=6, seed=self.seed
-        )
-        return {"memorisation": _records(found.table), "suspicious": _records(found.pairs)}
+    def would_spend(self, budgets: tuple[float, ...]) -> str | None:
+        """What the models of all these budgets would spend of real private patients; None where they are there."""
+        return self._spending.planned(budgets, self._of_real_patients)
 
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's simulated patients, finished or not.
 
-        A run that died in its decoder's stage has that stage's ledger. Models with no guarantee are left out.
+        Models with no guarantee are left out.
         """
-        places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
-        found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
+        found = [Ledger.load(path) for path in self.runs.glob("finetune-*/privacy.json")]
         patients = self.private.split("train")
         own = ("patient-level DP", f"{patients.name} ({patients.split})")
         return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
@@ -573,266 +267,375 @@ class Study:
         ledgers = self.private_ledgers()
         return Ledger.compose(ledgers) if ledgers else None
 
-    @awaited("sampling")
-    def synthesised(self, epsilon: float) -> Run:
-        """Stage: one synthetic volume for each volume of the reference patients, by the model of a budget."""
-        model, settings = self.finetuned(epsilon), self.profile.sampling
+    # --- Synthetic cohorts ---
 
-        def work(folder: Path) -> dict[str, Any]:
-            model.ledger.save(folder / "privacy.json")
-            cohort = self._drawn(model, self.reference.attributes, self.reference.owners)
-            cohort.save(folder / "synthetic.npz")
-            return {"epsilon": _plain(epsilon), "n_volumes": len(cohort.images)}
+    @stage("synthesise", 1, settings=("sampling",), needs=("finetuned", "reference_cohort"), title="sampling")
+    def synthesised(self, run: Run, epsilon: float) -> Metrics:
+        """One synthetic volume for each volume of the reference patients, by the model of a budget."""
+        cohort = self._drawn(run, epsilon, self.reference.attributes, self.reference.owners)
+        run.leave(synthetic=cohort)
+        return {"epsilon": plain(epsilon), "n_volumes": len(cohort.images)}
 
-        return self._run("synthesise", settings, [model.key, self._reference_key], work)
+    @stage(
+        "counterfactual",
+        1,
+        settings=("sampling", "evaluation.resamples"),
+        needs=("finetuned", "reference_cohort", "anatomy"),
+    )
+    def counterfactual(self, run: Run, epsilon: float) -> Metrics:
+        """One attribute moves, the noise stays: how far each attribute moves in what is drawn.
 
-    def counterfactual(self, epsilon: float) -> Run:
-        """Stage: one attribute moves, the noise stays: how far each attribute moves in what is drawn.
-
-        Leaves `response.csv`, and in `anatomy.csv` what was read from every volume.
+        Leaves the table `response`, and in `anatomy` what was read from every volume.
         """
-        model, resamples = self.finetuned(epsilon), self.profile.evaluation.resamples
+        attributes, owners = control.base_requests(self.reference, _STEERED)
+        asked = {"nothing": attributes} | control.counterfactuals(attributes)
+        anatomy = pd.concat([self._read(run, epsilon, a, owners).assign(moved=name) for name, a in asked.items()])
+        table = control.response(anatomy, attributes, owners, resamples=self._resamples, seed=self.seed)
+        run.leave(anatomy=anatomy, response=table)
+        return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": _records(table)}
 
-        def work(folder: Path) -> dict[str, Any]:
-            model.ledger.save(folder / "privacy.json")
-            attributes, owners = control.base_requests(self.reference, _STEERED)
-            asked = {"nothing": attributes} | control.counterfactuals(attributes)
-            anatomy = pd.concat([self._read(model, a, owners).assign(moved=name) for name, a in asked.items()])
-            anatomy.to_csv(folder / "anatomy.csv", index=False)
-            table = control.response(anatomy, attributes, owners, resamples=resamples, seed=self.seed)
-            table.to_csv(folder / "response.csv", index=False)
-            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
+    @stage(
+        "beyond",
+        1,
+        settings=("sampling", "evaluation.resamples"),
+        needs=("finetuned", "reference_cohort", "public", "anatomy"),
+    )
+    def beyond_range(self, run: Run, epsilon: float) -> Metrics:
+        """Hearts smaller and larger than all public ones, asked for and measured at end-diastole.
 
-        settings = [self.profile.sampling, resamples]
-        return self._run("counterfactual", settings, [model.key, self._reference_key, self.anatomy.key], work)
-
-    def beyond_range(self, epsilon: float) -> Run:
-        """Stage: hearts smaller and larger than all public ones, asked for and measured at end-diastole.
-
-        Leaves `beyond.csv`, and in `anatomy.csv` what was read from every volume.
+        Leaves the table `beyond`, and in `anatomy` what was read from every volume.
         """
-        model, resamples = self.finetuned(epsilon), self.profile.evaluation.resamples
+        attributes, owners = (rows[::2] for rows in control.base_requests(self.reference, _STEERED))
+        span = control.public_span(self.public.split("train"))
+        asked = {level: control.magnified(attributes, level) for level in control.ladder(*span["LVEDV"])}
+        anatomy = pd.concat([self._read(run, epsilon, a, owners).assign(level=level) for level, a in asked.items()])
+        table = control.beyond_range(anatomy, span, resamples=self._resamples, seed=self.seed)
+        run.leave(anatomy=anatomy, beyond=table)
+        return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": _records(table)}
 
-        def work(folder: Path) -> dict[str, Any]:
-            model.ledger.save(folder / "privacy.json")
-            attributes, owners = (rows[::2] for rows in control.base_requests(self.reference, _STEERED))
-            span = control.public_span(self.public.split("train"))
-            asked = {level: control.magnified(attributes, level) for level in control.ladder(*span["LVEDV"])}
-            anatomy = pd.concat([self._read(model, a, owners).assign(level=level) for level, a in asked.items()])
-            anatomy.to_csv(folder / "anatomy.csv", index=False)
-            table = control.beyond_range(anatomy, span, resamples=resamples, seed=self.seed)
-            table.to_csv(folder / "beyond.csv", index=False)
-            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
+    @stage("training-cohort", 1, settings=("sampling", "utility.patients"), needs=("finetuned", "public"))
+    def training_cohort(self, run: Run, epsilon: float) -> Metrics:
+        """Volumes to train on, by the model of a budget, for the attributes of public train patients.
 
-        upstream = [model.key, self._reference_key, self.public.key, self.anatomy.key]
-        return self._run("beyond", [self.profile.sampling, resamples], upstream, work)
+        Asked for those of the reference patients they would know what they're tested on; for those of private train
+        patients they would tell them.
+        """
+        asked = self._learnt_from(self.public)
+        run.leave(synthetic=self._drawn(run, epsilon, asked.attributes, asked.owners))
+        return {"epsilon": plain(epsilon), "n_requests": len(asked)}
 
-    def _drawn(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> SyntheticCohort:
+    @stage("reconstruct", 1, needs=("reference_cohort", "autoencoder"))
+    def reconstructed(self, run: Run) -> Metrics:
+        """The reference patients' volumes, encoded and decoded; beyond their stacks they are empty."""
+        volumes = self.reference.images(np.arange(len(self.reference.owners)))
+        images = reconstruct(self.load_autoencoder(), volumes, self.seed)
+        run.leave(synthetic=SyntheticCohort(images, self.reference.attributes, self.reference.owners))
+        return {"n_volumes": len(images)}
+
+    @stage("folder", 1)
+    def _of_folder(self, run: Run, path: str, digest: str) -> Metrics:
+        run.leave(synthetic=read_folder(Path(path)))
+        return {"folder": Path(path).name}
+
+    def _drawn(self, run: Run, epsilon: float, attributes: np.ndarray, owners: np.ndarray) -> SyntheticCohort:
+        """Volumes for attributes (n, 14), asked by owners (n,), of a budget's model, whose ledger goes with them."""
+        model = self.finetuned(epsilon)
+        model.ledger.save(run.folder / "privacy.json")
+        return self.draw(self.denoiser(model), attributes, owners)
+
+    def draw(self, denoiser: Denoiser, attributes: np.ndarray, owners: np.ndarray) -> SyntheticCohort:
         """Volumes for attributes (n, 14), asked by owners (n,)."""
-        settings = self.profile.sampling
+        settings = self.profile.sampling.model_dump()
         return synthesise(
-            self.load_autoencoder(model),
-            self.denoiser(model),
+            self.load_autoencoder(),
+            denoiser,
             self.profile.denoiser.schedule,
             attributes,
             owners,
-            steps=settings.steps,
-            guidance=settings.guidance,
+            **settings,
             seed=self.seed,
         )
 
-    def _read(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> pd.DataFrame:
+    def _read(self, run: Run, epsilon: float, attributes: np.ndarray, owners: np.ndarray) -> pd.DataFrame:
         """What the instruments read from volumes drawn for attributes (n, 14), asked by owners (n,)."""
-        cohort = self._drawn(model, attributes, owners)
+        cohort = self._drawn(run, epsilon, attributes, owners)
         return control.read_anatomy(cohort.images, attributes, owners, *self.instruments, progress=False)
 
-    @awaited("evaluation")
+    # --- Evaluation ---
+
+    @stage("loss", 1, needs=("finetuned", "reference_cohort"), title="held-out loss")
+    def held_out_loss(self, run: Run, epsilon: float) -> Metrics:
+        """The denoising loss of a budget's model on the reference patients, with its standard error."""
+        latents = self.latents(self.reference, self.reference_cohort)
+        losses = held_out_loss(
+            self.denoiser(self.finetuned(epsilon)), self.profile.denoiser.schedule, latents, self.reference
+        )
+        error = losses.std(ddof=1) / math.sqrt(len(losses))
+        return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
+
     def evaluated(self, epsilon: float) -> Run:
-        """Stage: everything that is measured on the synthetic cohort of a budget: its report, `metrics.json`."""
-        return self._evaluated(self.synthesised(epsilon), epsilon)
+        """Everything that is measured on the synthetic cohort of a budget: its report, `metrics.json`."""
+        return self.evaluation(self.synthesised(epsilon))
 
     def evaluated_folder(self, path: str | Path) -> Run:
-        """Stage: the same of a synthetic cohort that anyone made: a folder of NIfTI files with its `attributes.csv`.
+        """The same of a synthetic cohort that anyone made: a folder of NIfTI files with its `attributes.csv`.
 
         Raises:
             CohortError: a file in it is missing or wrong; the message names it.
         """
-        folder, content = Path(path), hashlib.sha256()
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            content.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
+        content = hashlib.sha256()
+        for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+            content.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+        return self.evaluation(self._of_folder(str(path), content.hexdigest()))
 
-        def work(run: Path) -> dict[str, Any]:
-            read_folder(folder).save(run / "synthetic.npz")
-            return {"folder": folder.name}
-
-        return self._evaluated(self._run("folder", "", [content.hexdigest()], work), None)
-
-    @cached_property
-    def reconstructed(self) -> Run:
-        """Stage: the reference patients' volumes, encoded and decoded; beyond their stacks they are empty."""
-
-        def work(folder: Path) -> dict[str, Any]:
-            volumes = self.reference.images(np.arange(len(self.reference.owners)))
-            images = reconstruct(self.load_autoencoder(), volumes, self.seed)
-            SyntheticCohort(images, self.reference.attributes, self.reference.owners).save(folder / "synthetic.npz")
-            return {"n_volumes": len(images)}
-
-        return self._run("reconstruct", "empty beyond the stack", [self._reference_key, self.autoencoder.key], work)
-
-    @cached_property
+    @property
     def ceiling(self) -> Run:
-        """Stage: the reference patients' own reconstructions, evaluated: the best that these latents allow."""
-        return self._evaluated(self.reconstructed, None)
+        """The reference patients' own reconstructions, evaluated: the best that these latents allow."""
+        return self.evaluation(self.reconstructed)
 
-    def differing(self, first: float, second: float) -> Run:
-        """Stage: what one budget's model reaches beyond another's, request by request; `differences.csv`."""
+    @stage("evaluate", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
+    def evaluation(self, run: Run, cohort: Run) -> Metrics:
+        """All measures of the cohort that a run left, beside what the reference patients reach."""
+        measured, real = self.measured(cohort).read("measured"), self.real_measured.read("measured")
+        size = min(measured.n_patients, real.n_patients) // 2
+        bins = [
+            control.calibration(measured.anatomy, name, 6, resamples=self._resamples, seed=self.seed)
+            for name in CALIBRATED
+        ]
+        run.leave(anatomy=measured.anatomy, calibration=pd.concat(bins))
+        epsilon = cohort.metrics.get("epsilon")
+        found = compare(
+            estimate(measured, real, size=size, **self._resampling),
+            self.floor(size).read("floor"),
+            model=cohort.folder.name,
+            epsilon=None if epsilon is None else float(epsilon),
+            reference_cohort=real.name,
+            reference_simulated=self.reference.simulated,
+            n_requests=measured.n_patients,
+            n_real_patients=real.n_patients,
+        )
+        return found.model_dump(mode="json")
 
-        def work(folder: Path) -> dict[str, Any]:
-            ours, theirs = (self._measured(self.synthesised(epsilon)) for epsilon in (first, second))
-            size = min(ours.n_patients, self.real_measured.n_patients) // 2
-            table = differences(ours, theirs, self.real_measured, size=size, **self._resampling)
-            table.to_csv(folder / "differences.csv", index=False)
-            return {"first": _plain(first), "second": _plain(second)}
-
-        upstream = [self.evaluated(epsilon).key for epsilon in (first, second)]
-        return self._run("differ", "", upstream, work)
-
-    def _evaluated(self, cohort: Run, epsilon: float | None) -> Run:
-        def work(folder: Path) -> dict[str, Any]:
-            measured, real = self._measured(cohort), self.real_measured
-            size, resamples = min(measured.n_patients, real.n_patients) // 2, self.profile.evaluation.resamples
-            measured.anatomy.to_csv(folder / "anatomy.csv", index=False)
-            bins = [
-                control.calibration(measured.anatomy, name, 6, resamples=resamples, seed=self.seed)
-                for name in CALIBRATED
-            ]
-            pd.concat(bins).to_csv(folder / "calibration.csv", index=False)
-            found = compare(
-                estimate(measured, real, size=size, **self._resampling),
-                self._floor(size),
-                model=cohort.folder.name,
-                epsilon=epsilon,
-                reference_cohort=real.name,
-                reference_simulated=self.reference.simulated,
-                n_requests=measured.n_patients,
-                n_real_patients=real.n_patients,
-            )
-            return found.model_dump(mode="json")
-
-        upstream = [cohort.key, self._reference_key, self.anatomy.key]
-        return self._run("evaluate", self.profile.evaluation, upstream, work)
-
-    def _measured(self, run: Run) -> Measured:
+    @stage("measure", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
+    def measured(self, run: Run, cohort: Run) -> Metrics:
         """What the instruments read from the cohort that a run left."""
+        drawn = cohort.volumes
+        same = len(np.unique(drawn.owners)) == len(self.reference) and cohort.stage != "folder"
+        found = measure(
+            drawn.images,
+            drawn.attributes,
+            drawn.owners,
+            *self.instruments,
+            name=cohort.folder.name,
+            seed=self.seed,
+            diseases=self.reference.groups if same else None,
+            inception=self._inception,
+        )
+        run.leave(measured=found)
+        return {}
 
-        def work() -> Measured:
-            cohort = SyntheticCohort.load(run.folder / "synthetic.npz")
-            same = len(np.unique(cohort.owners)) == len(self.reference) and run.stage != "folder"
-            diseases = self.reference.groups if same else None
-            read = cohort.images, cohort.attributes, cohort.owners
-            return measure(
-                *read,
-                *self.instruments,
-                name=run.folder.name,
-                seed=self.seed,
-                diseases=diseases,
-                inception=self._inception,
-            )
-
-        return self._kept("measure", [run.key, self.anatomy.key], work)
-
-    @cached_property
-    def real_measured(self) -> Measured:
+    @stage("reference", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
+    def real_measured(self, run: Run) -> Metrics:
         """What the instruments read from the reference patients, once for all models."""
+        run.leave(measured=measure_real(self.reference, *self.instruments, seed=self.seed, inception=self._inception))
+        return {}
 
-        def work() -> Measured:
-            return measure_real(self.reference, *self.instruments, seed=self.seed, inception=self._inception)
-
-        return self._kept("reference", [self._reference_key, self.anatomy.key], work)
-
-    def _floor(self, size: int) -> Estimates:
+    @stage("floor", 1, settings=("evaluation",), needs=("real_measured",))
+    def floor(self, run: Run, size: int) -> Metrics:
         """What the reference patients reach among themselves, from half-samples of this size."""
+        real = self.real_measured.read("measured")
+        run.leave(floor=estimate(real, real, size=size, **self._resampling))
+        return {}
 
-        def work() -> Estimates:
-            return estimate(self.real_measured, self.real_measured, size=size, **self._resampling)
+    @stage("differ", 1, settings=("evaluation",), needs=("evaluated",))
+    def differing(self, run: Run, first: float, second: float) -> Metrics:
+        """What one budget's model reaches beyond another's, request by request; the table `differences`."""
+        ours, theirs = (self.measured(self.synthesised(epsilon)).read("measured") for epsilon in (first, second))
+        real = self.real_measured.read("measured")
+        size = min(ours.n_patients, real.n_patients) // 2
+        run.leave(differences=differences(ours, theirs, real, size=size, **self._resampling))
+        return {"first": plain(first), "second": plain(second)}
 
-        return self._kept("floor", [self._reference_key, self.anatomy.key, str(size)], work)
+    @property
+    def _resamples(self) -> int:
+        return self.profile.evaluation.resamples
 
     @property
     def _resampling(self) -> dict[str, Any]:
-        settings = self.profile.evaluation
-        return {
-            "resamples": settings.resamples,
-            "half_sample_pairs": settings.half_sample_pairs,
-            "seed": self.seed,
-        }
+        return self.profile.evaluation.model_dump(exclude={"inception"}) | {"seed": self.seed}
 
     @cached_property
     def _inception(self) -> InceptionEncoder | None:
         path = self.profile.evaluation.inception
         return InceptionEncoder(path) if path else None
 
-    def _kept(self, stage: str, upstream: list[str], work: Callable[[], T]) -> T:
-        """What `work` gives, pickled in its run's folder."""
-
-        def keep(folder: Path) -> dict[str, Any]:
-            (folder / "kept.pkl").write_bytes(pickle.dumps(work()))
-            return {}
-
-        run = self._run(stage, self.profile.evaluation, upstream, keep)
-        return pickle.loads((run.folder / "kept.pkl").read_bytes())
-
-    def training_cohort(self, epsilon: float) -> Run:
-        """Stage: volumes to train on, by the model of a budget, for the attributes of public train patients.
-
-        Asked for those of the reference patients they would know what they're tested on; for those of private train
-        patients they would tell them.
-        """
-        model, asked = self.finetuned(epsilon), self._learnt_from(self.public)
-
-        def work(folder: Path) -> dict[str, Any]:
-            model.ledger.save(folder / "privacy.json")
-            self._drawn(model, asked.attributes, asked.owners).save(folder / "synthetic.npz")
-            return {"epsilon": _plain(epsilon), "n_requests": len(asked)}
-
-        settings = [self.profile.sampling, self.profile.utility.patients]
-        return self._run("training-cohort", settings, [model.key, self.public.key], work)
-
-    @cached_property
-    def useful_baselines(self) -> Run:
-        """Stage: what real patients are worth as training data, tested on the reference patients.
+    @stage("useful-baselines", 1, settings=("utility", "evaluation.resamples"), needs=("reference_cohort", "public"))
+    def useful_baselines(self, run: Run) -> Metrics:
+        """What real patients are worth as training data, tested on the reference patients.
 
         Public ones and, where they're simulated, as many private ones and few private ones.
         """
-        cohorts = [self.public] if self._few is None else [self.public, self.private]
+        few = self._few
+        cohorts = [self.public] if few is None else [self.public, self.private]
+        arms = [replace(LabelledVolumes.of(self._learnt_from(cohort)), name=cohort.manifest.role) for cohort in cohorts]
+        found = self._useful(arms if few is None else [*arms, few])
+        run.leave(arms=found)
+        return {"model": run.folder.name} | self._tabulated(found, found)
 
-        def work(folder: Path) -> dict[str, Any]:
-            arms = [
-                replace(LabelledVolumes.of(self._learnt_from(cohort)), name=cohort.manifest.role) for cohort in cohorts
-            ]
-            found = self._useful(arms if self._few is None else [*arms, self._few])
-            (folder / "arms.pkl").write_bytes(pickle.dumps(found))
-            return {"model": folder.name} | self._tabulated(found, found)
+    @stage("useful", 1, settings=("utility", "evaluation.resamples"), needs=("training_cohort",))
+    def useful(self, run: Run, epsilon: float) -> Metrics:
+        """What the training cohort of a budget is worth, alone and beside few private patients."""
+        drawn, few = self.training_cohort(epsilon).volumes, self._few
+        drawn = LabelledVolumes("synthetic", drawn.images, drawn.labels, drawn.attributes, drawn.owners)
+        found = self._useful([drawn] if few is None else [drawn, few + drawn])
+        return {"epsilon": plain(epsilon), "model": run.folder.name} | self._tabulated(
+            found, self.useful_baselines.read("arms")
+        )
 
-        upstream = [self._reference_key, *(cohort.key for cohort in cohorts)]
-        return self._run("useful-baselines", self._useful_settings, upstream, work)
+    # --- What an attacker finds ---
 
-    def useful(self, epsilon: float) -> Run:
-        """Stage: what the training cohort of a budget is worth, alone and beside few private patients."""
-        trained_on, baselines = self.training_cohort(epsilon), self.useful_baselines
+    @stage("audit", 1, needs=("finetuned",))
+    def audited(self, run: Run, epsilon: float) -> Metrics:
+        """Lower bounds on what the mechanism of a budget's ledger spends, from canaries; touches no patient.
 
-        def work(folder: Path) -> dict[str, Any]:
-            cohort = SyntheticCohort.load(trained_on.folder / "synthetic.npz")
-            drawn = LabelledVolumes("synthetic", cohort.images, cohort.labels, cohort.attributes, cohort.owners)
-            found = self._useful([drawn] if self._few is None else [drawn, self._few + drawn])
-            known: list[Utility] = pickle.loads((baselines.folder / "arms.pkl").read_bytes())
-            return {"epsilon": _plain(epsilon), "model": folder.name} | self._tabulated(found, known)
+        Raises:
+            ParameterError: epsilon is 0: no private patient trained the public model.
+        """
+        ledger = self.finetuned(epsilon).ledger
+        return {"epsilon": plain(epsilon), "stated": plain(ledger.epsilon)} | audit_mechanism(ledger, self.seed)
 
-        return self._run("useful", self._useful_settings, [trained_on.key, baselines.key], work)
+    @stage("audit-whole", 1, settings=("finetune",), needs=("pretrained", "audited_cohort"))
+    def audited_whole(self, run: Run, epsilon: float) -> Metrics:
+        """The same from end to end: a private training with canaries, whose final weights an attacker reads."""
+        train = self.audited_cohort.split("train")
+        denoiser, latents = self.denoiser(self.pretrained), self.latents(train, self.audited_cohort)
+        randomness = Randomness(self.seed, simulated=True, run=run.folder.name)
+        found = audit_training(
+            denoiser,
+            train,
+            latents,
+            epsilon,
+            self.profile.finetune,
+            self.profile.denoiser.schedule,
+            randomness,
+            run.folder,
+        )
+        return {"epsilon": plain(epsilon), "stated": plain(epsilon)} | found
 
     @property
-    def _useful_settings(self) -> list[object]:
-        return [_plain(self.profile.utility), self.profile.evaluation.resamples]
+    def audited_cohort(self) -> Cohort:
+        """Simulated or public patients, who may train beside canaries."""
+        return self.public if load_manifest(self.parameters.cohort_private).secret else self.private
+
+    def attacked(self, epsilon: float) -> Run:
+        """Membership inference from losses, against a budget's model and its simulated private patients.
+
+        Raises:
+            PrivacyError: the private patients are real.
+        """
+        require_releasable(self.private.split("train"), "who among private patients trained the model")
+        return self.attack(epsilon)
+
+    @stage("attack", 1, needs=("finetuned", "private"))
+    def attack(self, run: Run, epsilon: float) -> Metrics:
+        """The losses of training patients, the members, and of as many who were held out.
+
+        The reference is the public model, which met neither; of itself, the loss alone is tried. Leaves all losses.
+        """
+        splits = {name: self.private.split(name) for name in ("train", "validation", "test")}
+        everyone = {name: np.arange(len(patients)) for name, patients in splits.items()}
+        size = len(everyone["validation"]) + len(everyone["test"])
+        everyone["train"] = np.sort(np.random.default_rng(self.seed).permutation(everyone["train"])[:size])
+        model = self.denoiser(self.finetuned(epsilon))
+        found = {name: self._losses(model, splits[name], self.private, who) for name, who in everyone.items()}
+        losses = found["train"], np.concatenate([found["validation"], found["test"]])
+        run.leave(losses=losses)
+        references = self.attacked(0).read("losses") if epsilon else None
+        return {"epsilon": plain(epsilon)} | _attacks(losses, references)
+
+    def memorised(self, epsilon: float) -> Run:
+        """Whether a budget's synthetic cohort lies nearer to simulated private patients than to held-out ones.
+
+        The requests are the private test patients' attributes, written without regard to training or validation.
+
+        Raises:
+            PrivacyError: the private patients are real.
+        """
+        require_releasable(self.private.split("train"), "whom among private patients the synthetic volumes resemble")
+        return self.memorisation(self.synthesised(epsilon))
+
+    @stage("memorised", 1, settings=("evaluation.resamples",), needs=("private",))
+    def memorisation(self, run: Run, cohort: Run) -> Metrics:
+        """The nearest training and held-out patients of every synthetic one."""
+        return {"epsilon": cohort.metrics["epsilon"]} | self._memorisation(cohort.volumes, *self._private_parts)
+
+    @stage(
+        "overfit",
+        1,
+        settings=("pretrain", "overfit", "sampling", "evaluation.resamples"),
+        needs=("pretrained", "public"),
+    )
+    def overfitted(self, run: Run) -> Metrics:
+        """The positive control: a copy of the public model that learns a few of its patients by heart.
+
+        They are at most 20 training patients, held against as many public validation patients, by the same tests as
+        private ones; requests are the public test patients' attributes. The public model, the attack's reference, met
+        the few as well, which hides some of what the copy learnt.
+        """
+        settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
+        train, held_out, asked = (self.public.split(name) for name in ("train", "validation", "test"))
+        few = min(20, len(train), len(held_out))
+        known, others, who = train[:few], held_out[:few], np.arange(few)
+        latents, public = self.latents(train, self.public)[: train.offsets[few]], self.denoiser(self.pretrained)
+        copy, _ = pretrain(known, latents, self.profile.denoiser, settings, self.seed, run.state, start=public)
+        cohort = self.draw(copy, asked.attributes, asked.owners)
+        self._leave_public(run, weights=copy)
+        run.leave(synthetic=cohort)
+        losses, references = (
+            tuple(self._losses(model, patients, self.public, who) for patients in (train, held_out))
+            for model in (copy, self.denoiser(self.pretrained))
+        )
+        parts = (self._embedded(patients) for patients in (known, others))
+        return _attacks(losses, references) | self._memorisation(cohort, *parts)
+
+    @stage("sensitivity", 1, settings=("finetune.clip",), needs=("pretrained", "public"))
+    def sensitivities(self, run: Run) -> Metrics:
+        """How far one patient moves the sum of clipped gradients, with two habits that break its bound.
+
+        On public patients, who stand for private ones, with the private recipe's clip.
+        """
+        patients, clip = self.public.split("train")[:8], self.profile.finetune.clip
+        found = sensitivities(
+            patients,
+            self.load_autoencoder(),
+            self.denoiser(self.pretrained),
+            self.profile.denoiser.schedule,
+            clip,
+            "fixed",
+        )
+        return {"n_patients": len(patients), "rows": _records(found)}
+
+    def _losses(self, model: Denoiser, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
+        """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
+        rows = np.flatnonzero(np.isin(patients.owners, who))
+        return held_out_loss(
+            model, self.profile.denoiser.schedule, self.latents(patients, cohort)[rows], patients.subset(who), draws=4
+        )
+
+    @cached_property
+    def _private_parts(self) -> tuple[Embedded, Embedded]:
+        return self._embedded(self.private.split("train")), self._embedded(self.private.split("validation"))
+
+    def _embedded(self, patients: Patients) -> Embedded:
+        return embed_real(patients, self.load_autoencoder())
+
+    def _memorisation(self, cohort: SyntheticCohort, train: Embedded, held_out: Embedded) -> dict[str, Any]:
+        synthetic = embed(cohort.images, cohort.owners, self.load_autoencoder())
+        resamples = self.profile.evaluation.resamples
+        found = memorisation(
+            synthetic, train, held_out, permutations=999, resamples=resamples, suspicious=6, seed=self.seed
+        )
+        return {"memorisation": _records(found.table), "suspicious": _records(found.pairs)}
 
     def _learnt_from(self, cohort: Cohort) -> Patients:
         """Labelled train patients of a cohort, as many as an arm has, drawn by the seed."""
@@ -861,29 +664,22 @@ class Study:
         rows = tabulate_arms(arms, baselines, resamples=self.profile.evaluation.resamples, seed=self.seed)
         return {"rows": json.loads(rows.to_json(orient="records", double_precision=15))}
 
-    def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
-        """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
-        tuned = run and run.folder / "decoder" / "weights.safetensors"
-        weights = tuned if tuned and tuned.exists() else self.autoencoder.folder / "weights.safetensors"
-        Ledger.load(weights.with_name("privacy.json"))
-        model = self.profile.autoencoder.build()
-        load_weights(model, weights)
-        return model.eval()
+    # --- What stages left ---
+
+    def load_autoencoder(self) -> Autoencoder:
+        """The public autoencoder."""
+        _ = self.autoencoder.ledger
+        return self.autoencoder.load(self.profile.autoencoder.build())
 
     def denoiser(self, run: Run) -> Denoiser:
         """The denoiser of a run, which must have its ledger, and be what that was written for."""
         _ = run.ledger
-        model = self.profile.denoiser.build(self.profile.autoencoder.latent_channels)
-        load_weights(model, run.folder / "weights.safetensors")
-        return model.eval()
+        return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
 
     @cached_property
     def instruments(self) -> tuple[Segmenter, PhaseClassifier]:
         """The trained segmenter and phase classifier."""
-        segmenter, phase = Segmenter(), PhaseClassifier()
-        load_weights(segmenter, self.anatomy.folder / "segmenter.safetensors")
-        load_weights(phase, self.anatomy.folder / "phase.safetensors")
-        return segmenter.eval(), phase.eval()
+        return self.anatomy.load(Segmenter(), "segmenter"), self.anatomy.load(PhaseClassifier(), "phase")
 
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""
@@ -893,62 +689,9 @@ class Study:
             path.chmod(0o700)
         return latents
 
-    @property
-    def _reference_key(self) -> str:
-        return self.private.key if self.reference.role == "private" else self.public.key
 
-    def _planned(self, stage: str, settings: object, upstream: list[str]) -> Run:
-        """The run of a stage, done or not."""
-        key = hashlib.sha256(json.dumps(self._described(stage, settings, upstream), sort_keys=True).encode())
-        return Run(stage, key.hexdigest()[:12], self.runs / f"{stage}-{key.hexdigest()[:12]}")
-
-    def _described(self, stage: str, settings: object, upstream: list[str]) -> dict[str, object]:
-        """What a stage's key hashes. The seed means nothing to a run without upstream: one on real private patients."""
-        described: dict[str, object] = {"stage": stage, "settings": _plain(settings), "upstream": upstream}
-        return described | ({"seed": self.seed} if upstream else {})
-
-    def _run(
-        self,
-        stage: str,
-        settings: object,
-        upstream: list[str],
-        work: Callable[[Path], dict[str, Any]],
-        together: bool = False,
-    ) -> Run:
-        """The finished run of a stage; does the work where there is none. Two processes never do the same work.
-
-        together: torchrun's processes do the work side by side; the first one alone writes.
-        """
-        run = self._planned(stage, settings, upstream)
-        done = run.folder / "metrics.json"
-        if done.exists() and not together:
-            return run
-        if together and not is_first_process():
-            if shared_decision():
-                work(run.folder)
-            return run
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(run.folder / "lock"):
-            missing = not done.exists()
-            if together:
-                missing = shared_decision(missing)
-            if missing:
-                print(f"{stage}: not done yet with these settings; running it in {run.folder.name}")
-                (run.folder / "settings.yaml").write_text(
-                    yaml.safe_dump(self._described(stage, settings, upstream), sort_keys=False)
-                )
-                metrics = work(run.folder)
-                temporary = done.with_suffix(".tmp")
-                temporary.write_text(json.dumps(metrics, indent=1))
-                temporary.replace(done)
-                for state in run.folder.glob("*.pt"):
-                    state.unlink()
-        return run
-
-
-def _leave_public_ledger(cohort: Cohort, folder: Path) -> None:
-    """Bind what the weights in a folder are: trained on a public cohort alone."""
-    public_ledger(cohort.manifest.name).bound(*folder.glob("*.safetensors")).save(folder / "privacy.json")
+def _labelled(cohort: Cohort) -> bool:
+    return all(cohort.split(name).labelled.all() for name in cohort.splits)
 
 
 def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] | None) -> dict[str, Any]:
@@ -969,12 +712,3 @@ def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table's rows as JSON knows them; what isn't finite becomes None."""
     return json.loads(table.to_json(orient="records"))
-
-
-def _plain(settings: object) -> object:
-    """Settings as JSON knows them; an infinite epsilon becomes a word."""
-    if isinstance(settings, BaseModel):
-        return settings.model_dump(mode="json")
-    if isinstance(settings, list):
-        return [_plain(part) for part in settings]
-    return str(settings) if isinstance(settings, float) and math.isinf(settings) else settings

@@ -1,0 +1,109 @@
+"""Models of real private patients: what they would spend is said and agreed to first, and charged before a step."""
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from cardiac_ldm.cohort import Patients
+from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.privacy import Ledger, Mechanism, Record
+from cardiac_ldm.runs import Run
+from cardiac_ldm.training.finetune import FinetuneSettings
+from cardiac_ldm.training.private import is_first_process
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What is spent of the real `patients` by models that `recipe` trains, whose runs are in the folder `runs`."""
+
+    patients: Patients
+    recipe: FinetuneSettings
+    runs: Path
+
+    @property
+    def who(self) -> str:
+        """Who the patients are, as nobody can tell who lacks the record's salt."""
+        return hashlib.sha256(repr(sorted(Record().hashes(self.patients.people))).encode()).hexdigest()
+
+    def planned(self, budgets: Iterable[float], run: Callable[[float], Run]) -> str | None:
+        """What the models of all these budgets would spend, in words; None where they are there.
+
+        Args:
+            budgets: 0, the public model, spends nothing.
+            run: the run of a budget's model, done or not; asked only where there are private models.
+
+        Raises:
+            PrivacyError: more than the manifest's budget, or something that would reveal patients; it's named.
+            ParameterError: a budget that no plan reaches.
+        """
+        patients, record = self.patients, Record()
+        asked = sorted(set(map(float, budgets)) - {0})
+        for epsilon in asked:
+            self.recipe.check(epsilon, patients.name, patients.places, patients.secret)
+        new: dict[float, Sequence[Mechanism]] = {
+            epsilon: self.recipe.plan(epsilon, self.recipe.delta, self.recipe.unit, patients.places).mechanisms(
+                "denoiser", self.recipe.tuned
+            )
+            for epsilon in asked
+        }
+        people = record.hashes(patients.people)
+        self._none_unknown()
+        if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
+            new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(run(epsilon))}
+        return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
+
+    def agree(self, budgets: Iterable[float], run: Callable[[float], Run], spend: bool) -> None:
+        """Look at all budgets of a study before one is spent. Raises PrivacyError unless told to spend."""
+        said = self.planned(budgets, run)
+        if said and not spend:
+            raise PrivacyError(f"{said}. Nothing is spent yet; to agree, set the parameter spend to True")
+        if said and is_first_process():
+            print(f"{said}. It's recorded in {str(Record().path).replace(str(Path.home()), '~')}")
+
+    def begin(self, run: Run) -> None:
+        """Make room for a run that is yet to be charged: what a folder has kept of another can't be gone on with.
+
+        That one was finished elsewhere, from a copy of the folder, or its weights are gone; its charge stays.
+        """
+        if is_first_process() and run.folder.exists():
+            with FileLock(run.folder / "lock"):
+                for left in () if self._charged(run) else [*run.folder.iterdir()]:
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    elif left.name != "lock":
+                        left.unlink()
+
+    def charge(self, ledger: Ledger, folder: Path) -> None:
+        """Charge the patients for a run before its first step; one that goes on was charged."""
+        path = folder / "privacy.json"
+        folder.chmod(0o700)
+        if not path.exists():  # on the disk first: a kill before the next lines has neither spent nor charged
+            ledger.model_copy(update={"run": secrets.token_hex(16)}).save(path)
+        begun, record = Ledger.load(path), Record()
+        people = record.hashes(self.patients.people)
+        together = record.charge(begun, self.patients.name, people, self.patients.budget)
+        begun.model_copy(update={"together": together}).save(path)
+
+    def _charged(self, run: Run) -> bool:
+        """Whether the patients have been charged for the run in this folder, which is done or can go on."""
+        if not (run.folder / "privacy.json").exists():
+            return False
+        ledger, record = run.ledger, Record()
+        if ledger.run not in {spend.run for spend in record.spends}:
+            return False
+        whole = (run.folder / "weights.safetensors").exists()
+        return ledger.run not in record.finished or (whole and record.finished[ledger.run] == ledger.weights)
+
+    def _none_unknown(self) -> None:
+        """Raise PrivacyError where `runs` holds a model of real patients of which the record knows nothing."""
+        record = Record()
+        known = {spend.run for spend in record.spends}
+        for path in self.runs.glob("finetune-*/privacy.json"):
+            began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
+            if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
+                record.vouch(ledger)
