@@ -19,7 +19,6 @@ workflow.config_settings.config_args = STUDY.encoded  # jobs on a cluster get th
 
 ROOT = workflow.basedir
 RAW, EXECUTED = f"{RUNS}/chapters/{STUDY.name}", f"{RUNS}/executed/{STUDY.name}"
-BUDGETS = ",".join(["0", *STUDY.budgets])
 CORES = workflow.resource_settings.cores or 16  # of a cluster nobody says them
 HALF = CORES if workflow.remote_exec else max(1, CORES // 2)  # two small networks keep two cores busier than one does
 
@@ -39,31 +38,25 @@ CHAPTERS = {
 def executed(rule_name):
     """The executed notebooks of a rule: one, or one for each budget."""
     notebook, takes = CHAPTERS[rule_name][1:3]
-    names = [f"{notebook}-eps{epsilon}" for epsilon in STUDY.budgets] if takes == "epsilon" else [notebook]
-    return [f"{EXECUTED}/{name}.ipynb" for name in names]
+    each = [f"-eps{epsilon}" for epsilon in STUDY.budgets] if takes == "epsilon" else [""]
+    return [f"{EXECUTED}/{notebook}{end}.ipynb" for end in each]
 
 
-def parameters(takes):
+def given(takes):
     """What gives papermill the parameters of a rule's notebook; `:q` quotes each."""
-    if takes == "epsilon":
-        return lambda wildcards: STUDY.papermill(epsilon=wildcards.epsilon)
-    return lambda wildcards: STUDY.papermill(epsilons=BUDGETS) if takes else STUDY.papermill()
+    budgets = {"epsilons": ",".join(["0", *STUDY.budgets])} if takes == "epsilons" else {}
+    return lambda wildcards: STUDY.papermill(**budgets, **dict(wildcards.items()))
 
 
 wildcard_constraints:
     epsilon=r"[\w.+-]+",
 
 
-localrules: book,
-
-
 rule book:
-    input:
-        [path for name in CHAPTERS for path in executed(name)],
-    output:
-        f"{RUNS}/book/_build/html/index.html",
-    params:
-        python=sys.executable, build=f"{ROOT}/book/build.py", executed=EXECUTED, into=f"{RUNS}/book",
+    localrule: True
+    input: [path for name in CHAPTERS for path in executed(name)],
+    output: f"{RUNS}/book/_build/html/index.html",
+    params: python=sys.executable, build=f"{ROOT}/book/build.py", executed=EXECUTED, into=f"{RUNS}/book",
     shell:
         "rm -rf {params.into:q}; exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
 
@@ -73,15 +66,11 @@ for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS
 
     rule:
         name: name
-        input:
-            f"{ROOT}/notebooks/{notebook}.ipynb",
-            [path for other in after for path in executed(other)],
-        output:
-            f"{EXECUTED}/{stem}.ipynb",
-        log:
-            f"{RAW}/{stem}.ipynb",
+        input: f"{ROOT}/notebooks/{notebook}.ipynb", [path for other in after for path in executed(other)],
+        output: f"{EXECUTED}/{stem}.ipynb",
+        log: f"{RAW}/{stem}.ipynb",
         params:
-            given=parameters(takes), settings=STUDY.digest, python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
+            given=given(takes), settings=STUDY.digest, python=sys.executable, run=f"{ROOT}/workflow/chapter.py",
             look=(takes == "epsilon" and shlex.join(STUDY.would_spend)) or "true",
         threads: threads_
         resources:

@@ -106,10 +106,10 @@ def test_an_attack_tells_members_from_as_many_others_by_their_losses(
     monkeypatch.setattr(module, "held_out_loss", losses)
     found = study.attacked(2)
     assert (found.metrics["n_members"], found.metrics["n_others"]) == (16, 16)
-    members, others = np.load(found.folder / "losses.npz").values()
+    members, others = found.read("losses")
     rates = {(row["attack"], row["measure"]): row["value"] for row in found.metrics["membership"]}
     assert rates["loss", "auc"] == pytest.approx(mannwhitneyu(-members, -others).statistic / 16**2)
-    below = [np.load(public.folder / "losses.npz")[f"arr_{side}"] - x for side, x in enumerate((members, others))]
+    below = [known - x for known, x in zip(public.read("losses"), (members, others), strict=True)]
     attack = "loss below the public model's"
     assert rates[attack, "auc"] == pytest.approx(mannwhitneyu(*below).statistic / 16**2)
     assert rates["loss", "tpr_at_fpr_0.01"] is None  # sixteen can't show it
@@ -128,6 +128,7 @@ def test_copies_of_private_patients_show_and_so_do_the_groups_that_they_are_from
     train = study.private.split("train")[:10]
     cohort = SyntheticCohort(train.images(np.arange(len(train.owners))), train.attributes, train.owners)
     cohort.save(tmp_path / "synthetic.npz")
+    (tmp_path / "metrics.json").write_text('{"epsilon": 1}')
     monkeypatch.setattr(study, "synthesised", lambda epsilon: Run("synthesise", "copies", tmp_path))
     found = study.memorised(1).metrics
     rows = [row for row in found["memorisation"] if row["statistic"] == "nearer to training"]

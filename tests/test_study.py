@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -19,14 +18,11 @@ import yaml
 from cardiac_ldm.cohort import Manifest, Patient
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.parameters import CompareParameters, FinetuneParameters, ModelParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
-from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.profile import PROFILES, Profile
 from cardiac_ldm.report.tables import utility_rows
 from cardiac_ldm.study import Study
-from cardiac_ldm.training.private import PrivateSettings
 from tests.conftest import TINY
 
 
@@ -102,63 +98,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     return Study(Parameters(profile=str(Path(__file__).parent / "tiny.yaml")))
 
 
-def test_a_stage_is_done_once_and_anew_when_its_settings_change(study: Study, capsys) -> None:
-    calls: list[Path] = []
-
-    def work(folder: Path) -> dict[str, Any]:
-        calls.append(folder)
-        return {"n": len(calls)}
-
-    first = study._run("stage", {"a": 1}, ["up"], work)
-    assert "stage: not done yet" in capsys.readouterr().out
-    assert study._run("stage", {"a": 1}, ["up"], work).metrics == first.metrics == {"n": 1}
-    changed = [({"a": 2}, ["up"]), ({"a": 1}, ["other"])]
-    assert len({study._run("stage", settings, up, work).key for settings, up in changed} | {first.key}) == 3
-
-
-def test_a_stage_that_fails_is_not_taken_for_done(study: Study) -> None:
-    def fail(folder: Path) -> dict[str, Any]:
-        (folder / "weights.safetensors").write_text("half")
-        raise RuntimeError
-
-    def succeed(folder: Path) -> dict[str, Any]:
-        return {}
-
-    works: list[Callable[[Path], dict[str, Any]]] = [fail, succeed]
-    with pytest.raises(RuntimeError):
-        study._run("stage", 1, [], works[0])
-    assert study._run("stage", 1, [], works[1]).metrics == {}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
-
-
-def test_decoder_and_denoiser_share_one_budget(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
-    tiny = yaml.safe_load(TINY.read_text())
-    common = {name: tiny["finetune"][name] for name in PrivateSettings.model_fields}
-    tiny["finetune"]["decoder"] = common | {"steps": 2, "expected_batch": 4, "share": 0.3}
-    path = tmp_path / "decoder.yaml"
-    path.write_text(yaml.safe_dump(tiny))
-    study = Study(Parameters(profile=str(path)))
-    run = study.finetuned(2)
-    synthetic = study.synthesised(2)
-    delta, both = study.profile.finetune.delta, run.ledger.mechanisms
-    assert [(m.stage, m.steps, m.expected_batch) for m in both] == [("decoder", 2, 4), ("denoiser", 4, 6)]
-    assert 0.97 * 0.6 <= epsilon_pld(terms_of(both[:1]), delta) <= 0.6
-    assert 0.97 * 2 <= epsilon_pld(terms_of(both), delta) <= 2 <= run.ledger.epsilon
-    assert synthetic.ledger == run.ledger
-    assert Ledger.load(run.folder / "decoder" / "privacy.json").mechanisms == both[:1]
-    public, tuned = study.load_autoencoder(), study.load_autoencoder(run)
-    for name, weight in tuned.state_dict().items():
-        assert torch.equal(weight, public.state_dict()[name]) == (name not in public.decoder_parameters()), name
-    capsys.readouterr()
-    assert Study(Parameters(profile=str(path))).synthesised(2).key == synthetic.key
-    assert capsys.readouterr().out == ""
 
 
 def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
@@ -201,19 +143,6 @@ def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
     assert (run.ledger.guarantee, run.ledger.n_units) == ("patient-level DP", 8)
     with pytest.raises(PrivacyError, match="epsilon: inf on hospital would reveal real private patients"):
         study.finetuned(math.inf)
-
-
-def test_volumes_of_real_patients_are_never_the_unit(
-    runs: Path, tmp_path: Path, make_acdc_patient: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
-    path = tmp_path / "volume.yaml"
-    path.write_text(TINY.read_text().replace("unit: patient", "unit: volume"))
-    study = Study(Parameters(profile=str(path)))
-    held = study.private.split("train")
-    monkeypatch.setattr(type(held), "secret", True)
-    with pytest.raises(PrivacyError, match="unit: phantom_private holds real patients, who are protected whole"):
-        study.finetuned(1)
 
 
 def test_a_private_cohort_never_stands_in_for_the_public_one() -> None:
@@ -276,7 +205,7 @@ def test_what_synthetic_patients_teach_stands_beside_real_ones(
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
     study = Study(Parameters(profile=str(TINY)))
     useful, baselines = study.useful(0), study.useful_baselines
-    drawn = SyntheticCohort.load(study.training_cohort(0).folder / "synthetic.npz")
+    drawn = study.training_cohort(0).volumes
     public = study.public.split("train")
     requests = {tuple(row) for row in np.nan_to_num(drawn.attributes)}
     assert requests == {tuple(row) for row in np.nan_to_num(public.attributes)}  # of nobody it's tested on, or private
