@@ -26,10 +26,10 @@ HALF = CORES if workflow.remote_exec else max(1, CORES // 2)  # two small networ
 CHAPTERS = {
     "cohorts": ([], "00_cohorts", "", HALF, 0, 16, 4),
     "autoencoder": (["cohorts"], "01_autoencoder", "", HALF, 1, 64, 48),
-    "pretrain": (["cohorts"], "02_pretrain", "", HALF, 1, 64, 48),
+    "pretrain": (["autoencoder"], "02_pretrain", "", HALF, 1, 64, 48),
     "finetune": (["pretrain"], "03_dp_finetune", "epsilon", HALF, 1, 64, 48),
-    "evaluate": (["autoencoder", "finetune"], "04_evaluate", "epsilons", CORES, 1, 64, 24),
-    "audit": (["evaluate"], "05_privacy_audit", "epsilons", HALF, 1, 64, 24),
+    "evaluate": (["finetune"], "04_evaluate", "epsilons", HALF, 1, 64, 24),
+    "audit": (["finetune"], "05_privacy_audit", "epsilons", HALF, 1, 64, 24),
     "tradeoff": (["evaluate"], "06_tradeoff", "epsilons", HALF, 1, 32, 4),
     "gallery": (["evaluate"], "07_gallery", "epsilons", HALF, 1, 32, 4),
 }

@@ -393,7 +393,7 @@ class Study:
         """The reference patients' own reconstructions, evaluated: the best that these latents allow."""
         return self.evaluation(self.reconstructed)
 
-    @stage("evaluate", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
+    @stage("evaluate", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy", "real_measured"))
     def evaluation(self, run: Run, cohort: Run) -> Metrics:
         """All measures of the cohort that a run left, beside what the reference patients reach."""
         measured, real = self.measured(cohort).read("measured"), self.real_measured.read("measured")
@@ -482,7 +482,7 @@ class Study:
         run.leave(arms=found)
         return {"model": run.folder.name} | self._tabulated(found, found)
 
-    @stage("useful", 1, settings=("utility", "evaluation.resamples"), needs=("training_cohort",))
+    @stage("useful", 1, settings=("utility", "evaluation.resamples"), needs=("training_cohort", "useful_baselines"))
     def useful(self, run: Run, epsilon: float) -> Metrics:
         """What the training cohort of a budget is worth, alone and beside few private patients."""
         drawn, few = self.training_cohort(epsilon).volumes, self._few
@@ -564,7 +564,7 @@ class Study:
         require_releasable(self.private.split("train"), "whom among private patients the synthetic volumes resemble")
         return self.memorisation(self.synthesised(epsilon))
 
-    @stage("memorised", 1, settings=("evaluation.resamples",), needs=("private",))
+    @stage("memorised", 1, settings=("evaluation.resamples",), needs=("private", "autoencoder"))
     def memorisation(self, run: Run, cohort: Run) -> Metrics:
         """The nearest training and held-out patients of every synthetic one."""
         return {"epsilon": cohort.metrics["epsilon"]} | self._memorisation(cohort.volumes, *self._private_parts)

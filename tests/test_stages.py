@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from cardiac_ldm.cohort import prepare
+
 VERSION = 1
 from cardiac_ldm.runs import Run, Stage, stage
 from cardiac_ldm.study import ROOT, Study
 
 ACCEPTED = Path(__file__).with_name("stages.json")
 FOLLOWED = ("cohort", "models", "privacy", "training", "evaluation")
+COHORTS = ("public_as_given", "public", "private", "reference_cohort", "audited_cohort")
+"""Whose keys say all that they depend on, the segmenter included."""
 STAGES = {declared.name: declared for declared in vars(Study).values() if isinstance(declared, Stage)}
 
 
@@ -41,6 +44,8 @@ def tree(thing: Any) -> ast.AST:
 def called(thing: Any, parsed: ast.AST, rooms: tuple[str, ...]) -> Iterator[Any]:
     """The library's functions and classes that a function or a class names, and the methods of a study."""
     names = vars(sys.modules[thing.__module__])
+    declared = {found.work: found for found in STAGES.values()}.get(thing)
+    known = behind(declared.needs) if declared else set()
     for node in ast.walk(parsed):
         found: Any = None
         if isinstance(node, ast.Name):
@@ -50,6 +55,8 @@ def called(thing: Any, parsed: ast.AST, rooms: tuple[str, ...]) -> Iterator[Any]
             owner = Study if of_study else names.get(node.value.id)
             if owner is Study or isinstance(owner, ModuleType):
                 found = inspect.getattr_static(owner, node.attr, None)
+        if isinstance(found, Stage):
+            found = None if found in known else found.work  # whose own version is part of the key
         found = getattr(found, "func", getattr(found, "fget", getattr(found, "__wrapped__", found)))
         if isinstance(found, FunctionType | type) and found.__module__.startswith("cardiac_ldm."):
             room = found.__module__.split(".")[1]
@@ -133,22 +140,42 @@ def test_the_workflow_runs_a_chapter_after_those_that_do_what_it_needs() -> None
     assert {"autoencoder", "pretrained", "trained_privately", "evaluation"} <= set(first)
 
 
-def needed(names: set[str]) -> set[str]:
+def needed(names: set[str], without: tuple[str, ...] = ()) -> set[str]:
     """The stages of a study that these of its names lead to, by what they need and by what their code asks for."""
     found, left = set[str](), list(names)
     while left:
         name = left.pop()
         thing = inspect.getattr_static(Study, name, None)
-        if thing is None or name in found:
+        if thing is None or name in found or name in without:
             continue
         found.add(name)
-        if isinstance(thing, Stage):
-            left += thing.needs
-            thing = thing.work
-        thing = getattr(thing, "func", getattr(thing, "fget", thing))
-        if isinstance(thing, FunctionType):
-            left += re.findall(r"self\.(\w+)", inspect.getsource(thing))
+        left += [*thing.needs, *named(thing.work)] if isinstance(thing, Stage) else named(thing)
     return {name for name in found if isinstance(inspect.getattr_static(Study, name), Stage)}
+
+
+def named(thing: Any) -> list[str]:
+    """What a method of a study names of it."""
+    thing = getattr(thing, "func", getattr(thing, "fget", getattr(thing, "__wrapped__", thing)))
+    return re.findall(r"self\.(\w+)", inspect.getsource(thing)) if isinstance(thing, FunctionType) else []
+
+
+def behind(needs: tuple[str, ...]) -> set[Stage]:
+    """The stages whose versions are in the key of one with these needs."""
+    found = set[Stage]()
+    for name in needs:
+        thing = inspect.getattr_static(Study, name)
+        for way in [thing] if isinstance(thing, Stage) else [inspect.getattr_static(Study, x, 0) for x in named(thing)]:
+            if isinstance(way, Stage):
+                found |= {way} | behind(way.needs)
+    return found
+
+
+@pytest.mark.parametrize("declared", STAGES.values(), ids=STAGES)
+def test_a_stage_asks_only_for_what_its_key_hashes(declared: Stage) -> None:
+    asked = {inspect.getattr_static(Study, name) for name in needed({*named(declared.work)}, COHORTS)} - {declared}
+    for other in asked - behind(declared.needs):
+        assert set(other.settings) <= set(declared.settings), f"{declared.name}: settings of {other.name}"
+        assert behind(other.needs) <= behind(declared.needs), f"{declared.name}: needs of {other.name}"
 
 
 class Counted:
