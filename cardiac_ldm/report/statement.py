@@ -1,0 +1,108 @@
+"""The privacy statement: one page for whoever decides on a release, in the terms of NIST SP 800-226."""
+
+import math
+
+from cardiac_ldm.privacy import Ledger, Standing
+
+
+def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
+    """The guarantee of a model, what it covers and what there is to decide, as Markdown.
+
+    together: what all runs on these patients have spent by now; else what they had when this one began.
+    """
+    if ledger.guarantee == "public data only":
+        return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
+    if ledger.guarantee == "none":
+        return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
+    together = together or ledger.together
+    several = (
+        f"; from all {together.runs} models of these patients, {_right(together.epsilon, together.delta):.1%}"
+        if together and together.runs > 1
+        else ""
+    )
+    return (
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Training compared "
+        f"{ledger.private_data} with the same patients less any one of them, with all volumes. The probability of any "
+        f"outcome of this model with a patient is at most e^ε = {math.exp(ledger.epsilon):.3g} times that without, plus "
+        f"δ = {ledger.delta:g}, and the other way round. Somebody who holds a patient's membership for as likely as "
+        "not, and knows everybody else's data, guesses it right from this model in at most "
+        f"{_right(ledger.epsilon, ledger.delta):.1%} of cases{several}; a coin has 50 %.\n\n"
+        + ("" if ledger.simulated else _decisions(ledger, together))
+        + _table(ledger, together)
+    )
+
+
+def _right(epsilon: float, delta: float) -> float:
+    """The chance of a right guess whether somebody took part, from even odds (arXiv 1311.0776)."""
+    return 1.0 if epsilon > 700 else (math.exp(epsilon) + delta) / (1 + math.exp(epsilon))
+
+
+def _decisions(ledger: Ledger, together: Standing | None) -> str:
+    """What there is to decide on a model of real patients."""
+    spent = together.epsilon if together else ledger.epsilon
+    weak = (
+        "\n- **ε above 20 is a figure without a promise**: it excludes no attack. Release only what would do no harm "
+        "without a guarantee."
+        if ledger.epsilon > 20
+        else ""
+    )
+    return (
+        "**To decide**\n\n"
+        f"- **Which figure counts**: ε = {ledger.epsilon:g} where this model alone ever leaves the house, "
+        f"ε = {spent:.4g} where the other models of these patients do too: that is the total privacy loss of any one "
+        "patient, whoever has left since included. NIST SP 800-226 sets no limit. The authors of this software call 1 "
+        f"strong; at 10 protection rests on real attacks being far weaker than the worst case.{weak}\n"
+        "- **Covered**: the final weights, and whatever is computed from them without another look at the patients: "
+        "synthetic volumes, their segmentations, their attributes and quality scores. It holds against anybody, with "
+        "any other knowledge.\n"
+        "- **Not covered**: facts about groups of patients, which also concern those who belong to them; how long the "
+        "training took; data of these patients that is published in any other way. The number of places is public.\n"
+        "- **Evidence**: the mechanism is audited with made-up patients, from end to end (the study's chapter on "
+        "attacks). No attack was run on these patients: its result would itself reveal something about them.\n"
+        "- **A patient withdraws**: name them under `exclude:` in the cohort's manifest and delete their files. Models "
+        "that exist can't forget them; their influence on these stays bounded by the figures above. To train again "
+        "adds to the privacy loss of those who remain.\n\n"
+        "| decision | released / released with conditions / not released |\n| --- | --- |\n"
+        "| by, on | |\n| reasons, conditions | |\n\n"
+    )
+
+
+def _table(ledger: Ledger, together: Standing | None) -> str:
+    counted = "not charged yet"
+    if together:
+        spent = f"together they spent ({together.epsilon:.4g}, {together.delta:g})"
+        counted = f"{together.runs}, this one and those that only tried settings out included; {spent}"
+    elif ledger.simulated:
+        counted = "not counted: they are simulated"
+    rows = {
+        "unit": "patient",
+        "neighbouring cohorts": ledger.adjacency,
+        **{
+            f"mechanism: {m.stage}": (
+                f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "
+                f"norm {m.clip:g}, noise multiplier {m.noise_multiplier:.4g}, {m.draws} noise draw(s) a volume; "
+                f"trained part of the network: {m.tuned}"
+            )
+            for m in ledger.mechanisms
+        },
+        "sampler": ledger.sampler,
+        "accountant": f"{ledger.accountant}, which says {ledger.epsilon_pld:.4g}; Rényi DP, a looser bound, says "
+        f"{ledger.epsilon_rdp:.4g}",
+        "public data": ledger.public_data,
+        "models of these patients": counted,
+        "released": ledger.released,
+        "randomness": ledger.randomness
+        + ("; seeded, so that the run can be repeated: these patients are simulated" if ledger.simulated else ""),
+        "SHA-256 of the weights": ", ".join(ledger.weights.values()) or "not there yet",
+        "written": f"{ledger.date}, cardiac-ldm {ledger.version}",
+    }
+    return "| term | value |\n| --- | --- |\n" + "".join(f"| {term} | {value} |\n" for term, value in rows.items())
+
+
+def joint_statement(together: Standing, private_data: str) -> str:
+    """What private models of one cohort reveal together, as Markdown."""
+    return (
+        f"**Together, {together.runs} private model(s) of {private_data} spent "
+        f"({together.epsilon:.4g}, {together.delta:g}) per patient.** Whoever sees several of them learns more than "
+        "from any one. It's the most that any one patient has spent, those who have left since included."
+    )
