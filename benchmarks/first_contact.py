@@ -57,6 +57,8 @@ def timed(part: str, clone: Path, logs: Path) -> dict[str, object]:
     seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if finished.returncode:
         sys.exit(f"{COMMANDS[part]}: ended with {finished.returncode}; {log} and {log}.out say why")
+    if changed := subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True).stdout:
+        sys.exit(f"{COMMANDS[part]}: changed what is committed:\n{changed}")
     cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"command": COMMANDS[part], "seconds": round(seconds), "core_seconds": round(cores), "load": round(load, 1)}
 
@@ -69,6 +71,7 @@ def main() -> None:
     if unknown := [part for part in wanted if part not in COMMANDS]:
         sys.exit(f"{unknown[0]}: no such part; there are {', '.join(COMMANDS)}")
     logs = Path(tempfile.mkdtemp(prefix="first-contact-"))
+    print(f"outputs are kept in {logs}", file=sys.stderr)
     clone = logs / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True).stdout
@@ -85,7 +88,7 @@ def main() -> None:
     for part in dict.fromkeys([SET_UP, *wanted]):
         print(f"{part}: {COMMANDS[part]}", file=sys.stderr, flush=True)
         parts[part] = timed(part, clone, logs) | where
-    shutil.rmtree(logs)
+    shutil.rmtree(clone)
     keep("first_contact", parts={part: parts[part] for part in COMMANDS if part in parts})
 
 
