@@ -1,4 +1,4 @@
-"""Models of real private patients: what they would spend is said and agreed to first, and charged before a step."""
+"""Models of private patients: what they spent together; of real ones, what would be spent is agreed to, and charged."""
 
 import hashlib
 import secrets
@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import PrivacyError
-from cardiac_ldm.privacy import Ledger, Mechanism, Record
+from cardiac_ldm.privacy import Ledger, Mechanism, Record, Standing
 from cardiac_ldm.runs import Run
 from cardiac_ldm.training.finetune import FinetuneSettings
 from cardiac_ldm.training.private import is_first_process
@@ -19,7 +19,7 @@ from cardiac_ldm.training.private import is_first_process
 
 @dataclass(frozen=True)
 class Spending:
-    """What is spent of the real `patients` by models that `recipe` trains, whose runs are in the folder `runs`."""
+    """What is spent of `patients` by models that `recipe` trains, whose runs are in the folder `runs`."""
 
     patients: Patients
     recipe: FinetuneSettings
@@ -88,6 +88,27 @@ class Spending:
         people = record.hashes(self.patients.people)
         together = record.charge(begun, self.patients.name, people, self.patients.budget)
         begun.model_copy(update={"together": together}).save(path)
+
+    def together(self) -> Standing | None:
+        """What all private models of the patients spent together; None where there is none.
+
+        Of real patients their record says it, whatever `runs` holds; of simulated ones the ledgers in `runs` do.
+        """
+        if self.patients.secret:
+            record = Record()
+            standing = record.standing(record.hashes(self.patients.people), self.patients.budget.delta)
+            return standing if standing.runs else None
+        ledgers = self.ledgers()
+        return Ledger.compose(ledgers) if ledgers else None
+
+    def ledgers(self) -> list[Ledger]:
+        """Ledgers of all private models in `runs` that learnt from these patients, finished or not, by epsilon.
+
+        Models with no guarantee are left out.
+        """
+        found = [Ledger.load(path) for path in self.runs.glob("finetune-*/privacy.json")]
+        own = ("patient-level DP", f"{self.patients.name} ({self.patients.split})")
+        return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
 
     def _charged(self, run: Run) -> bool:
         """Whether the patients have been charged for the run in this folder, which is done or can go on."""

@@ -245,27 +245,9 @@ class Study:
         """What the models of all these budgets would spend of real private patients; None where they are there."""
         return self._spending.planned(budgets, self._of_real_patients)
 
-    def private_ledgers(self) -> list[Ledger]:
-        """Ledgers of all private models in `runs` that learnt from this study's simulated patients, finished or not.
-
-        Models with no guarantee are left out.
-        """
-        found = [Ledger.load(path) for path in self.runs.glob("finetune-*/privacy.json")]
-        patients = self.private.split("train")
-        own = ("patient-level DP", f"{patients.name} ({patients.split})")
-        return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
-
     def together(self) -> Standing | None:
-        """What all private models of this study's private patients spent together; None where there is none.
-
-        Of real patients their record says it, whatever `runs` holds; of simulated ones the ledgers in `runs` do.
-        """
-        patients, record = self.private.split("train"), Record()
-        if patients.secret:
-            standing = record.standing(record.hashes(patients.people), patients.budget.delta)
-            return standing if standing.runs else None
-        ledgers = self.private_ledgers()
-        return Ledger.compose(ledgers) if ledgers else None
+        """What all private models of this study's private patients spent together; None where there is none."""
+        return self._spending.together()
 
     # --- Synthetic cohorts ---
 

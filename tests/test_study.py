@@ -162,7 +162,7 @@ def test_all_models_of_one_cohort_are_stated_together_whatever_each_stated(tmp_p
         words = {"stage": "denoiser", "tuned": "all", "private_data": f"{data} (train)", "public_data": ""}
         (tmp_path / f"finetune-{number}").mkdir()
         plan.ledger(Randomness(0, simulated=True), **words).save(tmp_path / f"finetune-{number}" / "privacy.json")
-    found = study.private_ledgers()
+    found = study._spending.ledgers()
     assert len(found) == len(mine)
     together = [Ledger.compose(found[:n]).epsilon for n in range(1, 5)]
     assert together == sorted(set(together))  # each one adds to it
