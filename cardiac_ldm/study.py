@@ -47,7 +47,7 @@ from cardiac_ldm.progress import awaited
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.finetune import denoising, finetune, finetune_decoder
+from cardiac_ldm.training.finetune import denoising, finetune
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
@@ -239,14 +239,10 @@ class Study:
             seed = None if patients.secret else self.seed
             randomness = Randomness(seed, simulated=patients.simulated, run=folder.name)
             model, public_data = self.denoiser(self.pretrained), load_manifest(self.parameters.cohort_public).name
-            first, plan = self._plans(epsilon)
+            plan = self._plan(epsilon)
             if patients.secret and is_first_process():
                 words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
                 self._charge(plan.ledger(randomness, stage="denoiser", **words, public_data=public_data), folder)
-            if settings.decoder and first:
-                autoencoder, where = self.load_autoencoder(), folder / "decoder"
-                stage = finetune_decoder(autoencoder, patients, first, settings.decoder, randomness, where, public_data)
-                plan = replace(plan, before=stage.mechanisms)
             latents = self.latents(patients, self.private)
             if patients.secret:
                 _ = latents[:]  # else what had been encoded would tell who was in the lots
@@ -265,12 +261,10 @@ class Study:
             Record().vouch(run.ledger)
         return run
 
-    def _plans(self, epsilon: float) -> tuple[PrivatePlan | None, PrivatePlan]:
-        """The plans of a budget's two stages on the private patients: the decoder's, if any, and the denoiser's."""
+    def _plan(self, epsilon: float) -> PrivatePlan:
+        """The plan that spends a budget on the private patients."""
         settings = self.profile.finetune
-        terms = settings.delta, settings.unit, self.private.split("train").places
-        first = settings.decoder.plan(settings.decoder.share * epsilon, *terms) if settings.decoder else None
-        return first, settings.plan(epsilon, *terms, first.mechanisms("decoder", "decoder") if first else ())
+        return settings.plan(epsilon, settings.delta, self.private.split("train").places)
 
     def _of_real_patients(self, epsilon: float) -> list[object]:
         """What a model of real patients depends on: no seed, no source text, no version of a library.
@@ -294,7 +288,7 @@ class Study:
         asked = sorted(set(map(float, budgets)) - {0})
         for epsilon in asked:
             settings.check(epsilon, patients.name, patients.places, patients.secret)
-        new = {epsilon: self._plans(epsilon)[1].mechanisms("denoiser", settings.tuned) for epsilon in asked}
+        new = {epsilon: self._plan(epsilon).mechanisms("denoiser", settings.tuned) for epsilon in asked}
         people = record.hashes(patients.people)
         self._none_unknown()
         if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
@@ -410,8 +404,8 @@ class Study:
                 n - known,
             )  # whoever is last makes room for canaries
             latents, schedule = self.latents(train, cohort)[: train.offsets[known]], self.profile.denoiser.schedule
-            settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2, "decoder": None})
-            plan = settings.plan(epsilon, settings.delta, "patient", n)
+            settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2})
+            plan = settings.plan(epsilon, settings.delta, n)
             for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
                 randomness = Randomness(self.seed, simulated=True, run=f"{folder.name}-{noise}")
                 tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings, schedule)
@@ -524,10 +518,10 @@ class Study:
         def work(folder: Path) -> dict[str, Any]:
             patients, schedule = self.public.split("train")[:8], self.profile.denoiser.schedule
             models = self.load_autoencoder(), self.denoiser(self.pretrained)
-            found = sensitivities(patients, *models, schedule, recipe.clip, recipe.clipping)
+            found = sensitivities(patients, *models, schedule, recipe.clip)
             return {"n_patients": len(patients), "rows": _records(found)}
 
-        return self._run("sensitivity", [recipe.clip, recipe.clipping], [self.pretrained.key, self.public.key], work)
+        return self._run("sensitivity", recipe.clip, [self.pretrained.key, self.public.key], work)
 
     def _losses(self, model: Run, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
         """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
@@ -553,10 +547,9 @@ class Study:
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's simulated patients, finished or not.
 
-        A run that died in its decoder's stage has that stage's ledger. Models with no guarantee are left out.
+        Models with no guarantee are left out.
         """
-        places = [(run / "privacy.json", run / "decoder" / "privacy.json") for run in self.runs.glob("finetune-*")]
-        found = [Ledger.load(next(filter(Path.exists, place))) for place in places if any(map(Path.exists, place))]
+        found = [Ledger.load(path) for path in self.runs.glob("finetune-*/privacy.json")]
         patients = self.private.split("train")
         own = ("patient-level DP", f"{patients.name} ({patients.split})")
         return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
@@ -631,7 +624,7 @@ class Study:
         """Volumes for attributes (n, 14), asked by owners (n,)."""
         settings = self.profile.sampling
         return synthesise(
-            self.load_autoencoder(model),
+            self.load_autoencoder(),
             self.denoiser(model),
             self.profile.denoiser.schedule,
             attributes,
@@ -861,10 +854,9 @@ class Study:
         rows = tabulate_arms(arms, baselines, resamples=self.profile.evaluation.resamples, seed=self.seed)
         return {"rows": json.loads(rows.to_json(orient="records", double_precision=15))}
 
-    def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
-        """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
-        tuned = run and run.folder / "decoder" / "weights.safetensors"
-        weights = tuned if tuned and tuned.exists() else self.autoencoder.folder / "weights.safetensors"
+    def load_autoencoder(self) -> Autoencoder:
+        """The public autoencoder."""
+        weights = self.autoencoder.folder / "weights.safetensors"
         Ledger.load(weights.with_name("privacy.json"))
         model = self.profile.autoencoder.build()
         load_weights(model, weights)

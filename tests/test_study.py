@@ -22,11 +22,9 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.parameters import CompareParameters, FinetuneParameters, ModelParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
-from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.profile import PROFILES, Profile
 from cardiac_ldm.report.tables import utility_rows
 from cardiac_ldm.study import Study
-from cardiac_ldm.training.private import PrivateSettings
 from tests.conftest import TINY
 
 
@@ -91,7 +89,7 @@ def test_every_profile_builds_steps_once_and_is_accounted_for(name: str) -> None
     latents = torch.randn(1, profile.autoencoder.latent_channels, 13, size, size)
     model(latents, torch.tensor([7]), torch.full((1, 14), torch.nan)).square().mean().backward()
     recipe, n_patients = profile.finetune, profile.patients["private"].train
-    plan = recipe.plan(10, recipe.delta, recipe.unit, n_patients)
+    plan = recipe.plan(10, recipe.delta, n_patients)
     terms = ((plan.noise_multiplier, plan.sampling_rate, plan.steps),)
     assert 9.85 <= epsilon_pld(terms, plan.delta, 1e-3) <= 10.05
 
@@ -135,32 +133,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def test_decoder_and_denoiser_share_one_budget(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
-    tiny = yaml.safe_load(TINY.read_text())
-    common = {name: tiny["finetune"][name] for name in PrivateSettings.model_fields}
-    tiny["finetune"]["decoder"] = common | {"steps": 2, "expected_batch": 4, "share": 0.3}
-    path = tmp_path / "decoder.yaml"
-    path.write_text(yaml.safe_dump(tiny))
-    study = Study(Parameters(profile=str(path)))
-    run = study.finetuned(2)
-    synthetic = study.synthesised(2)
-    delta, both = study.profile.finetune.delta, run.ledger.mechanisms
-    assert [(m.stage, m.steps, m.expected_batch) for m in both] == [("decoder", 2, 4), ("denoiser", 4, 6)]
-    assert 0.97 * 0.6 <= epsilon_pld(terms_of(both[:1]), delta) <= 0.6
-    assert 0.97 * 2 <= epsilon_pld(terms_of(both), delta) <= 2 <= run.ledger.epsilon
-    assert synthetic.ledger == run.ledger
-    assert Ledger.load(run.folder / "decoder" / "privacy.json").mechanisms == both[:1]
-    public, tuned = study.load_autoencoder(), study.load_autoencoder(run)
-    for name, weight in tuned.state_dict().items():
-        assert torch.equal(weight, public.state_dict()[name]) == (name not in public.decoder_parameters()), name
-    capsys.readouterr()
-    assert Study(Parameters(profile=str(path))).synthesised(2).key == synthetic.key
-    assert capsys.readouterr().out == ""
-
-
 def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
     runs: Path,
     tmp_path: Path,
@@ -201,19 +173,6 @@ def test_the_run_of_real_private_patients_shows_and_leaves_only_what_is_private(
     assert (run.ledger.guarantee, run.ledger.n_units) == ("patient-level DP", 8)
     with pytest.raises(PrivacyError, match="epsilon: inf on hospital would reveal real private patients"):
         study.finetuned(math.inf)
-
-
-def test_volumes_of_real_patients_are_never_the_unit(
-    runs: Path, tmp_path: Path, make_acdc_patient: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
-    path = tmp_path / "volume.yaml"
-    path.write_text(TINY.read_text().replace("unit: patient", "unit: volume"))
-    study = Study(Parameters(profile=str(path)))
-    held = study.private.split("train")
-    monkeypatch.setattr(type(held), "secret", True)
-    with pytest.raises(PrivacyError, match="unit: phantom_private holds real patients, who are protected whole"):
-        study.finetuned(1)
 
 
 def test_a_private_cohort_never_stands_in_for_the_public_one() -> None:
