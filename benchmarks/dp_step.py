@@ -259,10 +259,11 @@ def _set_up(folder: str, n_patients: int) -> dict[str, float]:
     before, start = _most_held(reset=True), time.perf_counter()
     patients = Patients(load_manifest("phantom_private"), "train", Path(folder))
     latents = np.load(Path(folder) / "latents.npy", mmap_mode="r")
-    plan = settings.plan(10, settings.delta, settings.unit, len(patients))
+    plan = settings.plan(10, settings.delta, len(patients))
     plan.ledger(SEEDED, stage="denoiser", tuned="all", private_data=patients.name, public_data="")
     lot = plan.sample_lot(SEEDED.generator(0, 0))
-    read = [latents[list(plan.volumes_of(unit, patients.offsets))] for unit in np.flatnonzero(lot)[:16].tolist()]
+    spans = zip(patients.offsets[:-1][lot][:16], patients.offsets[1:][lot][:16], strict=True)
+    read = [latents[first:after] for first, after in spans]
     seconds = time.perf_counter() - start
     assert read[0].shape[0] == len(patients.attributes) // n_patients
     return {"patients": n_patients, "seconds": seconds, "megabytes": _most_held() - before}

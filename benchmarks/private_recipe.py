@@ -87,9 +87,7 @@ def signal(study: Study) -> list[dict[str, object]]:
     latents, noising = study.latents(patients, study.private), schedule(study.profile.denoiser.schedule)
     attributes, parameters = torch.from_numpy(patients.attributes), model.tunable("all")
     settings = study.profile.finetune.model_copy(update=BASE)
-    plans = [
-        settings.plan(epsilon, settings.delta, "patient", len(study.private.split("train"))) for epsilon in (10, 1)
-    ]
+    plans = [settings.plan(epsilon, settings.delta, len(study.private.split("train"))) for epsilon in (10, 1)]
     gradients = []
     for patient in tqdm(range(len(patients)), desc="gradients"):
         own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
@@ -137,7 +135,7 @@ def rehearse() -> dict[str, object]:
         described = json.dumps([str(recipe.epsilon), study.private.key, settings.model_dump(mode="json")])
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
-        plan = settings.plan(recipe.epsilon, settings.delta, "patient", len(train))
+        plan = settings.plan(recipe.epsilon, settings.delta, len(train))
         batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
         smaller = replace(plan, epsilon=math.inf, expected_batch=batch, noise_multiplier=noise)
         model = study.denoiser(study.pretrained)
@@ -148,7 +146,7 @@ def rehearse() -> dict[str, object]:
             {
                 "epsilon": str(recipe.epsilon),
                 **{name: str(value) for name, value in (BASE | dict(recipe.changes)).items()},
-                "clip": f"{settings.clip:g} {settings.clipping}",
+                "clip": f"{settings.clip:g}",
                 "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
                 "noise_multiplier": plan.noise_multiplier,
                 "change_milli": 1000 * worth.value,

@@ -46,7 +46,7 @@ class Spending:
         for epsilon in asked:
             self.recipe.check(epsilon, patients.name, patients.places, patients.secret)
         new: dict[float, Sequence[Mechanism]] = {
-            epsilon: self.recipe.plan(epsilon, self.recipe.delta, self.recipe.unit, patients.places).mechanisms(
+            epsilon: self.recipe.plan(epsilon, self.recipe.delta, patients.places).mechanisms(
                 "denoiser", self.recipe.tuned
             )
             for epsilon in asked

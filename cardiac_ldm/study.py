@@ -198,7 +198,7 @@ class Study:
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
         plan, public_data = (
-            settings.plan(epsilon, settings.delta, settings.unit, patients.places),
+            settings.plan(epsilon, settings.delta, patients.places),
             load_manifest(self.parameters.cohort_public).name,
         )
         if patients.secret and is_first_process():
@@ -592,9 +592,7 @@ class Study:
             self.load_autoencoder(),
             self.denoiser(self.pretrained),
             self.profile.denoiser.schedule,
-            clip,
-            "fixed",
-        )
+            clip)
         return {"n_patients": len(patients), "rows": _records(found)}
 
     def _losses(self, model: Denoiser, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:

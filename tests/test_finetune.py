@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -23,14 +24,13 @@ from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
-from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
+from cardiac_ldm.models import diffusion
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd, epsilon_pld
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.training import finetune as room
 from cardiac_ldm.training import pretrain, private
-from cardiac_ldm.training.autoencoder import VQRegularisation
 from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state
-from cardiac_ldm.training.finetune import DecoderSettings, FinetuneSettings, finetune, finetune_decoder
+from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune
 from tests.conftest import TINY, store_patients
 
 PROFILE = Profile.load(str(TINY))
@@ -64,7 +64,7 @@ def recipe(**changes: object) -> FinetuneSettings:
 def plan_of(settings: FinetuneSettings, n_patients: int = 12, **changes: float) -> PrivatePlan:
     """A plan with no calibration behind it; the ledger states its epsilon, which is below 20."""
     terms = {"epsilon": 20.0, "delta": 1e-3, "noise_multiplier": 1.0} | changes
-    given = settings.model_dump(include={"expected_batch", "steps", "clip", "draws", "clipping", "unit"})
+    given = settings.model_dump(include={"expected_batch", "steps", "clip", "draws"})
     return PrivatePlan(n_patients, **given, **terms)  # type: ignore[arg-type]
 
 
@@ -368,7 +368,7 @@ class Captured(Exception):  # noqa: N818
 
 def loss_of_units(
     patients: Patients, settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch, latents: np.ndarray | None = None
-) -> tuple[list[nn.Parameter], Callable[[int, torch.Generator], Tensor | None], PrivatePlan]:
+) -> tuple[list[nn.Parameter], PatientLoss, PrivatePlan]:
     """What fine-tuning hands to the private loop: the parameters, each unit's loss, and the plan."""
     held: list = []
 
@@ -396,12 +396,12 @@ def test_a_patients_gradient_averages_over_the_volumes_there_are(
     settings = recipe(clip=1e-3, draws=2)
     parameters, unit_loss, plan = loss_of_units(patients, settings, monkeypatch, latents)
 
-    def seen(model: nn.Module, noising: nn.Module, volumes: Tensor, attributes: Tensor, *rest: object) -> Tensor:
+    def seen(model: nn.Module, noising: Any, volumes: Tensor, attributes: Tensor, *rest: Tensor) -> Tensor:
         rows.append((volumes, attributes))
-        losses.append(pretrain.random_loss(model, noising, volumes, attributes, *rest))  # type: ignore[arg-type]
+        losses.append(diffusion.diffusion_loss(model, noising, volumes, attributes, *rest))
         return losses[-1]
 
-    monkeypatch.setattr(room, "random_loss", seen)
+    monkeypatch.setattr(room, "diffusion_loss", seen)
     for unit, own in enumerate([[0], [1, 2, 3], [4, 5]]):
         loss = unit_loss(unit, SEEDED.draws(0, unit))
         assert loss is not None
@@ -414,23 +414,45 @@ def test_a_patients_gradient_averages_over_the_volumes_there_are(
         assert torch.cosine_similarity(free, clipped, dim=0) > 0.999
 
 
-def test_volumes_as_units_fill_two_places_a_patient(cohorts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tuned", "precision"), [("all", "fp32"), ("edges", "bf16"), ("lora-2", "fp32")])
+def test_several_patients_at_once_contribute_what_each_does_alone(
+    tuned: str, precision: str, cohorts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patients = made_up(cohorts / "uneven", (1, 3, 2) * 4)
     latents = latents_of(patients)
-    _, unit_loss, plan = loss_of_units(patients, recipe(unit="volume"), monkeypatch, latents)
-    used: list[int | None] = []
+    latents[patients.offsets[4]] = np.inf  # a gradient that isn't finite
+    settings = recipe(clip=1e-2, draws=2, tuned=tuned, precision=precision, expected_batch=12)
+    parameters, loss, plan = loss_of_units(patients, settings, monkeypatch, latents)
+    loss.offsets = np.append(loss.offsets, loss.offsets[-1])  # a place that nobody fills
+    loss.at_once = 5
+    taken, backward = [], loss._gradients
 
-    def seen(model: nn.Module, noising: nn.Module, volumes: Tensor, *rest: object) -> Tensor:
-        (found,) = {int(np.flatnonzero((latents == row.numpy()).all(axis=(1, 2, 3, 4)))[0]) for row in volumes}
-        used.append(found)
-        return volumes
+    def short_of_memory(several: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        taken.append(len(several))
+        if len(several) > 3:
+            raise torch.OutOfMemoryError
+        return backward(several)
 
-    monkeypatch.setattr(room, "random_loss", seen)
-    assert plan.n_units == 24
-    for unit in range(6):
-        if unit_loss(unit, SEEDED.draws(0, unit)) is None:
-            used.append(None)
-    assert used == [0, None, 1, 2, 4, 5]  # one volume leaves its second place empty; a third one is never used
+    monkeypatch.setattr(loss, "_gradients", short_of_memory)
+    plan = replace(plan, n_patients=13, expected_batch=13, noise_multiplier=0.0)
+    alone = plan.gradient(0, parameters, loss, SEEDED)
+    monkeypatch.setattr(dpsgd, "TOGETHER", ("cpu",))
+    together = plan.gradient(0, parameters, loss, SEEDED)
+    assert taken == [5, *[2] * 6]
+    closeness = 1e-5 if precision == "fp32" else 0.05
+    assert (alone - together).norm() <= closeness * alone.norm()
+    each = [plan.clipped_rows(rows) for rows in loss.gradients(range(13), partial(SEEDED.draws, 0))]
+    rows = torch.cat(each)
+    assert rows.shape == (12, len(alone))
+    for unit, row in enumerate(rows):
+        value = loss(unit, SEEDED.draws(0, unit))
+        assert value is not None
+        own = plan.clipped(value, parameters)
+        assert (row - own).norm() <= closeness * own.norm(), unit
+        assert row.double().norm() <= plan.clip
+    assert rows[4].norm() == 0 < rows[[0, 1, 2, 3, 5, 6]].norm(dim=1).min()
+    noisy = replace(plan, noise_multiplier=2.0).gradient(0, parameters, loss, SEEDED)
+    assert (noisy - together).std().item() == pytest.approx(2.0 * plan.clip / 13, rel=0.1)  # once, not once a chunk
 
 
 def test_half_precision_gives_nearly_the_same_clipped_gradient(
@@ -520,15 +542,14 @@ def test_only_what_is_tuned_moves(tuned: str, patients: Patients, tmp_path: Path
         ({"timesteps": []}, r"finetune\.timesteps: \[\]: must hold at least one band"),
         ({"learning_rate": 0}, r"finetune\.learning_rate: 0: .*greater than 0"),
         ({"precision": "fp16"}, r"finetune\.precision: 'fp16': .*'fp32' or 'bf16'"),
-        ({"unit": "volume", "decoder": {}}, r"finetune\.unit: 'volume': the decoder's private stage takes whole pat"),
-        ({"decoder": {"share": 1.0}}, r"finetune\.decoder\.share: 1\.0: .*less than 1"),
-        ({"decoder": {"shere": 0.5}}, r"finetune\.decoder\.shere: is no setting of this study"),
+        ({"unit": "volume"}, r"finetune\.unit: 'volume': .*'patient'"),
+        ({"clipping": "normalised"}, r"finetune\.clipping: 'normalised': .*'fixed'"),
+        ({"decoder": {"share": 0.5}}, r"finetune\.decoder: "),
+        ({"stepz": 5}, r"finetune\.stepz: is no setting of this study"),
     ],
 )
 def test_a_wrong_recipe_is_one_clear_sentence(changes: dict, sentence: str, tmp_path: Path) -> None:
     profile = yaml.safe_load(TINY.read_text())
-    if "decoder" in changes:
-        changes = changes | {"decoder": decoder_recipe().model_dump() | changes["decoder"]}
     profile["finetune"] |= changes
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(profile))
@@ -536,62 +557,6 @@ def test_a_wrong_recipe_is_one_clear_sentence(changes: dict, sentence: str, tmp_
         Profile.load(str(path))
     assert len(str(raised.value).replace(str(path), "")) < 200
     assert "\n" not in str(raised.value)
-
-
-def decoder_recipe(**changes: object) -> DecoderSettings:
-    common = PROFILE.finetune.model_dump(include=set(private.PrivateSettings.model_fields))
-    return DecoderSettings.model_validate(common | {"steps": 2, "share": 0.25} | changes)
-
-
-@pytest.mark.parametrize("kind", ["kl", "vq"])
-@pytest.mark.parametrize("grain", [False, True], ids=["smooth", "grain"])
-def test_the_decoder_learns_and_what_encodes_stays(kind: str, grain: bool, patients: Patients, tmp_path: Path) -> None:
-    quantised = {"regularisation": VQRegularisation(kind="vq", codes=20, weight=0.25)} if kind == "vq" else {}
-    smooth = {} if grain else {"texture": None}
-    torch.manual_seed(0)
-    model = PROFILE.autoencoder.model_copy(update=quantised | smooth).build()
-    assert isinstance(model, VQAutoencoder) == (kind == "vq")
-    assert bool(model.grain) == grain
-    model.latent_mean.fill_(0.1)
-    model.latent_std.fill_(2.0)
-    volumes = torch.from_numpy(patients.images([0, 1]))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        latents = model.eval().encode(volumes)
-    settings = decoder_recipe()
-    plan = plan_of(recipe(steps=2))
-    ledger = finetune_decoder(model.train(), patients, plan, settings, SEEDED, tmp_path, "public")
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == set(model.decoder_parameters())
-    assert moved == {name for name in before if name.startswith(("net.decoder.", "net.post_quant_conv.", "grain."))}
-    with torch.no_grad():
-        assert torch.equal(model.encode(volumes), latents)
-    assert [mechanism.stage for mechanism in ledger.mechanisms] == ["decoder"]
-    assert Ledger.load(tmp_path / "privacy.json") == ledger
-
-
-def test_the_texture_of_the_private_loss_is_drawn_by_the_runs_own_randomness(
-    patients: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    textures: list[Tensor] = []
-    decode = Autoencoder.decode
-
-    def remember(model: Autoencoder, latents: Tensor, noise: Tensor) -> Tensor:
-        textures.append(noise)
-        return decode(model, latents, noise)
-
-    monkeypatch.setattr(Autoencoder, "decode", remember)
-    weights = []
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        torch.manual_seed(0)
-        model = PROFILE.autoencoder.build()
-        torch.seed()  # nothing below may draw from the global generator
-        finetune_decoder(model, patients, plan_of(recipe(steps=2)), decoder_recipe(), SEEDED, folder, "public")
-        weights.append((folder / "weights.safetensors").read_bytes())
-    assert weights[0] == weights[1]
-    drawn = textures[: len(textures) // 2]
-    assert len(drawn) > 2
-    assert len({noise.flatten()[0].item() for noise in drawn}) == len(drawn)  # anew for every patient and step
 
 
 # What is left and shown.
@@ -608,13 +573,9 @@ def test_nothing_of_real_patients_is_shown_or_left(
     state = load_state(tmp_path / "killed" / "state.pt") or {}
     assert set(state) == {"step", "tuned", "average", "optimiser", "ledger", "settings", "cohort"}
     _, ledger = run(tmp_path / "run", secret, recipe(), randomness=ENTROPY)
-    autoencoder, plan = PROFILE.autoencoder.build(), plan_of(recipe(steps=2))
-    finetune_decoder(autoencoder, secret, plan, decoder_recipe(), ENTROPY, tmp_path / "decoder", "public")
-    for folder in ("run", "decoder"):
-        left = sorted(path.name for path in (tmp_path / folder).iterdir())
-        assert left == ["privacy.json", "weights.safetensors"]
-        with safe_open(tmp_path / folder / "weights.safetensors", "pt") as file:
-            assert not file.metadata()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["privacy.json", "weights.safetensors"]
+    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
+        assert not file.metadata()
     assert ledger.randomness == "ChaCha20, keyed by the operating system's entropy"
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""

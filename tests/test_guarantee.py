@@ -152,9 +152,17 @@ def test_row_02_a_run_goes_on_though_another_library_calibrates_the_noise_otherw
             planned(*given, **terms), noise_multiplier=math.nextafter(planned(*given, **terms).noise_multiplier, 99)
         ),
     )
+    noise, train = list[float](), train_privately
+
+    def recorded(tuned: Any, loss: Any, plan: PrivatePlan, *rest: Any) -> None:
+        noise.append(plan.noise_multiplier)
+        train(tuned, loss, plan, *rest)
+
+    monkeypatch.setattr("cardiac_ldm.training.finetune.train_privately", recorded)
     run = real(spend=False).finetuned(1)
     assert Record().spends == begun
     assert run.ledger.mechanisms == begun[0].mechanisms
+    assert noise == [begun[0].mechanisms[0].noise_multiplier]
 
 
 def saving_always(patch: pytest.MonkeyPatch) -> Callable[..., Ledger]:
@@ -258,6 +266,8 @@ def test_row_05_what_counts_is_the_most_that_one_person_has(tmp_path: Path) -> N
     everyone = record.standing(record.hashes((("c/x", "9"), berta)), 1e-5)
     assert everyone.runs == 3
     assert everyone.epsilon == pytest.approx(epsilon_pld(merged(3 * one.mechanisms), 1e-5))
+    left = record.standing(record.hashes((berta,)), 1e-5)  # without anna, who was in berta's run
+    assert (left.runs, left.epsilon) == (1, everyone.epsilon)
 
 
 def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> None:
@@ -292,7 +302,7 @@ def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> Non
 
 def recipe_of(plan: PrivatePlan, **changes: object) -> PrivateSettings:
     """A recipe with a plan's steps."""
-    terms = {"steps": plan.steps, "expected_batch": plan.expected_batch, "clip": plan.clip, "clipping": "fixed"}
+    terms = {"steps": plan.steps, "expected_batch": plan.expected_batch, "clip": plan.clip}
     rest = {"draws": 1, "learning_rate": 1e-3, "average_decay": 0.9, "precision": "fp32"}
     return PrivateSettings.model_validate(terms | rest | changes)
 
@@ -311,11 +321,10 @@ def test_row_07_a_limit_lets_nobody_move_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        {"epsilon": 0.1, "epsilon_patient": 0.1},
-        {"epsilon_patient": 0.1},
+        {"epsilon": 0.1},
         {"guarantee": "public data only"},
         {"n_units": 5000},
-        {"delta": 1e-2, "epsilon": 0.2, "epsilon_patient": 0.2},
+        {"delta": 1e-2, "epsilon": 0.2},
         {"mechanisms": []},
         {"run": "of real patients"},
         {"weights": {}},
@@ -509,7 +518,7 @@ def test_row_14_a_delta_that_exposes_somebody_is_warned_of_and_every_patient_may
 ) -> None:
     recipe = study.profile.finetune
     with pytest.warns(UserWarning, match=r"delta: 0.0099 is above N\^-1.1 = 0.0063 \(N = 100\)"):
-        recipe.plan(1, 0.0099, "patient", 100)
+        recipe.plan(1, 0.0099, 100)
     whole = PrivatePlan.for_budget(1.0, 1e-5, n_patients=20, expected_batch=20, steps=3, clip=1.0, draws=1)
     ledger = whole.ledger(Randomness(0, simulated=True), **WORDS)
     assert whole.sampling_rate == 1
@@ -548,6 +557,9 @@ def test_a_line_whose_writing_was_killed_is_nothing_and_one_that_is_damaged_stop
     assert len(record.spends) == 1
     charged(record, "a", anna, "s")
     assert [spend.run for spend in record.spends] == ["r", "s"]
+    known = record.spends
+    record.path.write_bytes(record.path.read_bytes().replace(b'"draws": 1', b'"clipping": "fixed", "draws": 1'))
+    assert record.spends == known  # a term that an earlier version wrote
     damaged = record.path.read_bytes().replace(b'"run": "r"', b'"run: "r"')
     record.path.write_bytes(damaged)
     with pytest.raises(PrivacyError, match=r"record\.jsonl: line 2 can't be read; restore it from a backup"):

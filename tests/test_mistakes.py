@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,18 +23,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.metrics import measure_real
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.perception import Critic
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.profile import PROFILES, Profile
-from cardiac_ldm.report.card import privacy_statement, write_release
+from cardiac_ldm.report.card import privacy_statement
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
-from cardiac_ldm.training.autoencoder import VQRegularisation, train_autoencoder
-from cardiac_ldm.training.finetune import DecoderSettings, finetune_decoder
-from cardiac_ldm.training.pretrain import held_out_loss, pretrain
+from cardiac_ldm.training.autoencoder import train_autoencoder
+from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.pretrain import DenoiserSettings, held_out_loss, pretrain
 from cardiac_ldm.training.private import PrivateSettings, train_privately
 from tests.conftest import TINY
 
@@ -70,7 +71,7 @@ def private_steps(
         lot.clear()
 
     recipe: dict[str, Any] = {"steps": plan.steps, "expected_batch": plan.expected_batch, "clip": 1.0, "draws": 1}
-    recipe |= {"clipping": "fixed", "learning_rate": 1e-3, "average_decay": 0.9, "precision": "fp32"}
+    recipe |= {"learning_rate": 1e-3, "average_decay": 0.9, "precision": "fp32"}
     randomness, settings = Randomness(0, simulated=True), PrivateSettings.model_validate(recipe)
     ledger = plan.ledger(randomness, **WORDS)
     handle = register_optimizer_step_pre_hook(remember)
@@ -137,26 +138,33 @@ def test_mistake_02_one_patients_output_does_not_know_the_others(name: str) -> N
             assert not torch.allclose(one[1], other[1], atol=1e-2)
 
 
-def test_mistake_02_only_the_decoder_learns_from_private_patients_and_no_discriminator_does(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistake_02_no_discriminator_and_no_autoencoder_learns_from_private_patients(
+    study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judge(*_: object, **__: object) -> None:
         raise AssertionError("a discriminator would learn from private patients outside of the clipped gradient")
 
+    weights = study.autoencoder.folder / "weights.safetensors"
+    before = weights.read_bytes()
     for critic in (PatchDiscriminator, Critic):
         monkeypatch.setattr(critic, "__init__", judge)
-    quantised = VQRegularisation(kind="vq", codes=20, weight=0.25)
-    model = study.profile.autoencoder.model_copy(update={"regularisation": quantised}).build()
-    assert model.grain  # a decoder that draws texture learns without a critic too
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    patients, plan = study.private.split("train"), free_plan(24, 6, 2)
-    settings = decoder_stage(study).model_copy(update={"steps": 2})
-    randomness = Randomness(0, simulated=True)
-    finetune_decoder(model, patients, plan, settings, randomness, tmp_path, "phantom_public")
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved
-    assert moved <= set(model.decoder_parameters())  # not the encoder, its scale, nor the codebook's moving average
-    assert not [name for name in model.decoder_parameters() if "encoder" in name or "quantiser" in name]
+    moving = set[int]()
+    handle = register_optimizer_step_pre_hook(
+        lambda optimiser, *_: moving.update(id(p) for group in optimiser.param_groups for p in group["params"])
+    )
+    built, build = list[Denoiser](), DenoiserSettings.build
+
+    def remembered(settings: DenoiserSettings, latent_channels: int) -> Denoiser:
+        built.append(build(settings, latent_channels))
+        return built[-1]
+
+    monkeypatch.setattr(DenoiserSettings, "build", remembered)
+    run = finetuned_afresh(study)
+    handle.remove()
+    assert moving
+    assert moving <= {id(parameter) for model in built for parameter in model.parameters()}
+    assert weights.read_bytes() == before
+    assert not [path for path in run.folder.rglob("*.safetensors") if path.parent != run.folder]
 
 
 def test_mistake_03_the_sampler_is_the_one_that_is_accounted_for(study: Study, tmp_path: Path) -> None:
@@ -290,40 +298,33 @@ def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
     assert not [field for field in {**ledger, **ledger["mechanisms"][0]} if field in ("loss", "norm", "lot", "lots")]
 
 
-def test_mistake_09_a_guarantee_for_volumes_is_never_stated_as_if_for_patients(
-    hospital: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistake_09_a_guarantee_for_volumes_is_never_stated_as_if_for_patients(study: Study, tmp_path: Path) -> None:
     assert {Profile.load(name).finetune.unit for name in ALL_PROFILES} == {"patient"}
-    plan = PrivatePlan(24, 6, 4, 1.0, 1, 0.5, 1e-5, noise_multiplier=2.5, unit="volume")
-    ledger = plan.ledger(Randomness(0, simulated=True), **WORDS)
-    assert ledger.guarantee == "volume-level DP"
-    assert ledger.n_units == 48
-    assert ledger.epsilon_patient > 1.5 * ledger.epsilon
-    statement = privacy_statement(ledger)
-    assert "differential privacy per volume" in statement
-    assert f"protected by ε = {ledger.epsilon_patient:.3g} only" in statement
-    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
-    with pytest.raises(PrivacyError, match="does not protect patients; not released"):
-        write_release(empty, ledger, tmp_path / "release")
-    by_volume = hospital.profile.finetune.model_copy(update={"unit": "volume"})
-    monkeypatch.setattr(hospital, "profile", hospital.profile.model_copy(update={"finetune": by_volume}))
-    with pytest.raises(PrivacyError, match="unit: hospital holds real patients, who are protected whole"):
-        hospital.finetuned(0.5)
+    by_volume = yaml.safe_load(TINY.read_text())
+    by_volume["finetune"]["unit"] = "volume"
+    (tmp_path / "volume.yaml").write_text(yaml.safe_dump(by_volume))
+    with pytest.raises(ParameterError, match=r"finetune\.unit: 'volume': .*'patient'"):
+        Profile.load(str(tmp_path / "volume.yaml"))
+    run = finetuned_afresh(study)
+    assert run.ledger.n_units == len(study.private.split("train"))  # each with two volumes
+    assert "differential privacy per patient" in privacy_statement(run.ledger)
+    assert "one patient with all volumes" in run.ledger.adjacency
+    stated = json.loads((run.folder / "privacy.json").read_text())
+    (tmp_path / "privacy.json").write_text(json.dumps(stated | {"guarantee": "volume-level DP"}))
+    with pytest.raises(PrivacyError, match="guarantee is missing or wrong"):
+        Ledger.load(tmp_path / "privacy.json")
 
 
-def decoder_stage(study: Study) -> DecoderSettings:
-    """The recipe of the denoiser, for a decoder that may spend a third of the budget."""
-    recipe = {name: getattr(study.profile.finetune, name) for name in PrivateSettings.model_fields}
-    return DecoderSettings(**recipe, share=1 / 3)
-
-
-def test_mistake_10_two_private_stages_spend_one_budget(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = study.profile.finetune.model_copy(update={"decoder": decoder_stage(study)})
-    monkeypatch.setattr(study, "profile", study.profile.model_copy(update={"finetune": both}))
-    run = study.finetuned(0.6)
-    decoder, whole = Ledger.load(run.folder / "decoder" / "privacy.json"), run.ledger
-    assert [stage.stage for stage in whole.mechanisms] == ["decoder", "denoiser"]
-    assert whole.mechanisms[0] == decoder.mechanisms[0]
-    assert decoder.epsilon == pytest.approx(0.2, rel=0.01)
+def test_mistake_10_two_private_stages_spend_one_budget(study: Study, tmp_path: Path) -> None:
+    patients, settings = study.private.split("train"), study.profile.finetune
+    first = settings.plan(0.2, settings.delta, 24).mechanisms("attributes", "table")
+    plan = settings.plan(0.6, settings.delta, 24, first)
+    latents, randomness = study.latents(patients, study.private), Randomness(0, simulated=True)
+    model, name = study.denoiser(study.pretrained), study.profile.denoiser.schedule
+    finetune(model, patients, latents, plan, settings, name, randomness, tmp_path, "phantom_public")
+    whole = Ledger.load(tmp_path / "privacy.json")
+    assert [stage.stage for stage in whole.mechanisms] == ["attributes", "denoiser"]
+    assert whole.mechanisms[:1] == first
+    assert 0.98 * 0.2 <= epsilon_pld(terms_of(first), whole.delta, 2e-4) <= 0.2
     assert whole.epsilon == pytest.approx(0.6, rel=0.01)
     assert 0.98 * 0.6 <= epsilon_pld(terms_of(whole.mechanisms), whole.delta, 2e-4) <= 0.6

@@ -104,6 +104,49 @@ def test_paths_are_told_from_options(line: str, found: list[str]) -> None:
     assert paths(line.split()) == found
 
 
+LISTENS = """
+import json, stat
+from pathlib import Path
+from ipykernel.connect import get_connection_file
+file = Path(get_connection_file())
+told = json.loads(file.read_text())
+mode = stat.S_IMODE(file.parent.stat().st_mode) & 0o777
+sockets = [path for path in file.parent.glob(Path(told["ip"]).name + "-*") if path.is_socket()]
+print(told["transport"], f"{mode:o}", len(sockets), file.parent)
+"""
+
+
+def test_a_kernel_talks_through_sockets_of_the_users_alone_and_leaves_none(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    cell = nbformat.v4.new_code_cell(LISTENS)
+    spec = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=spec), tmp_path / "in.ipynb")
+    command = [PAPERMILL, "--engine", "cardiac_ldm", str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb")]
+    finished = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
+    *said, folder = output.text.split()
+    assert said == ["ipc", "700", "5"]  # all of a kernel's channels
+    assert not Path(folder).exists()
+    assert "plain text" not in finished.stderr  # so ipykernel warns of TCP
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        (NOTEBOOK, "cardiac_ldm.command_line"),
+        (f"-p epsilon 1 {NOTEBOOK} out.ipynb", "cardiac_ldm.command_line"),
+        ("other/a.ipynb out.ipynb", "papermill.engines"),
+    ],
+)
+def test_notebooks_of_this_study_alone_get_such_a_kernel_unasked(line: str, module: str) -> None:
+    told = f"import sys; sys.argv = ['papermill', *{line.split()}]; from papermill.engines import papermill_engines; "
+    told += "print(papermill_engines.get_engine().__module__)"
+    shown = subprocess.run([sys.executable, "-c", told], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
+    assert shown.stdout.decode().strip() == module
+
+
 @pytest.mark.parametrize("line", ["notebooks/03_dp_finetune.ipynb out.ipynb", "other/a.ipynb", "- out.ipynb", "", "-h"])
 def test_a_command_that_is_complete_or_about_other_notebooks_stays_as_it_is(line: str) -> None:
     assert complete(line.split()) == line.split()

@@ -1,6 +1,7 @@
 """The mechanism, property by property, and its accounting against independent code."""
 
 import csv
+import json
 import math
 import runpy
 import secrets
@@ -24,16 +25,14 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, logsumexp, ndtr
 from torch import Tensor, nn
 
+from benchmarks.volume_level import epsilon_of_group
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
 from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
-from cardiac_ldm.privacy.group import epsilon_of_group
-from cardiac_ldm.privacy.planning import affordable_steps, propose
+from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.profile import Profile
-from cardiac_ldm.report.card import write_release
 from cardiac_ldm.training.pretrain import random_loss
 
 SEEDED = Randomness(0, simulated=True)
@@ -56,7 +55,6 @@ def stage(noise_multiplier: float, rate: float, steps: int, name: str = "denoise
         steps=steps,
         expected_batch=1,
         clip=1.0,
-        clipping="fixed",
         draws=1,
     )
 
@@ -64,9 +62,7 @@ def stage(noise_multiplier: float, rate: float, steps: int, name: str = "denoise
 def ledger_of(*stages: Mechanism, **changes: Any) -> Ledger:
     """The ledger of these stages, without a budget."""
     terms: dict[str, Any] = {
-        "unit": "patient",
         "n_units": 500,
-        "volumes": 2,
         "budget": None,
         "delta": 1e-5,
         "randomness": "ChaCha20",
@@ -130,7 +126,6 @@ NETWORKS = networks()
 
 @given(
     name=st.sampled_from(list(NETWORKS)),
-    clipping=st.sampled_from(["fixed", "normalised"]),
     volumes=st.integers(1, 3),
     draws=st.integers(1, 4),
     log_scale=st.floats(-30, 38),
@@ -139,22 +134,23 @@ NETWORKS = networks()
 )
 @settings(deadline=None, max_examples=80, derandomize=True)
 def test_no_unit_contributes_more_than_the_clip_whatever_its_gradient(
-    name: str, clipping: str, volumes: int, draws: int, log_scale: float, log_clip: float, seed: int
+    name: str, volumes: int, draws: int, log_scale: float, log_clip: float, seed: int
 ) -> None:
     parameters, loss = NETWORKS[name]
-    terms = plan(clip=10**log_clip, clipping=clipping, draws=draws)
+    terms = plan(clip=10**log_clip, draws=draws)
     value = loss(volumes, draws, torch.Generator().manual_seed(seed)) * 10**log_scale
     contribution = terms.clipped(value, parameters)
     assert contribution.shape == (sum(p.numel() for p in parameters),)
     assert contribution.double().norm().item() <= terms.clip
 
 
-@pytest.mark.parametrize("clipping", ["fixed", "normalised"])
-def test_rounding_does_not_carry_a_huge_gradient_above_the_clip(clipping: str) -> None:
-    terms, weights = plan(clip=1e-3, clipping=clipping), torch.zeros(3, requires_grad=True)
+def test_rounding_does_not_carry_a_huge_gradient_above_the_clip() -> None:
+    terms, weights = plan(clip=1e-3), torch.zeros(3, requires_grad=True)
     for log_scale in np.linspace(30, 38.5, 1000):  # C over the norm ends below float32's normal numbers
         contribution = terms.clipped((weights * 10**log_scale).sum(), [weights])
         assert contribution.double().norm().item() <= terms.clip
+        (row,) = terms.clipped_rows(torch.full((1, 3), 10**log_scale))
+        assert row.double().norm().item() <= terms.clip
 
 
 @given(log_norm=st.floats(-8, 38), log_clip=st.floats(-5, 3), size=st.integers(1, 40))
@@ -163,11 +159,9 @@ def test_clipping_is_the_stated_formula_and_keeps_the_direction(log_norm: float,
     weights, direction = torch.zeros(size, requires_grad=True), torch.randn(size)
     gradient = direction / direction.norm() * 10**log_norm
     norm = gradient.double().norm().item()
-    for clipping in ("fixed", "normalised"):
-        terms = plan(clip=10**log_clip, clipping=clipping)
-        factor = terms.clip / (norm + 0.01) if clipping == "normalised" else min(1.0, terms.clip / norm)
-        if factor < 1e-38:  # beyond float32: nothing is contributed, or what fits
-            continue
+    terms = plan(clip=10**log_clip)
+    factor = min(1.0, terms.clip / norm)
+    if factor > 1e-38:  # else beyond float32: nothing is contributed, or what fits
         contribution = terms.clipped((weights * gradient).sum(), [weights]).double()
         assert torch.allclose(contribution, factor * gradient.double(), rtol=1e-5, atol=0)
 
@@ -176,13 +170,12 @@ def test_clipping_is_the_stated_formula_and_keeps_the_direction(log_norm: float,
     patient=st.integers(0, 49),
     log_scale=st.floats(-3, 37),
     noise=st.sampled_from([0.0, 3.0]),
-    clipping=st.sampled_from(["fixed", "normalised"]),
 )
 @settings(deadline=None, max_examples=60, derandomize=True)
 def test_neighbouring_cohorts_differ_by_at_most_the_clip_and_meet_the_same_lot(
-    patient: int, log_scale: float, noise: float, clipping: str
+    patient: int, log_scale: float, noise: float
 ) -> None:
-    terms, weights = plan(noise_multiplier=noise, clipping=clipping), torch.zeros(7, requires_grad=True)
+    terms, weights = plan(noise_multiplier=noise), torch.zeros(7, requires_grad=True)
     targets = torch.randn(50, 7)
     targets[patient] *= 10**log_scale
 
@@ -326,15 +319,6 @@ def test_an_empty_lot_still_takes_a_noisy_step() -> None:
     assert 3 <= empty <= 20  # 36 % of 30 expected
 
 
-def test_volumes_of_a_patient_are_one_unit_or_as_many_as_the_plan_says() -> None:
-    offsets = np.array([0, 2, 2, 3, 6])  # patients with 2, 0, 1 and 3 volumes
-    whole, split = plan(n_patients=4, expected_batch=1), plan(n_patients=4, expected_batch=1, unit="volume")
-    assert [list(whole.volumes_of(unit, offsets)) for unit in range(whole.n_units)] == [[0, 1], [], [2], [3, 4, 5]]
-    volumes = [list(split.volumes_of(unit, offsets)) for unit in range(split.n_units)]
-    assert volumes == [[0], [1], [], [], [2], [], [3], [4]]  # a third volume is one more than the ledger counts
-    assert split.sampling_rate == 1 / 8
-
-
 # --- Noise ---------------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +434,7 @@ def test_the_stated_epsilon_of_200_random_plans_is_dp_accountings(monkeypatch: p
         else:
             private = PrivatePlan(**terms, clip=1.0, draws=1, noise_multiplier=noise)
             this = stage(noise, private.sampling_rate, private.steps)
-            stated = ledger_of(this, delta=private.delta, n_units=private.n_units)
+            stated = ledger_of(this, delta=private.delta, n_units=private.n_patients)
         used = (private.noise_multiplier, private.sampling_rate, private.steps)
         assert stated.mechanisms[0].noise_multiplier == private.noise_multiplier
         interval = 2e-4 if used[0] > 1 else 4e-4  # ours is 1e-4
@@ -474,18 +458,11 @@ def test_the_noise_of_a_budget_is_opacus_and_googles(batch: int, epochs: int, ep
 
 
 @pytest.mark.parametrize(("epsilon", "rate", "steps"), [(0.5, 0.3, 60), (4.0, 0.2, 200)])
-def test_noise_epsilon_and_steps_answer_each_other(epsilon: float, rate: float, steps: int) -> None:
+def test_noise_and_epsilon_answer_each_other(epsilon: float, rate: float, steps: int) -> None:
     sigma = calibrate(epsilon, 1e-5, rate, steps)
     spent = epsilon_prv(((sigma, rate, steps),), 1e-5, epsilon)
     assert 0.995 * epsilon <= spent <= epsilon
-    affordable = affordable_steps(epsilon, 1e-5, rate, sigma)
-    assert steps <= affordable <= 1.02 * steps
-    assert epsilon_prv(((sigma, rate, affordable + 1),), 1e-5, epsilon) > epsilon
-    assert affordable_steps(epsilon, 1e-5, rate, 0.99 * sigma) < affordable
-
-
-def test_a_budget_below_one_step_affords_none() -> None:
-    assert affordable_steps(0.1, 1e-5, 0.5, 1.0) == 0
+    assert epsilon_prv(((0.99 * sigma, rate, steps),), 1e-5, epsilon) > epsilon
 
 
 def test_without_privacy_the_ledger_promises_nothing(tmp_path: Path) -> None:
@@ -563,15 +540,14 @@ def test_models_of_the_same_patients_compose() -> None:
     )
 
 
-@pytest.mark.parametrize(("field", "value"), [("unit", "volume"), ("private_data", "clinic")])
-def test_ledgers_about_other_patients_do_not_compose(field: str, value: object) -> None:
+def test_ledgers_about_other_patients_do_not_compose() -> None:
     one = ledger_of(stage(2.0, 0.1, 20))
-    other = one.model_copy(update={field: value})
-    with pytest.raises(PrivacyError, match=f"{field}: .*these ledgers don't compose"):
+    other = one.model_copy(update={"private_data": "clinic"})
+    with pytest.raises(PrivacyError, match="private_data: clinic and hospital: these ledgers don't compose"):
         Ledger.compose([one, other])
 
 
-# --- When the unit is a volume -------------------------------------------------------------------------------------
+# --- What a claim about volumes means ------------------------------------------------------------------------------
 
 
 def epsilon_by_fourier(sigma: float, rate: float, steps: int, delta: float, size: int) -> float:
@@ -605,14 +581,14 @@ def epsilon_by_fourier(sigma: float, rate: float, steps: int, delta: float, size
 def test_the_epsilon_of_a_group_agrees_with_a_computation_from_scratch(
     sigma: float, rate: float, steps: int, size: int
 ) -> None:
-    found = epsilon_of_group(((sigma, rate, steps),), 1e-5, size)
+    found = epsilon_of_group(sigma, rate, steps, 1e-5, size)
     assert found == pytest.approx(epsilon_by_fourier(sigma, rate, steps, 1e-5, size), rel=1e-3)
 
 
 def test_a_group_of_one_is_a_unit_and_a_group_that_always_joins_is_a_larger_step() -> None:
-    unit = ((2.0, 0.1, 100),)
-    assert epsilon_of_group(unit, 1e-5, 1) == pytest.approx(epsilon_pld(unit, 1e-5), rel=1e-3)
-    assert epsilon_of_group(((20.0, 1.0, 100),), 1e-5, 2) == pytest.approx(
+    unit = (2.0, 0.1, 100)
+    assert epsilon_of_group(*unit, 1e-5, 1) == pytest.approx(epsilon_pld((unit,), 1e-5), rel=1e-3)
+    assert epsilon_of_group(20.0, 1.0, 100, 1e-5, 2) == pytest.approx(
         by_dp_accounting(((10.0, 1.0, 100),), 1e-5, 1e-3), rel=1e-3
     )
 
@@ -622,37 +598,23 @@ def test_two_volumes_cost_a_patient_more_than_twice_the_stated_epsilon(
     sigma: float, per_volume: float, per_patient: float
 ) -> None:
     rate, steps = 256 / 20_000, round(150 * 20_000 / 256)  # 20,000 volumes, lots of 256, 150 epochs, delta = 1e-5
-    terms = ((sigma, rate, steps),)
-    assert by_dp_accounting(terms, 1e-5, 4e-4) == pytest.approx(per_volume, rel=0.005)
-    assert epsilon_of_group(terms, 1e-5, 2) == pytest.approx(per_patient, rel=0.01)
+    assert by_dp_accounting(((sigma, rate, steps),), 1e-5, 4e-4) == pytest.approx(per_volume, rel=0.005)
+    assert epsilon_of_group(sigma, rate, steps, 1e-5, 2) == pytest.approx(per_patient, rel=0.01)
 
 
-def test_a_volume_level_ledger_says_so_and_what_patients_get_and_is_not_released(tmp_path: Path) -> None:
-    terms = PrivatePlan.for_budget(
-        1.0, 1e-5, n_patients=300, expected_batch=120, steps=100, clip=1.0, draws=1, unit="volume"
-    )
-    assert terms.sampling_rate == 120 / 600
-    ledger = terms.ledger(SEEDED, **WORDS)
-    assert (ledger.guarantee, ledger.unit, ledger.n_units) == ("volume-level DP", "volume", 600)
-    assert "one volume of a patient's 2" in ledger.adjacency
-    truth = epsilon_by_fourier(terms.noise_multiplier, 0.2, 100, 1e-5, 2)
-    assert ledger.epsilon_patient == pytest.approx(truth, rel=1e-3)
-    assert ledger.epsilon_patient > 2 * ledger.epsilon
-    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
-    with pytest.raises(PrivacyError, match="guarantee volume-level DP, which does not protect patients; not released"):
-        write_release(empty, ledger, tmp_path / "release")
-    assert not list(tmp_path.iterdir())
+def test_what_an_earlier_version_wrote_is_read_and_a_claim_about_volumes_is_not(tmp_path: Path) -> None:
+    ledger, path = ledger_of(stage(2.0, 0.1, 20), n_units=10), tmp_path / "privacy.json"
+    written = ledger.model_dump(mode="json") | {"unit": "patient", "epsilon_patient": ledger.epsilon}
+    written["mechanisms"][0]["clipping"] = "fixed"
+    path.write_text(json.dumps(written))
+    assert Ledger.load(path) == ledger
+    path.write_text(json.dumps(written | {"unit": "volume", "guarantee": "volume-level DP"}))
+    with pytest.raises(PrivacyError, match="guarantee is missing or wrong"):
+        Ledger.load(path)
 
 
-def test_a_patient_is_never_promised_more_than_one_of_their_volumes() -> None:
-    generous = ledger_of(stage(4.0, 0.1, 20), unit="volume", budget=5.0)  # the budget is stated, not the little spent
-    assert generous.epsilon == 5.0
-    assert generous.epsilon_patient >= generous.epsilon
-
-
-def test_a_patient_level_ledger_states_one_epsilon() -> None:
+def test_a_ledger_is_of_patients_with_all_their_volumes() -> None:
     ledger = ledger_of(stage(2.0, 0.1, 20))
-    assert ledger.epsilon_patient == ledger.epsilon
     assert ledger.epsilon_rdp >= ledger.epsilon >= ledger.epsilon_pld
     assert ledger.adjacency == (
         "zero-out: one patient with all volumes, or an empty place instead; there are 500 places, fixed and public"
@@ -671,7 +633,6 @@ def test_a_patient_level_ledger_states_one_epsilon() -> None:
         ({"delta": 0.0}, r"delta: 0\.0 must lie between 0 and 1/N = 1/100"),
         ({"delta": 0.01}, r"delta: 0\.01 must lie between 0 and 1/N = 1/100"),
         ({"delta": 0.02}, r"delta: 0\.02 must lie between 0 and 1/N"),
-        ({"delta": 0.007, "unit": "volume"}, r"delta: 0\.007 must lie between 0 and 1/N = 1/200"),
         ({"delta": math.nan}, "delta: nan must lie between 0 and 1/N"),
         ({"n_patients": 5}, "expected_batch: 10 must be 1 to N = 5"),
         ({"n_patients": 9}, "expected_batch: 10 must be 1 to N = 9"),
@@ -683,8 +644,6 @@ def test_a_patient_level_ledger_states_one_epsilon() -> None:
         ({"clip": math.inf}, "clip: inf must be a positive number"),
         ({"clip": math.nan}, "clip: nan must be a positive number"),
         ({"steps": 0}, "steps: 0 must be at least 1"),
-        ({"unit": "slice"}, "unit: slice must be patient or volume"),
-        ({"clipping": "adaptive"}, "clipping: adaptive must be fixed or normalised"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -701,7 +660,7 @@ def test_a_plan_that_makes_no_sense_is_refused_by_name(changes: dict[str, Any], 
         PrivatePlan.for_budget(**(terms | changes))
 
 
-@pytest.mark.parametrize("changes", [{"noise_multiplier": -1.0}, {"noise_multiplier": math.nan}, {"volumes": 0}])
+@pytest.mark.parametrize("changes", [{"noise_multiplier": -1.0}, {"noise_multiplier": math.nan}])
 def test_a_plan_written_by_hand_is_checked_alike(changes: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=f"^{next(iter(changes))}: "):
         plan(**changes)

@@ -87,7 +87,7 @@ def test_every_profile_builds_steps_once_and_is_accounted_for(name: str) -> None
     latents = torch.randn(1, profile.autoencoder.latent_channels, 13, size, size)
     model(latents, torch.tensor([7]), torch.full((1, 14), torch.nan)).square().mean().backward()
     recipe, n_patients = profile.finetune, profile.patients["private"].train
-    plan = recipe.plan(10, recipe.delta, recipe.unit, n_patients)
+    plan = recipe.plan(10, recipe.delta, n_patients)
     terms = ((plan.noise_multiplier, plan.sampling_rate, plan.steps),)
     assert 9.85 <= epsilon_pld(terms, plan.delta, 1e-3) <= 10.05
 

@@ -24,7 +24,7 @@ def run(notebook: Path, raw: Path, executed: Path, options: list[str]) -> None:
     with FileLock(raw.with_suffix(".lock")):  # a job that a killed workflow left on a cluster may still be at it
         say(raw.stem, "begins")
         command = [sys.executable, "-m", "papermill", str(notebook), str(raw), *options]
-        command += ["--no-progress-bar", "--autosave-cell-every", "60"]
+        command += ["--no-progress-bar", "--autosave-cell-every", "60", "--engine", "cardiac_ldm"]
         nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
         papermill = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=pipe)
         threading.Thread(target=end_with_parent, args=(papermill, os.getppid()), daemon=True).start()

@@ -57,7 +57,7 @@ def audit_training(
     start = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
     cohort = patients.subset(np.arange(_PLACES) % len(patients))  # whoever is last makes room for canaries
     settings = recipe.model_copy(update={"steps": _STEPS, "expected_batch": _PLACES // 2})
-    plan = settings.plan(epsilon, settings.delta, "patient", _PLACES)
+    plan = settings.plan(epsilon, settings.delta, _PLACES)
     for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
         own = Randomness(randomness.seed, simulated=True, run=f"{randomness.run}-{noise}")
         denoiser.load_state_dict(start)

@@ -8,8 +8,7 @@ is stated beside them for comparison with older work.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Literal
+from functools import cache, partial
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
@@ -21,7 +20,6 @@ from scipy.stats import norm
 
 from cardiac_ldm.errors import ParameterError
 
-Unit = Literal["patient", "volume"]
 Terms = tuple[tuple[float, float, int], ...]
 """What accountants need of each mechanism that touched the data: noise multiplier, sampling rate, steps."""
 
@@ -78,15 +76,10 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
         ParameterError: `before` leaves nothing of the budget, or no multiplier below 10,000 is enough.
     """
     interval = 1e-3 if steps <= 300 else 2e-4  # coarser is safe: PLD rounds up
+    gdp, pld = partial(_epsilon_gdp, delta=delta), partial(epsilon_pld, delta=delta, interval=interval)
 
     def excess(log_sigma: float, measure: Callable[[Terms], float]) -> float:
         return measure((*before, (math.exp(log_sigma), rate, steps))) - epsilon
-
-    def gdp(terms: Terms) -> float:
-        return _epsilon_gdp(terms, delta)
-
-    def pld(terms: Terms) -> float:
-        return epsilon_pld(terms, delta, interval)
 
     if before and pld(before) >= epsilon:
         raise ParameterError(f"epsilon: {epsilon} is spent before this stage begins; give the stage before it less")
@@ -99,7 +92,7 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
     while low > lowest and excess(low, pld) < 0:
         low, high = low - 0.1, low
     found = brentq(excess, low, high, args=(pld,), xtol=2e-4) if low > lowest else high
-    while excess(found, lambda terms: epsilon_prv(terms, delta, epsilon)) > 0:
+    while excess(found, partial(epsilon_prv, delta=delta, scale=epsilon)) > 0:
         found += 0.0005
     return math.exp(found)
 
@@ -116,9 +109,9 @@ def _epsilon_gdp(terms: Terms, delta: float) -> float:
 
 
 class Stated(BaseModel):
-    """What is written down: nothing unknown in it, and nothing changed afterwards."""
+    """What is written down, and not changed afterwards; terms that only an earlier version wrote are passed over."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
 class Mechanism(Stated):
@@ -131,7 +124,6 @@ class Mechanism(Stated):
     steps: int
     expected_batch: int
     clip: float
-    clipping: Literal["fixed", "normalised"]
     draws: int
 
 

@@ -133,9 +133,8 @@ class Record:
     def covered(self, cohort: str, people: People, budget: Budget, *planned: Sequence[Mechanism]) -> str:
         """What `planned` runs spend of these people's budget, in words. Raises PrivacyError if it's more."""
         before, after = (self.standing(people, budget.delta, *runs) for runs in ((), planned))
-        whole = f"({budget.epsilon:g}, {budget.delta:g})"
-        spent = f"{before.epsilon:.2f} are spent by {before.runs} run(s)"
-        said = f"{cohort}: this spends {after.epsilon - before.epsilon:.2f} of {whole}; {spent}"
+        said = f"{cohort}: this spends {after.epsilon - before.epsilon:.2f} of ({budget.epsilon:g}, {budget.delta:g}); "
+        said += f"{before.epsilon:.2f} are spent by {before.runs} run(s)"
         if after.epsilon > budget.epsilon:
             raise PrivacyError(f"{said}: together {after.epsilon:.2f}, more than the manifest's budget; ask for less")
         return said

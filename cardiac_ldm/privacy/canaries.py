@@ -54,9 +54,9 @@ def with_canaries(
     Raises:
         ParameterError: there are more canaries than units.
     """
-    first, block = plan.n_units - len(included), signs.shape[1]
+    first, block = plan.n_patients - len(included), signs.shape[1]
     if first < 0:
-        raise ParameterError(f"n_canaries: {len(included)} exceed the plan's {plan.n_units} units; take fewer")
+        raise ParameterError(f"n_canaries: {len(included)} exceed the plan's {plan.n_patients} units; take fewer")
     length = EXCESS * max(plan.clip, 1.0) if math.isfinite(plan.clip) else 1.0
     directions = torch.from_numpy(signs / math.sqrt(block))
 
@@ -105,7 +105,7 @@ def canary_scores(
     Args:
         parameters: for an audit without a model, `[torch.zeros(n_canaries, requires_grad=True)]`.
         rng: draws the coins and directions, before the first step.
-        n_canaries: m; `plan.n_units` where there is nobody else.
+        n_canaries: m; `plan.n_patients` where there is nobody else.
         unit_loss: of the plan's other units; nobody's unless given.
 
     Returns:
@@ -153,7 +153,7 @@ def ledger_scores(
         coins, total = int(rng.integers(2**63)), np.zeros(n)
         for m in ledger.mechanisms:
             terms = (n, m.expected_batch, m.steps, m.clip, m.draws, ledger.epsilon, ledger.delta)
-            plan = PrivatePlan(*terms, noise_multiplier=noise * m.noise_multiplier, clipping=m.clipping)
+            plan = PrivatePlan(*terms, noise_multiplier=noise * m.noise_multiplier)
             fresh = Randomness(int(rng.integers(2**63)), simulated=True)
             weights = torch.zeros(n, requires_grad=True)
             scores, included = canary_scores(plan, [weights], fresh, np.random.default_rng(coins), n_canaries=n)

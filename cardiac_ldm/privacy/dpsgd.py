@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from randomgen import ChaCha
 from torch import Tensor, distributed
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, Unit, calibrate, terms_of
+from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, calibrate, terms_of
 from cardiac_ldm.privacy.ledger import Ledger
 
 
@@ -67,6 +67,8 @@ class Randomness:
 
 
 _LOT, _NOISE, _FIRST_UNIT = 0, 1, 2
+TOGETHER = ("cuda",)
+"""Kinds of device on which several patients' gradients are taken at once, where their loss gives them so."""
 
 
 def gaussian(n: int, deviation: float, generator: np.random.Generator) -> np.ndarray:
@@ -101,12 +103,9 @@ def _a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Tensor
 class PrivatePlan:
     """All that is public about a private training stage; `for_budget` finds the noise multiplier.
 
-    n_patients: N, the manifest's places. unit: what one clipped gradient belongs to; "volume" is there to compare
-    with the paper: then every patient has `volumes` units, filled in order (a missing one contributes nothing, one
-    too many is never used). expected_batch: B units. clip: C. clipping: "fixed" scales a gradient v by min(1, C / |v|),
-    "normalised" by C / (|v| + 0.01) (Bu et al., arXiv 2206.07136). draws: K noise draws a volume. before: earlier
-    stages on the same patients, which spend from the same budget. An infinite epsilon is the non-private run to
-    compare with: same sampler and loop, no clipping and no noise.
+    n_patients: N, the manifest's places. expected_batch: B patients. clip: C. draws: K noise draws a volume. before:
+    earlier stages on the same patients, which spend from the same budget. An infinite epsilon is the non-private run
+    to compare with: same sampler and loop, no clipping and no noise.
 
     Raises:
         ParameterError: a setting is out of its range; the message names it.
@@ -120,13 +119,10 @@ class PrivatePlan:
     epsilon: float
     delta: float
     noise_multiplier: float
-    clipping: Literal["fixed", "normalised"] = "fixed"
-    unit: Unit = "patient"
-    volumes: int = 2
     before: tuple[Mechanism, ...] = ()
 
     def __post_init__(self) -> None:
-        n = self.n_units
+        n = self.n_patients
         checks = [
             (self.epsilon > 0, "epsilon", self.epsilon, "must be above 0 (inf trains without privacy)"),
             (0 < self.delta < 1 / max(n, 1), "delta", self.delta, f"must lie between 0 and 1/N = 1/{n}"),
@@ -134,11 +130,7 @@ class PrivatePlan:
             (self.steps >= 1, "steps", self.steps, "must be at least 1"),
             (0 < self.clip < math.inf or self.clip == self.epsilon, "clip", self.clip, "must be a positive number"),
             (self.draws >= 1, "draws", self.draws, "must be at least 1"),
-            (self.volumes >= 1, "volumes", self.volumes, "must be at least 1"),
             (self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, "must be at least 0"),
-            (self.unit in ("patient", "volume"), "unit", self.unit, "must be patient or volume"),
-            (self.unit == "patient" or not self.before, "unit", self.unit, "can't follow a stage that took patients"),
-            (self.clipping in ("fixed", "normalised"), "clipping", self.clipping, "must be fixed or normalised"),
         ]
         for fine, name, value, rule in checks:
             if not fine:
@@ -155,56 +147,34 @@ class PrivatePlan:
         steps: int,
         clip: float,
         draws: int,
-        clipping: Literal["fixed", "normalised"] = "fixed",
-        unit: Unit = "patient",
         before: tuple[Mechanism, ...] = (),
     ) -> "PrivatePlan":
         """The plan that, with what `before` spent, spends (epsilon, delta) and no more."""
         if not epsilon <= 0 and (epsilon < LEAST or MOST < epsilon < math.inf):
             raise ParameterError(f"epsilon: {epsilon} protects nobody or teaches nothing; ask for {LEAST} to {MOST:g}")
         settings = (n_patients, expected_batch, steps, clip, draws, epsilon, delta)
-        plan = cls(*settings, noise_multiplier=0.0, clipping=clipping, unit=unit, before=before)
+        plan = cls(*settings, noise_multiplier=0.0, before=before)
         if math.isinf(epsilon):
-            return replace(plan, clip=math.inf, clipping="fixed")
+            return replace(plan, clip=math.inf)
         sigma = calibrate(epsilon, delta, plan.sampling_rate, steps, terms_of(before))
         return replace(plan, noise_multiplier=sigma)
 
     @property
-    def n_units(self) -> int:
-        """N patients, or N times as many volumes as a patient may give: public either way."""
-        return self.n_patients if self.unit == "patient" else self.n_patients * self.volumes
-
-    @property
     def sampling_rate(self) -> float:
-        """The probability q with which each unit joins a lot: expected batch over all units, whatever a lot's size."""
-        return self.expected_batch / self.n_units
+        """The probability q with which each joins a lot: expected batch over all places, whatever a lot's size."""
+        return self.expected_batch / self.n_patients
 
     def mechanisms(self, stage: str, tuned: str) -> tuple[Mechanism, ...]:
         """What came before, and this stage."""
-        names = ("noise_multiplier", "sampling_rate", "steps", "expected_batch", "clip", "clipping", "draws")
+        names = Mechanism.model_fields.keys() - {"stage", "tuned"}
         return (*self.before, Mechanism(stage=stage, tuned=tuned, **{name: getattr(self, name) for name in names}))
 
     def ledger(self, randomness: Randomness, *, stage: str, tuned: str, private_data: str, public_data: str) -> Ledger:
         """What the whole plan spends; written before the first step, so that it never states too little."""
+        data = {"private_data": private_data, "public_data": public_data, "simulated": randomness.simulated}
         return Ledger.state(
-            self.mechanisms(stage, tuned),
-            unit=self.unit,
-            n_units=self.n_units,
-            volumes=self.volumes,
-            budget=self.epsilon,
-            delta=self.delta,
-            randomness=str(randomness),
-            simulated=randomness.simulated,
-            private_data=private_data,
-            public_data=public_data,
+            self.mechanisms(stage, tuned), self.n_patients, self.epsilon, self.delta, randomness=str(randomness), **data
         )
-
-    def volumes_of(self, unit: int, offsets: np.ndarray) -> range:
-        """Which volumes a unit holds, where patient p's are offsets[p] to offsets[p + 1]; it may hold none."""
-        if self.unit == "patient":
-            return range(offsets[unit], offsets[unit + 1])
-        patient, number = divmod(unit, self.volumes)
-        return range(offsets[patient], offsets[patient + 1])[number : number + 1]
 
     def gradient(
         self,
@@ -217,8 +187,10 @@ class PrivatePlan:
 
         `unit_loss(unit, generator)` is the scalar mean loss over all of one unit's volumes and noise draws, or None for
         a unit without volumes; on a CPU it is called from as many threads as torch uses, one core each, because one
-        patient is too little work for several cores. An empty lot gives noise alone. Under torch.distributed the first
-        process draws lot and noise, every process takes its share of the lot, and all get the same gradient.
+        patient is too little work for several cores. On a GPU, where that is too little too, a loss that has a method
+        `gradients(units, draws)` gives those of several, (n, d) a time. An empty lot gives noise alone. Under
+        torch.distributed the first process draws lot and noise, every process takes its share of the lot, and all get
+        the same gradient.
 
         Raises:
             PrivacyError: `step` is not one of those that the plan accounts for.
@@ -230,16 +202,21 @@ class PrivatePlan:
         joins = torch.from_numpy(self.sample_lot(randomness.generator(step, _LOT))).to(device)
         if several:
             distributed.broadcast(joins, 0)
+        lot = joins.nonzero().flatten().tolist()[rank::processes]
         total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
 
         def of(unit: int) -> Tensor | None:
             loss = unit_loss(unit, randomness.draws(step, unit))
             return None if loss is None else self.clipped(loss, parameters)
 
-        with _a_core_each(device) as spread:
-            for gradient in spread(of, joins.nonzero().flatten().tolist()[rank::processes]):
-                if gradient is not None:
-                    total += gradient
+        if device.type in TOGETHER and (at_once := getattr(unit_loss, "gradients", None)):
+            for gradients in at_once(lot, partial(randomness.draws, step)):
+                total += self.clipped_rows(gradients).sum(dim=0, dtype=torch.float64)
+        else:
+            with _a_core_each(device) as spread:
+                for gradient in spread(of, lot):
+                    if gradient is not None:
+                        total += gradient
         if several:
             distributed.reduce(total, 0)
         if rank == 0 and self.noise_multiplier > 0:
@@ -252,8 +229,8 @@ class PrivatePlan:
         return (total / self.expected_batch).float()
 
     def sample_lot(self, generator: np.random.Generator) -> np.ndarray:
-        """Bool (n_units,): each unit joins the lot on its own with probability q; the lot may be empty."""
-        return generator.random(self.n_units) < self.sampling_rate
+        """Bool (n_patients,): each joins the lot on their own with probability q; the lot may be empty."""
+        return generator.random(self.n_patients) < self.sampling_rate
 
     def clipped(self, loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The gradient of one unit's `loss`, float32 (d,), scaled to a norm of at most C; zeros if it is not finite."""
@@ -263,5 +240,10 @@ class PrivatePlan:
         if not math.isfinite(norm):
             return torch.zeros_like(gradient)
         room = self.clip * (1 - 2**-20)  # rounding must not carry the norm above C
-        excess = (norm + 0.01) / room if self.clipping == "normalised" else max(1.0, norm / room)
-        return gradient.div_(excess)  # a factor below 1e-38 would have lost digits in float32, and C its hold
+        return gradient.div_(max(1.0, norm / room))  # a factor below 1e-38 would lose digits in float32, and C its hold
+
+    def clipped_rows(self, gradients: Tensor) -> Tensor:
+        """The same of several units' gradients, float32 (n, d): each row is clipped alone."""
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        excess = (norms / (self.clip * (1 - 2**-20))).clamp(min=1).float()
+        return torch.where(norms.isfinite()[:, None], gradients / excess[:, None], 0.0)

@@ -14,10 +14,7 @@ from pydantic import Field, ValidationError
 
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.privacy import accounting
-from cardiac_ldm.privacy.accounting import AGREEMENT, Mechanism, Stated, Unit, terms_of
-from cardiac_ldm.privacy.group import epsilon_of_group
-
-_ANY = {"noise_multiplier": 0.0}
+from cardiac_ldm.privacy.accounting import AGREEMENT, Mechanism, Stated, terms_of
 
 
 class Standing(Stated):
@@ -35,18 +32,16 @@ class Ledger(Stated):
     weights: SHA-256 of each file of weights that it speaks of, by name.
     """
 
-    guarantee: Literal["patient-level DP", "volume-level DP", "none", "public data only"]
-    unit: Unit
+    guarantee: Literal["patient-level DP", "none", "public data only"]
     adjacency: str
     n_units: int
     epsilon: float
     delta: float
     epsilon_pld: float
     epsilon_rdp: float
-    epsilon_patient: float
     mechanisms: tuple[Mechanism, ...]
     randomness: str
-    simulated: bool
+    simulated: bool = False
     private_data: str
     public_data: str
     version: str
@@ -62,25 +57,21 @@ class Ledger(Stated):
     def state(
         cls,
         mechanisms: tuple[Mechanism, ...],
-        *,
-        unit: Unit,
         n_units: int,
-        volumes: int,
         budget: float | None,
         delta: float,
-        simulated: bool = False,
         **words: Any,  # noqa: ANN401
     ) -> "Ledger":
-        """What `mechanisms` spend together on the same `n_units` units; `volumes` is the most that a patient gives.
+        """What `mechanisms` spend together on the same `n_units` places for patients.
 
-        With a budget, the budget is stated: what is spent is a little less. words: randomness, private_data,
-        public_data.
+        With a budget, the budget is stated: what is spent is a little less. words: randomness, simulated (else the
+        patients are real), private_data, public_data.
 
         Raises:
             PrivacyError: more than `budget` is spent, or the two accountants disagree by more than 1.5 %.
         """
         terms = terms_of(mechanisms)
-        stated = check = renyi = patient = math.inf if mechanisms else 0.0
+        stated = check = renyi = math.inf if mechanisms else 0.0
         if terms and all(sigma > 0 for sigma, _, _ in terms):
             check, renyi = accounting.epsilon_pld(terms, delta), accounting.epsilon_rdp(terms, delta)
             claim = accounting.epsilon_prv(terms, delta, check)
@@ -89,20 +80,16 @@ class Ledger(Stated):
             if budget is not None and claim > (1 + AGREEMENT) * budget:
                 raise PrivacyError(f"epsilon: {claim:.4f} would be spent, above the budget of {budget}; no claim")
             stated = max(claim, check, budget or 0.0)
-            patient = stated if unit == "patient" else max(stated, epsilon_of_group(terms, delta, volumes))
-        whose = "one patient with all volumes" if unit == "patient" else f"one volume of a patient's {volumes} at most"
         return cls(
-            guarantee=_guarantee(unit, stated, mechanisms),
-            unit=unit,
-            adjacency=f"zero-out: {whose}, or an empty place instead; there are {n_units} places, fixed and public",
+            guarantee=_guarantee(stated, mechanisms),
+            adjacency="zero-out: one patient with all volumes, or an empty place instead; "
+            f"there are {n_units} places, fixed and public",
             n_units=n_units,
             epsilon=stated,
             delta=delta,
             epsilon_pld=check,
             epsilon_rdp=renyi,
-            epsilon_patient=patient,
             mechanisms=mechanisms,
-            simulated=simulated,
             version=version("cardiac-ldm"),
             date=datetime.now(UTC).date().isoformat(),
             **words,
@@ -113,22 +100,19 @@ class Ledger(Stated):
         """What models that learnt from the same private patients spent together, at the smallest of their deltas.
 
         Raises:
-            PrivacyError: they are about volumes, or about other patients: then there is no joint claim.
+            PrivacyError: they are about other patients: then there is no joint claim.
         """
-        first, delta = ledgers[0], min(ledger.delta for ledger in ledgers)
-        if first.unit != "patient":
-            raise PrivacyError("unit: volume: what several models reveal together is stated for patients alone")
-        for field in ("unit", "private_data"):
-            if len(met := {getattr(ledger, field) for ledger in ledgers}) > 1:
-                raise PrivacyError(f"{field}: {' and '.join(sorted(met))}: these ledgers don't compose")
+        delta = min(ledger.delta for ledger in ledgers)
+        if len(met := {ledger.private_data for ledger in ledgers}) > 1:
+            raise PrivacyError(f"private_data: {' and '.join(sorted(met))}: these ledgers don't compose")
         terms = accounting.merged(m for ledger in ledgers for m in ledger.mechanisms)
         return Standing(runs=len(ledgers), epsilon=accounting.epsilon_pld(terms, delta), delta=delta)
 
     def same_run(self, other: "Ledger") -> bool:
         """Whether both state one plan for the same patients; other libraries calibrate the noise a little otherwise."""
-        fields = {"unit", "n_units", "delta", "randomness", "simulated", "private_data", "public_data"}
-        both = (self, other)
-        plans = [(x.model_dump(include=fields), [m.model_copy(update=_ANY) for m in x.mechanisms]) for x in both]
+        fields = {"n_units", "delta", "randomness", "simulated", "private_data", "public_data"}
+        any_noise, both = {"noise_multiplier": 0.0}, (self, other)
+        plans = [(x.model_dump(include=fields), [m.model_copy(update=any_noise) for m in x.mechanisms]) for x in both]
         noise = [[x.epsilon, *(m.noise_multiplier for m in x.mechanisms)] for x in both]
         return plans[0] == plans[1] and all(map(partial(math.isclose, rel_tol=1e-3), *noise))
 
@@ -166,21 +150,18 @@ class Ledger(Stated):
             spent = accounting.epsilon_pld(terms, ledger.delta, 1e-3)
         fine = {
             "epsilon": ledger.epsilon >= (1 - AGREEMENT) * spent,
-            "epsilon_patient": ledger.epsilon_patient >= ledger.epsilon,
             "simulated": not (ledger.simulated and ledger.run),
-            "guarantee": ledger.guarantee == _guarantee(ledger.unit, spent, ledger.mechanisms),
+            "guarantee": ledger.guarantee == _guarantee(spent, ledger.mechanisms),
             "n_units": all(math.isclose(m.sampling_rate * ledger.n_units, m.expected_batch) for m in ledger.mechanisms),
         }
-        fine |= {
-            file.name: ledger.weights.get(file.name) == _digest(file) for file in path.parent.glob("*.safetensors")
-        }
+        fine |= {x.name: ledger.weights.get(x.name) == _digest(x) for x in path.parent.glob("*.safetensors")}
         if wrong := [name for name, holds in fine.items() if not holds]:
             raise PrivacyError(f"{path}: {wrong[0]} isn't what it was written for; restore what this run left")
         return ledger
 
 
-def _guarantee(unit: Unit, epsilon: float, mechanisms: tuple[Mechanism, ...]) -> Any:  # noqa: ANN401
-    return f"{unit}-level DP" if mechanisms and math.isfinite(epsilon) else "none" if mechanisms else "public data only"
+def _guarantee(epsilon: float, mechanisms: tuple[Mechanism, ...]) -> Any:  # noqa: ANN401
+    return "patient-level DP" if mechanisms and math.isfinite(epsilon) else "none" if mechanisms else "public data only"
 
 
 def _digest(path: Path) -> str:
@@ -190,5 +171,5 @@ def _digest(path: Path) -> str:
 
 def public_ledger(public_data: str) -> Ledger:
     """The ledger of a model that never met a private patient."""
-    terms = {"unit": "patient", "n_units": 0, "volumes": 0, "budget": None, "delta": 0.0, "randomness": "none"}
-    return Ledger.state((), **terms, private_data="none", public_data=public_data)  # type: ignore[arg-type]
+    words = {"randomness": "none", "private_data": "none", "public_data": public_data}
+    return Ledger.state((), 0, None, 0.0, **words)

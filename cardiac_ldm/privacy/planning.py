@@ -9,7 +9,7 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.privacy.accounting import epsilon_pld, epsilon_prv
+from cardiac_ldm.privacy.accounting import epsilon_pld
 from cardiac_ldm.privacy.dpsgd import PrivatePlan
 
 FEWEST_STEPS = 30
@@ -50,23 +50,6 @@ def propose(
         )
     columns = ["expected_batch", "steps", "noise_multiplier", "signal_to_noise", "of_run"]
     return pd.DataFrame(rows, columns=columns).sort_values("of_run", ignore_index=True)
-
-
-def affordable_steps(epsilon: float, delta: float, rate: float, noise_multiplier: float) -> int:
-    """The most steps that `epsilon` pays for at this noise multiplier and sampling rate; 0 where not even one."""
-
-    def fits(steps: int) -> bool:
-        return epsilon_prv(((noise_multiplier, rate, steps),), delta, epsilon) <= epsilon
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def tuning(noise_multiplier: float, rate: float, steps: int, delta: float) -> pd.DataFrame:

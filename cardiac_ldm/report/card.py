@@ -27,33 +27,27 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
         return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
     if ledger.guarantee == "none":
         return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
-    odds, unit, together = math.exp(ledger.epsilon), ledger.unit, together or ledger.together
-    whole = ", with all volumes," if unit == "patient" else ""
+    odds, together = math.exp(ledger.epsilon), together or ledger.together
     remark = (
         " These patients are simulated and the noise is seeded, so that the run can be repeated; "
         "for patients who aren't, it comes from the operating system."
         if ledger.simulated
         else " This page holds only what this guarantee covers and what is public; how long the run took isn't covered."
     )
-    if unit == "volume":
-        remark += (
-            f" **A patient gives more than one volume and is protected by ε = {ledger.epsilon_patient:.3g} only**: "
-            "for comparison with work that states it so, never for release."
-        )
     stages = "".join(
-        f"| mechanism: {m.stage} | DP-SGD, rate {m.sampling_rate:.4g}, {m.steps} steps, clip {m.clip:g} "
-        f"({m.clipping}), noise multiplier {m.noise_multiplier:.4g}, {m.draws} draw(s) a volume; tuned: {m.tuned} |\n"
+        f"| mechanism: {m.stage} | DP-SGD, rate {m.sampling_rate:.4g}, {m.steps} steps, clip {m.clip:g}, "
+        f"noise multiplier {m.noise_multiplier:.4g}, {m.draws} draw(s) a volume; tuned: {m.tuned} |\n"
         for m in ledger.mechanisms
     )
     return (
-        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per {unit}.** Whatever is computed from this "
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Whatever is computed from this "
         f"model, its chance changes by a factor of at most e^ε = {odds:.3g} (but for a probability of "
-        f"δ = {ledger.delta:g}) when one {unit}{whole} is taken out of {ledger.private_data} and the place stays "
-        f"empty. Who wavers evenly whether a certain {unit} is there, and knows all others, is right afterwards with a "
-        f"chance of at most {min(1.0, (odds + ledger.delta) / (1 + odds)):.3%}.{remark}\n\n"
+        f"δ = {ledger.delta:g}) when one patient, with all volumes, is taken out of {ledger.private_data} and the "
+        "place stays empty. Who wavers evenly whether a certain patient is there, and knows all others, is right "
+        f"afterwards with a chance of at most {min(1.0, (odds + ledger.delta) / (1 + odds)):.3%}.{remark}\n\n"
         f"{_decisions(ledger, together)}\n"
         "| term | value |\n| --- | --- |\n"
-        f"| unit | {unit} |\n| neighbouring cohorts | {ledger.adjacency} |\n{stages}"
+        f"| unit | patient |\n| neighbouring cohorts | {ledger.adjacency} |\n{stages}"
         f"| sampler | {ledger.sampler} |\n"
         f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
         f"{ledger.epsilon_rdp:.4g} |\n"
@@ -74,7 +68,7 @@ def _counted(ledger: Ledger, together: Standing | None) -> str:
 
 def _decisions(ledger: Ledger, together: Standing | None) -> str:
     """What there is to decide on a model of real patients, as Markdown; nothing of simulated ones."""
-    if ledger.simulated or ledger.unit == "volume":
+    if ledger.simulated:
         return ""
     spent = together.epsilon if together else ledger.epsilon
     weak = (
@@ -122,7 +116,7 @@ def write_release(
     `quality.html`, which shows it. together: of simulated patients, what their models spent.
 
     Raises:
-        PrivacyError: the model has no guarantee, or one for volumes alone, or the record doesn't know it.
+        PrivacyError: the model has no guarantee, or the record doesn't know it.
     """
     if ledger.guarantee not in ("patient-level DP", "public data only"):
         raise PrivacyError(

@@ -1,28 +1,26 @@
-"""Fine-tune on private patients: the pre-trained denoiser and, where the profile says so, the public decoder."""
+"""Fine-tune the pre-trained denoiser on private patients."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from einops import repeat
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from torch import Tensor
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attributes, schedule
+from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
-from cardiac_ldm.privacy.accounting import Unit
-from cardiac_ldm.privacy.canaries import UnitLoss
-from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.pretrain import Latents, random_loss
+from cardiac_ldm.training.pretrain import Latents, random_draws
 from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
 
 
@@ -33,61 +31,42 @@ def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
     return band
 
 
+def _some(bands: tuple[object, ...]) -> tuple[object, ...]:
+    if not bands:
+        raise ValueError("must hold at least one band [low, high, weight]")
+    return bands
+
+
 Band = Annotated[tuple[int, int, float], AfterValidator(_sensible)]
-
-
-class DecoderSettings(PrivateSettings):
-    """The decoder's private stage; `share` is the part of epsilon that it may spend, before the denoiser's stage."""
-
-    share: float = Field(gt=0, lt=1)
 
 
 class FinetuneSettings(PrivateSettings):
     """The private recipe.
 
-    unit: what the guarantee protects; "volume" only to compare with the paper. timesteps: training timesteps are drawn
-    uniformly from [low, high) bands chosen by weight (Ghalebikesabi et al., arXiv 2302.13861). tuned: what of the
-    denoiser learns, see `Denoiser.tunable`. decoder: its own stage, which shares the budget, or nothing.
+    timesteps: training timesteps are drawn uniformly from [low, high) bands chosen by weight (Ghalebikesabi et al.,
+    arXiv 2302.13861). tuned: what of the denoiser learns, see `Denoiser.tunable`.
     """
 
-    decoder: DecoderSettings | None
-    unit: Unit
+    decoder: None = None  # as `clipping` is
+    unit: Literal["patient"] = "patient"
     delta: float = Field(gt=0, lt=1)
     attribute_dropout: float = Field(ge=0, le=1)
-    timesteps: tuple[Band, ...]
+    timesteps: Annotated[tuple[Band, ...], AfterValidator(_some)]
     tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*)$")
 
-    @field_validator("timesteps")
-    @classmethod
-    def _some(cls, bands: tuple[Band, ...]) -> tuple[Band, ...]:
-        if not bands:
-            raise ValueError("must hold at least one band [low, high, weight]")
-        return bands
-
-    @field_validator("unit")
-    @classmethod
-    def _decoder_of_patients(cls, unit: Unit, others: ValidationInfo) -> Unit:
-        if others.data.get("decoder") and unit != "patient":
-            raise ValueError("the decoder's private stage takes whole patients: set unit to patient or decoder to null")
-        return unit
-
     def check(self, epsilon: float, cohort: str, n_patients: int, secret: bool) -> None:
-        """Find, before anything is trained, what would stop the private stages of a budget.
+        """Find, before anything is trained, what would stop the private stage of a budget.
 
         Args:
             secret: whether the cohort's patients are real.
 
         Raises:
-            PrivacyError: real patients wouldn't be protected, or not whole.
+            PrivacyError: real patients wouldn't be protected.
             ParameterError: no plan with these settings spends the budget on so many patients.
         """
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
-        if secret and self.unit != "patient":
-            raise PrivacyError(f"unit: {cohort} holds real patients, who are protected whole; set it to patient")
-        if self.decoder:
-            self.decoder.require_reachable(self.decoder.share * epsilon, self.delta, self.unit, n_patients)
-        self.require_reachable(epsilon, self.delta, self.unit, n_patients)
+        self.require_reachable(epsilon, self.delta, n_patients)
 
 
 def finetune(
@@ -115,147 +94,27 @@ def finetune(
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds another run.
     """
-    ledger = plan.ledger(
-        randomness,
-        stage="denoiser",
-        tuned=settings.tuned,
-        private_data=f"{patients.name} ({patients.split})",
-        public_data=public_data,
-    )
-    plan, ledger = _begun(plan, ledger, folder)
-    if _finished(model, folder):
+    weights, unbound, path = (folder / x for x in ("weights.safetensors", "weights.unbound", "privacy.json"))
+    data = {"private_data": f"{patients.name} ({patients.split})", "public_data": public_data}
+    ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **data)
+    if path.exists():
+        known = Ledger.load(path)
+        if not known.same_run(ledger):
+            raise ParameterError(f"{path}: was left by a run with other settings; give this one its own folder")
+        ledger = known if weights.exists() else known.bound()  # it was killed before they got their name
+        *before, last = ledger.mechanisms
+        plan = replace(plan, noise_multiplier=last.noise_multiplier, before=tuple(before))
+    if weights.exists():
+        load_weights(model, weights)
+        _tidy(folder)
         return ledger
     tuned, unit_loss = denoising(model, patients, latents, plan, settings, name)
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
     merge_lora(model.cpu())
-    return _leave(model, ledger, folder)
-
-
-def denoising(
-    model: Denoiser,
-    patients: Patients,
-    latents: np.ndarray | Latents,
-    plan: PrivatePlan,
-    settings: FinetuneSettings,
-    name: ScheduleName,
-) -> tuple[dict[str, torch.nn.Parameter], UnitLoss]:
-    """What of a denoiser learns, by name, and each unit's loss: the mean over its volumes and the draws of each."""
-    offsets = _places(patients, plan)
-    device = compute_device()
-    tuned, model = model.tunable(settings.tuned), model.to(device)
-    noising, attributes = schedule(name).to(device), torch.from_numpy(patients.attributes)
-
-    def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
-        own = plan.volumes_of(unit, offsets)
-        if not own:
-            return None
-        rows = max(plan.draws, 2 // len(own))  # one row alone is slow: PyTorch's Conv3d then takes its fallback
-        given = drop_attributes(attributes[own], settings.attribute_dropout, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return random_loss(
-                model,
-                noising,
-                repeat(torch.from_numpy(latents[own]), "v ... -> (v k) ...", k=rows).to(device),
-                repeat(given, "v n -> (v k) n", k=rows).to(device),
-                generator,
-                settings.timesteps,
-            ).mean()
-
-    return tuned, unit_loss
-
-
-def finetune_decoder(
-    model: Autoencoder,
-    patients: Patients,
-    plan: PrivatePlan,
-    settings: DecoderSettings,
-    randomness: Randomness,
-    folder: Path,
-    public_data: str,
-    save_every: float = 30.0,
-) -> Ledger:
-    """Let the public autoencoder's decoder learn how private hearts look; leaves the same files as `finetune`.
-
-    The loss is the mean absolute error of reconstruction, blurred so that the decoder keeps the texture that it has
-    learnt to draw; there is no critic, which would learn from private patients outside the clipped gradient. The
-    encoder, its codebook and the latent scale stay public, so the latents that the denoiser was pre-trained on stay
-    what they were.
-
-    Raises:
-        ParameterError: the plan is for another number of patients, or `folder` holds another run.
-    """
-    ledger = plan.ledger(
-        randomness,
-        stage="decoder",
-        tuned="decoder",
-        private_data=f"{patients.name} ({patients.split})",
-        public_data=public_data,
-    )
-    plan, ledger = _begun(plan, ledger, folder)
-    if _finished(model, folder):
-        return ledger
-    offsets = _places(patients, plan)
-    device = compute_device()
-    model.eval().to(device).requires_grad_(False)
-    tuned = model.decoder_parameters()
-    for parameter in tuned.values():
-        parameter.requires_grad_(True)
-
-    def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
-        own = plan.volumes_of(unit, offsets)
-        if not own:
-            return None
-        volumes = torch.from_numpy(patients.images(own)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            with torch.no_grad():
-                latents = model.encode(volumes)
-            noise = torch.randn(volumes.shape, generator=generator).to(device)
-            return blurred_l1(model.decode(latents, noise).float(), volumes)
-
-    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
-    return _leave(model.cpu(), ledger, folder)
-
-
-def _begun(plan: PrivatePlan, ledger: Ledger, folder: Path) -> tuple[PrivatePlan, Ledger]:
-    """The plan and the ledger of the run that `folder` holds, or these where it holds none.
-
-    Raises:
-        ParameterError: it's another run's.
-    """
-    path = folder / "privacy.json"
-    if not path.exists():
-        return plan, ledger
-    known = Ledger.load(path)
-    if not known.same_run(ledger):
-        raise ParameterError(f"{path}: was left by a run with other settings; give this one its own folder")
-    if not (folder / "weights.safetensors").exists():
-        known = known.bound()  # it was killed before they got their name
-    *before, last = known.mechanisms
-    return replace(plan, noise_multiplier=last.noise_multiplier, before=tuple(before)), known
-
-
-def _finished(model: torch.nn.Module, folder: Path) -> bool:
-    """Whether `folder` holds the weights that its ledger is of, which `model` then has."""
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        return False
-    load_weights(model, weights)
-    _tidy(folder)
-    return True
-
-
-def _places(patients: Patients, plan: PrivatePlan) -> np.ndarray:
-    """int64 (N + 1,): the offsets of the patients' volumes, and of places that nobody fills."""
-    return np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
-
-
-def _leave(model: torch.nn.Module, ledger: Ledger, folder: Path) -> Ledger:
-    """Bind the ledger to the weights, then save these, then drop what was needed to resume."""
-    weights, unbound = folder / "weights.safetensors", folder / "weights.unbound"
-    if is_first_process():
+    if is_first_process():  # a ledger is never behind the weights, and what was needed to resume goes last
         save_weights(model.eval(), unbound)
         ledger = ledger.bound(unbound)
-        ledger.save(folder / "privacy.json")
+        ledger.save(path)
         unbound.replace(weights)
         _tidy(folder)
     return ledger
@@ -265,3 +124,87 @@ def _tidy(folder: Path) -> None:
     """Remove what a finished run no longer needs, and what kills left half-written."""
     for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt"):
         (folder / name).unlink(missing_ok=True)
+
+
+def denoising(
+    model: Denoiser,
+    patients: Patients,
+    latents: np.ndarray | Latents,
+    plan: PrivatePlan,
+    settings: FinetuneSettings,
+    name: ScheduleName,
+) -> tuple[dict[str, nn.Parameter], "PatientLoss"]:
+    """What of a denoiser learns, by name, and each patient's loss."""
+    tuned, device = model.tunable(settings.tuned), compute_device()
+    # places that nobody fills are empty
+    offsets = np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
+    given = latents, torch.from_numpy(patients.attributes), offsets
+    return tuned, PatientLoss(model.to(device), tuned, schedule(name).to(device), *given, plan.draws, settings)
+
+
+@dataclass
+class PatientLoss:
+    """Each patient's loss: the mean over their volumes and the draws of each.
+
+    latents: (n_volumes, c, d, h, w); attributes: (n_volumes, n); patient p's are offsets[p] to offsets[p + 1], none
+    where a place is empty. at_once: so many patients' gradients `gradients` takes at a time, fewer if memory ends.
+    """
+
+    model: Denoiser
+    tuned: dict[str, nn.Parameter]
+    noising: nn.Module
+    latents: np.ndarray | Latents
+    attributes: Tensor
+    offsets: np.ndarray
+    draws: int
+    settings: FinetuneSettings
+    at_once: int = 64
+
+    def __call__(self, unit: int, generator: torch.Generator) -> Tensor | None:
+        """The loss of a patient; None of an empty place."""
+        rows = self.rows(unit, generator)
+        return None if rows is None else self.losses(self.model, *rows).mean()
+
+    def rows(self, unit: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
+        """Latents, attributes, timesteps and noise: a row for each draw of each volume."""
+        own = range(self.offsets[unit], self.offsets[unit + 1])
+        if not own:
+            return None
+        k = max(self.draws, 2 // len(own))  # one row alone is slow: PyTorch's Conv3d then takes its fallback
+        given = drop_attributes(self.attributes[own], self.settings.attribute_dropout, generator)
+        latents = repeat(torch.from_numpy(self.latents[own]), "v ... -> (v k) ...", k=k)
+        drawn = random_draws(latents, generator, self.settings.timesteps)
+        return latents, repeat(given, "v n -> (v k) n", k=k), *drawn
+
+    def losses(self, model: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """Diffusion loss (b,) of rows, on the device that trains."""
+        device = next(iter(self.tuned.values())).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return diffusion_loss(model, self.noising, *(part.to(device) for part in rows))  # type: ignore[arg-type]
+
+    def gradients(self, units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
+        """Unclipped gradients, float32 (n, d) of some patients at a time; of an empty place, none."""
+        left = [rows for unit in units if (rows := self.rows(unit, draws(unit)))]
+        while left:
+            try:
+                yield self._gradients(left[: self.at_once])
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+                self.at_once = min(self.at_once, len(left)) // 2 or 1
+            else:
+                left = left[self.at_once :]
+
+    def _gradients(self, patients: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        # who has fewer rows than another repeats some, which then count nothing
+        row = torch.arange(max(len(latents) for latents, *_ in patients))
+        shares = torch.stack([(row < len(latents)) / len(latents) for latents, *_ in patients])
+        rows = [torch.stack([part[row % len(part)] for part in parts]) for parts in zip(*patients, strict=True)]
+
+        def loss(weights: dict[str, Tensor], share: Tensor, *rows: Tensor) -> Tensor:
+            found = self.losses(lambda *given: functional_call(self.model, weights, given), *rows)
+            return (found * share.to(found.device)).sum()
+
+        weights = {name: parameter.detach() for name, parameter in self.tuned.items()}
+        each = vmap(grad(loss), in_dims=(None, *(0 for _ in (shares, *rows))))(weights, shares, *rows)
+        return torch.cat([part.flatten(1) for part in each.values()], dim=1).float()

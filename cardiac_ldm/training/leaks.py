@@ -4,7 +4,6 @@ No stage that trains uses them. Each gives the `lot_loss` that `privacy.canaries
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,6 @@ def sensitivities(
     denoiser: Denoiser,
     name: ScheduleName,
     clip: float,
-    clipping: Literal["fixed", "normalised"],
 ) -> pd.DataFrame:
     """How far the last of these patients moves the sum of the others' clipped gradients, by the loss: in clips.
 
@@ -46,7 +44,7 @@ def sensitivities(
     """
     require_public(patients, "exact gradients of private patients")
     n, first = len(patients), patients.offsets[:-1]
-    plan = PrivatePlan(n + 1, 1, 1, clip, 1, 1.0, 1 / (n + 2), noise_multiplier=0.0, clipping=clipping)
+    plan = PrivatePlan(n + 1, 1, 1, clip, 1, 1.0, 1 / (n + 2), noise_multiplier=0.0)
     rows, attributes, weights = [], patients.attributes[first], list(denoiser.parameters())
     for added in ("a usual scan", "an inverted scan"):
         volumes = patients.images(first)

@@ -192,7 +192,16 @@ def random_loss(
     bands: Sequence[tuple[int, int, float]] = ((0, TIMESTEPS, 1.0),),
     min_snr: float | None = None,
 ) -> Tensor:
-    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row, weighed if `min_snr`.
+    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row, weighed if `min_snr`."""
+    timesteps, noise = random_draws(latents, generator, bands)
+    loss = diffusion_loss(model, noising, latents, attributes, timesteps, noise)
+    return loss if min_snr is None else loss * min_snr_weight(noising, timesteps, min_snr)
+
+
+def random_draws(
+    latents: Tensor, generator: torch.Generator, bands: Sequence[tuple[int, int, float]]
+) -> tuple[Tensor, Tensor]:
+    """A timestep (b,) and noise (b, c, d, h, w) for each row of latents, on their device.
 
     Timesteps are uniform in [low, high) of a band (low, high, weight), chosen by weight.
     """
@@ -200,9 +209,7 @@ def random_loss(
     chosen = torch.multinomial(weights, len(latents), replacement=True, generator=generator)
     within = torch.rand(len(latents), generator=generator) * (highs - lows)[chosen]
     timesteps = (lows[chosen].long() + within.long()).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    loss = diffusion_loss(model, noising, latents, attributes, timesteps, noise)
-    return loss if min_snr is None else loss * min_snr_weight(noising, timesteps, min_snr)
+    return timesteps, torch.randn(latents.shape, generator=generator).to(latents.device)
 
 
 @torch.no_grad()

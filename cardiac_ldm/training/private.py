@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
-from cardiac_ldm.privacy.accounting import Unit, require_reachable
+from cardiac_ldm.privacy.accounting import require_reachable
 from cardiac_ldm.progress import tqdm
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
 
@@ -31,39 +31,27 @@ class PrivateSettings(BaseModel):
     steps: int = Field(ge=1)
     expected_batch: int = Field(ge=1)
     clip: float = Field(gt=0, allow_inf_nan=False)
-    clipping: Literal["fixed", "normalised"]
+    clipping: Literal["fixed"] = "fixed"  # once a choice; a run's identity is a hash of this, and lots and noise of it
     draws: int = Field(ge=1)
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     average_decay: float = Field(ge=0, lt=1)
     precision: Literal["fp32", "bf16"]
 
-    def plan(
-        self, epsilon: float, delta: float, unit: Unit, n_patients: int, before: tuple[Mechanism, ...] = ()
-    ) -> PrivatePlan:
+    def plan(self, epsilon: float, delta: float, n_patients: int, before: tuple[Mechanism, ...] = ()) -> PrivatePlan:
         """The plan that, after `before`, has spent `epsilon` on `n_patients` places. Warns of a delta above N^-1.1."""
         if delta > (most := n_patients**-1.1):
             warnings.warn(f"delta: {delta:g} is above N^-1.1 = {most:.2g} (N = {n_patients}): give less", stacklevel=2)
-        return PrivatePlan.for_budget(
-            epsilon,
-            delta,
-            n_patients=n_patients,
-            expected_batch=self.expected_batch,
-            steps=self.steps,
-            clip=self.clip,
-            draws=self.draws,
-            clipping=self.clipping,
-            unit=unit,
-            before=before,
-        )
+        terms = self.model_dump(include={"expected_batch", "steps", "clip", "draws"})
+        return PrivatePlan.for_budget(epsilon, delta, n_patients=n_patients, before=before, **terms)
 
-    def require_reachable(self, epsilon: float, delta: float, unit: Unit, n_patients: int) -> None:
+    def require_reachable(self, epsilon: float, delta: float, n_patients: int) -> None:
         """Check what `plan` would, but for the search of the noise multiplier, which takes seconds.
 
         Raises:
             ParameterError: a setting doesn't fit so many patients, or no noise suffices for the budget.
         """
         settings = (n_patients, self.expected_batch, self.steps, self.clip, self.draws, epsilon, delta)
-        plan = PrivatePlan(*settings, noise_multiplier=0.0, clipping=self.clipping, unit=unit)
+        plan = PrivatePlan(*settings, noise_multiplier=0.0)
         require_reachable(epsilon, delta, plan.sampling_rate, self.steps)
 
 
