@@ -23,8 +23,8 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 from pydantic import BaseModel
+from torch import nn
 
-from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
@@ -38,19 +38,21 @@ from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tab
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.models.device import is_first_process, shared_decision, wait_for_all
 from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, Standing, public_ledger
 from cardiac_ldm.privacy.bounds import BOUNDS
 from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
 from cardiac_ldm.profile import AnatomySettings, Profile, Role
 from cardiac_ldm.progress import awaited
+from cardiac_ldm.training import shipped
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.finetune import denoising, finetune, finetune_decoder
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
+from cardiac_ldm.training.private import train_privately
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
@@ -154,11 +156,12 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             model, losses = train_autoencoder(self.public.split("train"), settings, self.seed, folder / "state.pt")
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
+            _leave_public(self.public, folder, weights=model)
             return {"losses": losses}
 
-        return self._shipped("autoencoder") or self._run("autoencoder", settings, [self.public.key], work)
+        return self._shipped("autoencoder") or self._run(
+            "autoencoder", settings, [self.public.key], work, together=True
+        )
 
     @property
     def _anatomy(self) -> tuple[str, AnatomySettings, list[str]]:
@@ -172,14 +175,14 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             patients = self._public_as_given.split("train")
-            segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
-            phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
-            save_weights(segmenter, folder / "segmenter.safetensors")
-            save_weights(phase, folder / "phase.safetensors")
-            _leave_public_ledger(self._public_as_given, folder)
+            given: dict[str, Any] = settings.segmenter.model_dump() | {"state": folder / "segmenter.pt"}
+            segmenter, dice = train_segmenter(patients, seed=self.seed, **given)
+            given = settings.phase.model_dump() | {"state": folder / "phase.pt"}
+            phase, entropy = train_phase_classifier(patients, seed=self.seed, **given)
+            _leave_public(self._public_as_given, folder, segmenter=segmenter, phase=phase)
             return {"segmenter": dice, "phase": entropy}
 
-        return self._shipped("anatomy") or self._run(*self._anatomy, work)
+        return self._shipped("anatomy") or self._run(*self._anatomy, work, together=True)
 
     @cached_property
     @awaited("pretraining")
@@ -191,12 +194,11 @@ class Study:
             patients = self.public.split("train")
             latents = self.latents(patients, self.public)[:]
             model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt")
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
+            _leave_public(self.public, folder, weights=model)
             return {"losses": losses}
 
         return self._shipped("pretrain") or self._run(
-            "pretrain", [settings, self.profile.denoiser], [self.autoencoder.key], work
+            "pretrain", [settings, self.profile.denoiser], [self.autoencoder.key], work, together=True
         )
 
     def described(self, stage: str) -> dict[str, object]:
@@ -250,8 +252,7 @@ class Study:
             latents = self.latents(patients, self.private)
             if patients.secret:
                 _ = latents[:]  # else what had been encoded would tell who was in the lots
-            schedule = self.profile.denoiser.schedule
-            left = finetune(model, patients, latents, plan, settings, schedule, randomness, folder, public_data)
+            left = finetune(model, patients, latents, plan, settings, randomness, folder, public_data)
             if patients.secret and is_first_process():
                 Record().finish(left)
             return {"epsilon": _plain(epsilon)}
@@ -361,8 +362,7 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             cohort = self.private if self.reference.role == "private" else self.public
-            latents, schedule = self.latents(self.reference, cohort), self.profile.denoiser.schedule
-            losses = held_out_loss(self.denoiser(model), schedule, latents, self.reference)
+            losses = held_out_loss(self.denoiser(model), self.latents(self.reference, cohort), self.reference)
             error = losses.std(ddof=1) / math.sqrt(len(losses))
             return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
 
@@ -409,12 +409,12 @@ class Study:
                 train.subset(np.arange(n) % len(train)),
                 n - known,
             )  # whoever is last makes room for canaries
-            latents, schedule = self.latents(train, cohort)[: train.offsets[known]], self.profile.denoiser.schedule
+            latents = self.latents(train, cohort)[: train.offsets[known]]
             settings = recipe.model_copy(update={"steps": 8, "expected_batch": n // 2, "decoder": None})
             plan = settings.plan(epsilon, settings.delta, "patient", n)
             for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
                 randomness = Randomness(self.seed, simulated=True, run=f"{folder.name}-{noise}")
-                tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings, schedule)
+                tuned, loss = denoising(self.denoiser(self.pretrained), patients, latents, plan, settings)
                 weights = list(tuned.values())
                 before = [weight.detach().clone() for weight in weights]
                 included, signs = draw_canaries(size, weights, np.random.default_rng(self.seed))
@@ -497,8 +497,7 @@ class Study:
             model, _ = pretrain(
                 known, latents, self.profile.denoiser, settings, self.seed, folder / "state.pt", start=public
             )
-            save_weights(model, folder / "weights.safetensors")
-            _leave_public_ledger(self.public, folder)
+            _leave_public(self.public, folder, weights=model)
             copy = Run("overfit", "", folder)
             cohort = self._drawn(copy, asked.attributes, asked.owners)
             cohort.save(folder / "synthetic.npz")
@@ -522,9 +521,9 @@ class Study:
         recipe = self.profile.finetune
 
         def work(folder: Path) -> dict[str, Any]:
-            patients, schedule = self.public.split("train")[:8], self.profile.denoiser.schedule
+            patients = self.public.split("train")[:8]
             models = self.load_autoencoder(), self.denoiser(self.pretrained)
-            found = sensitivities(patients, *models, schedule, recipe.clip, recipe.clipping)
+            found = sensitivities(patients, *models, recipe.clip, recipe.clipping)
             return {"n_patients": len(patients), "rows": _records(found)}
 
         return self._run("sensitivity", [recipe.clip, recipe.clipping], [self.pretrained.key, self.public.key], work)
@@ -532,8 +531,8 @@ class Study:
     def _losses(self, model: Run, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
         """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
         rows = np.flatnonzero(np.isin(patients.owners, who))
-        latents, schedule = self.latents(patients, cohort)[rows], self.profile.denoiser.schedule
-        return held_out_loss(self.denoiser(model), schedule, latents, patients.subset(who), draws=4)
+        latents = self.latents(patients, cohort)[rows]
+        return held_out_loss(self.denoiser(model), latents, patients.subset(who), draws=4)
 
     @cached_property
     def _private_parts(self) -> tuple[Embedded, Embedded]:
@@ -633,7 +632,6 @@ class Study:
         return synthesise(
             self.load_autoencoder(model),
             self.denoiser(model),
-            self.profile.denoiser.schedule,
             attributes,
             owners,
             steps=settings.steps,
@@ -926,6 +924,7 @@ class Study:
         if together and not is_first_process():
             if shared_decision():
                 work(run.folder)
+                wait_for_all()  # until it's written
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(run.folder / "lock"):
@@ -943,12 +942,17 @@ class Study:
                 temporary.replace(done)
                 for state in run.folder.glob("*.pt"):
                     state.unlink()
+                if together:
+                    wait_for_all()
         return run
 
 
-def _leave_public_ledger(cohort: Cohort, folder: Path) -> None:
-    """Bind what the weights in a folder are: trained on a public cohort alone."""
-    public_ledger(cohort.manifest.name).bound(*folder.glob("*.safetensors")).save(folder / "privacy.json")
+def _leave_public(cohort: Cohort, folder: Path, **networks: nn.Module) -> None:
+    """Save networks by name, and a ledger that says what they are: trained on a public cohort alone."""
+    if is_first_process():
+        for name, network in networks.items():
+            save_weights(network, folder / f"{name}.safetensors")
+        public_ledger(cohort.manifest.name).bound(*folder.glob("*.safetensors")).save(folder / "privacy.json")
 
 
 def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] | None) -> dict[str, Any]:

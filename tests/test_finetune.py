@@ -84,7 +84,7 @@ def run(
     torch.manual_seed(1)
     model, plan = network.build(1), plan or plan_of(settings, len(patients))
     torch.seed()  # nothing below may draw from the global generator
-    given = (patients, latents_of(patients), plan, settings, network.schedule, randomness, folder, "public")
+    given = (patients, latents_of(patients), plan, settings, randomness, folder, "public")
     return model, finetune(model, *given, save_every)
 
 
@@ -384,7 +384,7 @@ def loss_of_units(
     given = latents_of(patients) if latents is None else latents
     plan = plan_of(settings, len(patients))
     with pytest.raises(Captured):
-        finetune(model, patients, given, plan, settings, BROAD.schedule, SEEDED, patients.path / "never", "public")
+        finetune(model, patients, given, plan, settings, SEEDED, patients.path / "never", "public")
     return held[0], held[1], held[2]
 
 
@@ -396,9 +396,9 @@ def test_a_patients_gradient_averages_over_the_volumes_there_are(
     settings = recipe(clip=1e-3, draws=2)
     parameters, unit_loss, plan = loss_of_units(patients, settings, monkeypatch, latents)
 
-    def seen(model: nn.Module, noising: nn.Module, volumes: Tensor, attributes: Tensor, *rest: object) -> Tensor:
+    def seen(model: nn.Module, volumes: Tensor, attributes: Tensor, *rest: object) -> Tensor:
         rows.append((volumes, attributes))
-        losses.append(pretrain.random_loss(model, noising, volumes, attributes, *rest))  # type: ignore[arg-type]
+        losses.append(pretrain.random_loss(model, volumes, attributes, *rest))  # type: ignore[arg-type]
         return losses[-1]
 
     monkeypatch.setattr(room, "random_loss", seen)
@@ -420,7 +420,7 @@ def test_volumes_as_units_fill_two_places_a_patient(cohorts: Path, monkeypatch: 
     _, unit_loss, plan = loss_of_units(patients, recipe(unit="volume"), monkeypatch, latents)
     used: list[int | None] = []
 
-    def seen(model: nn.Module, noising: nn.Module, volumes: Tensor, *rest: object) -> Tensor:
+    def seen(model: nn.Module, volumes: Tensor, *rest: object) -> Tensor:
         (found,) = {int(np.flatnonzero((latents == row.numpy()).all(axis=(1, 2, 3, 4)))[0]) for row in volumes}
         used.append(found)
         return volumes
@@ -453,17 +453,17 @@ def test_half_precision_gives_nearly_the_same_clipped_gradient(
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_timesteps_fall_in_their_bands_as_often_as_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timesteps_fall_in_their_bands_as_often_as_weighted() -> None:
     drawn: list[Tensor] = []
 
-    def remember(model: object, noising: object, latents: Tensor, attributes: Tensor, t: Tensor, noise: Tensor) -> None:
-        drawn.append(t)
+    class Remembering:
+        def loss(self, latents: Tensor, attributes: Tensor, timesteps: Tensor, noise: Tensor) -> None:
+            drawn.append(timesteps)
 
-    monkeypatch.setattr(pretrain, "diffusion_loss", remember)
     n = 40_000
-    rows, nothing = torch.zeros(n, 1, 1, 1, 1), nn.Identity()
+    rows = torch.zeros(n, 1, 1, 1, 1)
     bands = ((0, 10, 1.0), (40, 41, 2.0), (100, 150, 5.0))
-    pretrain.random_loss(nothing, nothing, rows, rows, torch.Generator().manual_seed(0), bands)  # type: ignore[arg-type]
+    pretrain.random_loss(Remembering(), rows, rows, torch.Generator().manual_seed(0), bands)  # type: ignore[arg-type]
     counts = torch.bincount(drawn[0], minlength=150)
     expected = torch.zeros(150, dtype=torch.float64)
     for low, high, weight in bands:

@@ -94,7 +94,7 @@ def test_mistake_01_statistics_of_private_patients_are_never_taken(
         with pytest.raises(PrivacyError, match="private patients"):
             train(simulated, steps=1, batch=1, learning_rate=1e-3, seed=0)
     with pytest.raises(PrivacyError, match="exact losses"):  # so there is no best checkpoint and no early stopping
-        held_out_loss(study.denoiser(study.pretrained), "modern", latents, real)
+        held_out_loss(study.denoiser(study.pretrained), latents, real)
     with pytest.raises(PrivacyError, match="hospital holds real private patients"):
         measure_real(real, Segmenter(), PhaseClassifier(), seed=0, progress=False)
     assert hospital.reference.role == "public"

@@ -15,7 +15,8 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, drop_attributes, schedule
+from cardiac_ldm.models.device import compute_device, is_first_process
+from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import Unit
@@ -23,7 +24,7 @@ from cardiac_ldm.privacy.canaries import UnitLoss
 from cardiac_ldm.training.autoencoder import blurred_l1
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_loss
-from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
+from cardiac_ldm.training.private import PrivateSettings, train_privately
 
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
@@ -96,7 +97,6 @@ def finetune(
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-    name: ScheduleName,
     randomness: Randomness,
     folder: Path,
     public_data: str,
@@ -125,7 +125,7 @@ def finetune(
     plan, ledger = _begun(plan, ledger, folder)
     if _finished(model, folder):
         return ledger
-    tuned, unit_loss = denoising(model, patients, latents, plan, settings, name)
+    tuned, unit_loss = denoising(model, patients, latents, plan, settings)
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
     merge_lora(model.cpu())
     return _leave(model, ledger, folder)
@@ -137,13 +137,12 @@ def denoising(
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-    name: ScheduleName,
 ) -> tuple[dict[str, torch.nn.Parameter], UnitLoss]:
     """What of a denoiser learns, by name, and each unit's loss: the mean over its volumes and the draws of each."""
     offsets = _places(patients, plan)
     device = compute_device()
     tuned, model = model.tunable(settings.tuned), model.to(device)
-    noising, attributes = schedule(name).to(device), torch.from_numpy(patients.attributes)
+    attributes = torch.from_numpy(patients.attributes)
 
     def unit_loss(unit: int, generator: torch.Generator) -> Tensor | None:
         own = plan.volumes_of(unit, offsets)
@@ -154,7 +153,6 @@ def denoising(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return random_loss(
                 model,
-                noising,
                 repeat(torch.from_numpy(latents[own]), "v ... -> (v k) ...", k=rows).to(device),
                 repeat(given, "v n -> (v k) n", k=rows).to(device),
                 generator,
