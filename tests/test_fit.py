@@ -93,7 +93,7 @@ def test_half_precision_gives_nearly_the_same_losses_and_whole_weights(tmp_path:
         assert exact != rounded
         assert {weight.dtype for weight in network.parameters()} == {torch.float32}
         for one, other in zip(exact, rounded, strict=True):
-            assert other == pytest.approx(one, rel=0.05, abs=0.02)
+            assert other == pytest.approx(one, rel=0.1, abs=0.05)
 
 
 def test_single_precision_is_written_nowhere_so_that_runs_from_before_it_was_a_setting_keep_their_keys() -> None:
@@ -147,7 +147,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     for stage, expected in alone.items():
         assert first[stage]["losses"] == second[stage]["losses"]
         for ours, theirs in zip(expected["losses"], first[stage]["losses"], strict=True):
-            assert theirs == pytest.approx(ours, rel=1e-4), stage
+            assert theirs == pytest.approx(ours, rel=1e-4, abs=2e-5), stage
         for name, weight in expected["weights"].items():
             assert torch.equal(first[stage]["weights"][name], second[stage]["weights"][name]), name
             torch.testing.assert_close(first[stage]["weights"][name], weight, rtol=1e-3, atol=1e-4)
