@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +69,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def moved(module: nn.Module, device: torch.device) -> nn.Module:
         for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.fake_device = device  # type: ignore[union-attr]  # in place, as for real ones
+            tensor.fake_device = device  # type: ignore[attr-defined]  # in place, as for real ones
         return module
 
     real = torch.from_numpy
@@ -165,9 +164,8 @@ def test_encoding_and_decoding_compute_on_the_gpu(gpu: None, public: Patients, t
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_sampling_computes_on_the_gpu(gpu: None, guidance: float, public: Patients) -> None:
-    models: tuple[Any, ...] = PROFILE.autoencoder.build(), PROFILE.denoiser.build(2)
-    models = tuple(model.to(GPU).eval() for model in models)
-    drawn = synthesise(*models, public.attributes, public.owners, steps=2, guidance=guidance, seed=0)
+    autoencoder, denoiser = PROFILE.autoencoder.build().to(GPU).eval(), PROFILE.denoiser.build(2).to(GPU).eval()
+    drawn = synthesise(autoencoder, denoiser, public.attributes, public.owners, steps=2, guidance=guidance, seed=0)
     assert drawn.images.shape == (8, 13, 96, 96)
     assert drawn.labels is not None
 

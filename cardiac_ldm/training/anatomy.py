@@ -80,7 +80,8 @@ def train_segmenter(
     def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
         images, truth = augment(all_images[rows].to(device).float(), labels[rows].to(device), generator)
         own = own_share(len(rows))
-        return dice(segmenter(images[own]), rearrange(truth[own], "b d h w -> b 1 d h w"))
+        assert truth is not None
+        return dice(segmenter(images[own]), rearrange(truth, "b d h w -> b 1 d h w")[own])
 
     all_images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
     return _train(_seeded(Segmenter, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress, state)

@@ -116,9 +116,10 @@ class _Batch:
     def draw(cls, patients: Patients, settings: AutoencoderSettings, seed: int, step: int) -> "_Batch":
         """Those of one step, for all processes alike."""
         rng, generator = drawn_at(seed, step)
-        slices, labels = _random_slices(patients, settings.volumes, settings.slices, rng)
-        own = (part[own_share(len(slices))].to(compute_device()) for part in (slices, labels))
-        return cls(*own, len(slices), generator)
+        drawn = _random_slices(patients, settings.volumes, settings.slices, rng)
+        size, device = len(drawn[0]), compute_device()
+        slices, labels = (part[own_share(size)].to(device) for part in drawn)
+        return cls(slices, labels, size, generator)
 
     def noise(self, *shape: int) -> Tensor:
         """White noise (b, *shape), the next that is drawn."""
