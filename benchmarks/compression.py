@@ -30,6 +30,7 @@ from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.device import device_of
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.study import Study
 from cardiac_ldm.training.autoencoder import AutoencoderSettings, reconstruct, train_autoencoder
@@ -76,9 +77,9 @@ def power(images: np.ndarray) -> dict[str, float]:
 
 def read(segmenter: Segmenter, images: np.ndarray, patients: Patients) -> dict[str, np.ndarray]:
     """Volumes (mL) and wall thickness (mm) of every patient, as the segmenter sees them in these images."""
-    batches = torch.from_numpy(images).split(8)
+    batches = torch.from_numpy(images).to(device_of(segmenter)).split(8)
     with torch.no_grad():
-        labels = torch.cat([segmenter(batch).argmax(dim=1).to(torch.uint8) for batch in batches]).numpy()
+        labels = torch.cat([segmenter(batch).argmax(dim=1).to(torch.uint8) for batch in batches]).cpu().numpy()
     phase = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
     found = []
     for owner in range(len(patients)):
@@ -123,7 +124,8 @@ def trained(settings: AutoencoderSettings, patients: Patients) -> Autoencoder:
     if not weights.exists():
         trained, _ = train_autoencoder(patients, settings, 0, folder / "state.pt")
         save_weights(trained, weights)
-        (folder / "state.pt").unlink(missing_ok=True)
+        for state in folder.glob("*.pt"):
+            state.unlink()
     load_weights(model, weights)
     return model.eval()
 

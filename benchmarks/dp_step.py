@@ -26,13 +26,12 @@ import torch
 from einops import rearrange, repeat
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks import RESULTS, keep
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, GRID, Patients, load_manifest
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import diffusion_loss, schedule
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
@@ -65,7 +64,7 @@ class Case:
         ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
         attention = (False, *[True] * (len(self.channels) - 1))
         sizes = (1, 2, 32, 0) if quick else (2, 4, 16, 0)
-        return Denoiser(self.latent[0], 1, self.channels, attention, *sizes, GRID.n_slices, ranges)
+        return Denoiser(self.latent[0], 1, self.channels, attention, *sizes, GRID.n_slices, ranges, "modern")
 
 
 QUICK, PAPER = ((16, 32), (4, 12)), ((32, 64, 96), (1, 24))
@@ -77,11 +76,23 @@ CASES = [
 ]
 
 
+class MeanLoss(nn.Module):
+    """A denoiser's mean loss, as a module's forward pass."""
+
+    def __init__(self, model: Denoiser) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        """Of latents, attributes, timesteps and noise."""
+        return self.model.loss(*rows).mean()
+
+
 class Work:
     """One case's data, and a function for each method that takes one step's gradient."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.model, self.noising = case, case.build(), schedule("modern")
+        self.case, self.model = case, case.build()
         self.parameters = list(self.model.parameters())
         generator = torch.Generator().manual_seed(1)
         shape = (PATIENTS, 2 * case.draws, case.latent[0], GRID.n_slices, case.latent[1], case.latent[1])
@@ -93,16 +104,13 @@ class Work:
         lots = (self.plan.sample_lot(SEEDED.generator(step, 0)).sum() for step in range(500))
         self.steps = [step for step, lot in enumerate(lots) if lot == PATIENTS]
 
-    def loss(
-        self, latents: Tensor, attributes: Tensor, seed: int, model: Callable[..., Tensor] | None = None
-    ) -> Tensor:
+    def loss(self, latents: Tensor, attributes: Tensor, seed: int) -> Tensor:
         """Mean diffusion loss over the rows."""
         generator = torch.Generator().manual_seed(seed)
         timesteps = torch.randint(150, (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.case.precision == "bf16"):
-            given = (self.noising, latents, attributes, timesteps, noise)
-            return diffusion_loss(model or self.model, *given).mean()  # type: ignore[arg-type]
+            return self.model.loss(latents, attributes, timesteps, noise).mean()
 
     def ordinary(self, number: int) -> None:
         """One batch of all rows, one backward pass."""
@@ -120,20 +128,15 @@ class Work:
 
     def vmapped(self, number: int) -> None:
         """vmap(grad) over patients, clipped and summed; no noise, which costs all methods the same."""
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        whole = MeanLoss(self.model)
+        weights = {name: p.detach() for name, p in whole.named_parameters()}
         generator = torch.Generator().manual_seed(number)
         timesteps = torch.randint(150, self.latents.shape[:2], generator=generator)
         noise = torch.randn(self.latents.shape, generator=generator)
 
         def loss(weights: dict[str, Tensor], *rows: Tensor) -> Tensor:
-            latents, attributes, timesteps, noise = rows
-
-            def model(*inputs: Tensor) -> Tensor:
-                return functional_call(self.model, weights, inputs)
-
-            given = (self.noising, latents, attributes, timesteps, noise)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.case.precision == "bf16"):
-                return diffusion_loss(model, *given).mean()  # type: ignore[arg-type]
+                return functional_call(whole, weights, rows)
 
         each = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))(weights, self.latents, self.attributes, timesteps, noise)
         flat = torch.cat([part.flatten(1) for part in each.values()], dim=1)

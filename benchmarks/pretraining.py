@@ -24,7 +24,6 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.evaluation.metrics import Metrics, compare, estimate, measure, measure_real
 from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import ScheduleName
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.study import Study
@@ -85,12 +84,10 @@ def trained(study: Study, profile: Profile, patients: Patients) -> Denoiser:
     return model.eval()
 
 
-def judge(study: Study, model: Denoiser, schedule: ScheduleName, patients: Patients, **sampling: float) -> Metrics:
+def judge(study: Study, model: Denoiser, patients: Patients, **sampling: float) -> Metrics:
     """All that is measured on what a model draws for these patients."""
     sampled = study.profile.sampling.model_dump() | sampling
-    drawn = synthesise(
-        study.load_autoencoder(), model, schedule, patients.attributes, patients.owners, seed=0, **sampled
-    )
+    drawn = synthesise(study.load_autoencoder(), model, patients.attributes, patients.owners, seed=0, **sampled)
     return measured(study, drawn.images, patients)
 
 
@@ -111,11 +108,11 @@ def shown(found: Metrics) -> dict[str, float | None]:
 
 def judge_chosen(study: Study) -> dict[str, object]:
     """One row a measure, of what the profile's model draws and of reconstructions."""
-    patients, schedule = study.public.split("test")[:N_PATIENTS], study.profile.denoiser.schedule
+    patients = study.public.split("test")[:N_PATIENTS]
     real = patients.images(np.arange(len(patients.owners)))
     cohorts = {
         "reconstructed": measured(study, reconstruct(study.load_autoencoder(), real, seed=0), patients),
-        "drawn": judge(study, study.denoiser(study.pretrained), schedule, patients),
+        "drawn": judge(study, study.denoiser(study.pretrained), patients),
     }
     rows: dict[str, dict[str, object]] = {}
     for name, found in cohorts.items():
@@ -149,8 +146,8 @@ def main() -> None:
     known["validation_patients"] = len(validation)
     samplers = {row["sampler"]: row for row in known.get("samplers", [])}
     for name in tqdm([name for name in SAMPLERS if name in asked], desc="samplers"):
-        model, schedule = study.denoiser(study.pretrained), study.profile.denoiser.schedule
-        samplers[name] = {"sampler": name, **shown(judge(study, model, schedule, validation, **SAMPLERS[name]))}
+        model = study.denoiser(study.pretrained)
+        samplers[name] = {"sampler": name, **shown(judge(study, model, validation, **SAMPLERS[name]))}
         known["samplers"] = [samplers[name] for name in SAMPLERS if name in samplers]
         keep(title, **known)
     variants = {row["variant"]: row for row in known.get("variants", [])}
@@ -158,7 +155,7 @@ def main() -> None:
         profile = varied(name, study.profile)
         other = trained(study, profile, study.public.split("train"))
         about = {"variant": name, "parameters": sum(p.numel() for p in other.parameters())}
-        variants[name] = about | shown(judge(study, other, profile.denoiser.schedule, validation))
+        variants[name] = about | shown(judge(study, other, validation))
         known["variants"] = [variants[name] for name in VARIANTS if name in variants]
         keep(title, **known)
 

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS, keep
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap
-from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Run, Study
@@ -84,14 +83,14 @@ def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
 def signal(study: Study) -> list[dict[str, object]]:
     """How much of the mean clipped gradient lies in what may be tuned, and how it compares with the noise it'd get."""
     patients, model = study.private.split("train")[:N_GRADIENTS], study.denoiser(study.pretrained)
-    latents, noising = study.latents(patients, study.private), schedule(study.profile.denoiser.schedule)
+    latents = study.latents(patients, study.private)
     attributes, parameters = torch.from_numpy(patients.attributes), model.tunable("all")
     settings = study.profile.finetune.model_copy(update=BASE)
     plans = [settings.plan(epsilon, settings.delta, len(study.private.split("train"))) for epsilon in (10, 1)]
     gradients = []
     for patient in tqdm(range(len(patients)), desc="gradients"):
         own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
-        loss = random_loss(model, noising, torch.from_numpy(latents[own]), attributes[own], generator).mean()
+        loss = random_loss(model, torch.from_numpy(latents[own]), attributes[own], generator).mean()
         parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
         gradients.append(dict(zip(parameters, parts, strict=True)))
     rows: list[dict[str, object]] = []
@@ -123,8 +122,8 @@ def rehearse() -> dict[str, object]:
     study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
     train, validation = study.private.split("train"), study.private.split("validation")[:N_VALIDATION]
     latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
-    name, randomness = study.profile.denoiser.schedule, Randomness(0, simulated=True)
-    before = held_out_loss(study.denoiser(study.pretrained), name, held_out, validation)
+    randomness = Randomness(0, simulated=True)
+    before = held_out_loss(study.denoiser(study.pretrained), held_out, validation)
     about: dict[str, Any] = {"run": study.pretrained.key, "public_loss": float(before.mean())}
     about |= {"n_patients": len(validation), "patients": len(train)}
     about["signal"] = signal(study)
@@ -139,8 +138,8 @@ def rehearse() -> dict[str, object]:
         batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
         smaller = replace(plan, epsilon=math.inf, expected_batch=batch, noise_multiplier=noise)
         model = study.denoiser(study.pretrained)
-        finetune(model, train, latents, smaller, settings, name, randomness, folder, "phantom_public")
-        change = held_out_loss(model.eval(), name, held_out, validation) - before
+        finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public")
+        change = held_out_loss(model.eval(), held_out, validation) - before
         worth = bootstrap(partial(_mean, change), len(change), resamples=1000, seed=0)
         rows.append(
             {
@@ -171,7 +170,7 @@ def run_private() -> dict[str, object]:
     scratch.profile = whole.profile.model_copy(update={"pretrain": untrained})
     models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (halved, 1.0), (scratch, 10.0)]
     models += [(whole, math.inf)]
-    test, name = study.private.split("test"), study.profile.denoiser.schedule
+    test = study.private.split("test")
     latents = study.latents(test, study.private)
     about: dict[str, Any] = {"n_patients": len(test), "patients": len(study.private.split("train"))}
     about |= {f"ceiling_{key}": value for key, value in _distance(study.ceiling).items()}
@@ -179,7 +178,7 @@ def run_private() -> dict[str, object]:
     losses: list[np.ndarray] = []
     for owner, epsilon in models:
         run = owner.finetuned(epsilon)
-        losses.append(held_out_loss(owner.denoiser(run), name, latents, test))
+        losses.append(held_out_loss(owner.denoiser(run), latents, test))
         row = {
             "epsilon": str(epsilon),
             "start": "from scratch" if owner is scratch else "pre-trained",

@@ -18,7 +18,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from monai.networks.schedulers import DDPMScheduler
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import keep
@@ -29,14 +30,7 @@ from cardiac_ldm.evaluation.features import slice_features
 from cardiac_ldm.evaluation.fidelity import frechet_distance
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap, half_samples, rows_of
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
-from cardiac_ldm.models.diffusion import (
-    TIMESTEPS,
-    Sampler,
-    ScheduleName,
-    sample_ddim,
-    sample_ddpm,
-    sample_dpm_solver,
-)
+from cardiac_ldm.models.diffusion import SCHEDULES, TIMESTEPS, Diffusion, Sampler, sample_ddim
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.study import Study
 
@@ -45,17 +39,68 @@ TOGETHER = 4
 """Patients whom a sampler draws before the next one does."""
 
 
-def ancestral(
-    model: nn.Module,
-    name: ScheduleName,
+@torch.no_grad()
+def sample_ddpm(
+    model: Diffusion,
     noise: Tensor,
     attributes: Tensor,
     guidance: float,
     steps: int,
-    callback: Callable[[], object] | None,
+    callback: Callable[[], object] | None = None,
 ) -> Tensor:
-    """`sample_ddpm`, which takes all steps, called as the others are; its noise is torch's own."""
-    return sample_ddpm(model, name, noise, attributes, guidance, torch.default_generator, callback)
+    """Ancestral sampling (Ho et al., arXiv 2006.11239) over all T steps: latents (b, c, d, h, w) from `noise`.
+
+    The noise of its steps is torch's own.
+    """
+    x, sampler = noise, DDPMScheduler(TIMESTEPS, clip_sample=False, **SCHEDULES[model.schedule])
+    for t in range(steps - 1, -1, -1):
+        x, _ = sampler.step(model.guided(x, t, attributes, guidance), t, x)
+        if callback:
+            callback()
+    return x
+
+
+@torch.no_grad()
+def sample_dpm_solver(
+    model: Diffusion,
+    noise: Tensor,
+    attributes: Tensor,
+    guidance: float,
+    steps: int,
+    callback: Callable[[], object] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095) in `steps` steps: latents from `noise`.
+
+    With lambda = log(alpha / sigma), h_i = lambda_i - lambda_{i-1}, r_i = h_{i-1} / h_i and z ~ N(0, I),
+
+        x_i = (sigma_i / sigma_{i-1}) a x_{i-1} + alpha_i (1 - a e^{-h_i}) D_i + sigma_i (1 - a^2)^{1/2} z,
+        D_i = x_theta(x_{i-1}) + (x_theta(x_{i-1}) - x_theta(x_{i-2})) / 2 r_i,
+
+    a = 1 solves the probability flow ODE (algorithm 2) and, where there is a generator, a = e^{-h_i} solves the SDE.
+    The first step, which has no x_{i-2}, and the last, whose h is infinite, take D_i = x_theta(x_{i-1}). Timesteps are
+    evenly spaced from T - 1 on ("trailing"; Lin et al., arXiv 2305.08891).
+    """
+    x = noise
+    timesteps = torch.linspace(TIMESTEPS, 0, steps + 1)[:-1].round().long() - 1
+    alphas_cumprod = model.alphas_cumprod[timesteps].to(x.device)
+    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    h = (alpha / sigma).log().diff()
+    a = torch.ones_like(h) if generator is None else torch.exp(-h)
+    seen: list[Tensor] = []
+    for i, t in enumerate(timesteps.tolist()):
+        prediction = model.guided(x, t, attributes, guidance)
+        clean = (x - sigma[i] * prediction) / alpha[i] if model.predicts_noise else alpha[i] * x - sigma[i] * prediction
+        seen.append(clean)
+        if i + 1 < steps:
+            d = seen[i] if i == 0 else seen[i] + h[i] / (2 * h[i - 1]) * (seen[i] - seen[i - 1])
+            x = sigma[i + 1] / sigma[i] * a[i] * x + alpha[i + 1] * (1 - a[i] * torch.exp(-h[i])) * d
+            if generator:
+                fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+                x += sigma[i + 1] * (1 - a[i] ** 2).sqrt() * fresh
+        if callback:
+            callback()
+    return seen[-1]
 
 
 class Timed:
@@ -73,7 +118,7 @@ class Timed:
 
 
 BASELINE = f"DDPM, {TIMESTEPS} steps"
-SAMPLERS: dict[str, tuple[Sampler, int]] = {BASELINE: (ancestral, TIMESTEPS)}
+SAMPLERS: dict[str, tuple[Sampler, int]] = {BASELINE: (sample_ddpm, TIMESTEPS)}
 SAMPLERS |= {f"DDIM, {steps} steps": (sample_ddim, steps) for steps in (8, 15, 20)}
 SAMPLERS |= {f"DPM-Solver++(2M), {steps} steps": (sample_dpm_solver, steps) for steps in (8, 15, 20)}
 ANEW = partial(sample_dpm_solver, generator=torch.default_generator)
@@ -86,7 +131,6 @@ def draw(study: Study, patients: Patients) -> dict[str, tuple[np.ndarray, list[f
         synthesise,
         study.load_autoencoder(),
         study.denoiser(study.pretrained),
-        study.profile.denoiser.schedule,
         guidance=GUIDANCE,
         seed=0,
         batch=2 * TOGETHER,

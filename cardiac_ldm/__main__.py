@@ -13,9 +13,9 @@ import torch
 from torch import distributed
 
 from cardiac_ldm.errors import StudyError
+from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.parameters import FinetuneParameters
 from cardiac_ldm.study import Study
-from cardiac_ldm.training.private import is_first_process
 
 
 def main() -> None:

@@ -1,30 +1,23 @@
 """A profile is the size of the study: every setting of every stage, in one YAML file."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, model_validator
+from pydantic import Field, FilePath, ValidationError, model_validator
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.models.diffusion import TIMESTEPS
+from cardiac_ldm.settings import Count, Positive, Settings, Weight
 from cardiac_ldm.training.autoencoder import AutoencoderSettings
 from cardiac_ldm.training.finetune import FinetuneSettings
 from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 Role = Literal["public", "private"]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, and a name that is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainingSettings(Settings):
@@ -54,7 +47,7 @@ class SamplingSettings(Settings):
     """DDIM steps and guidance strength of the synthetic cohorts."""
 
     steps: int = Field(ge=1, le=TIMESTEPS)
-    guidance: float = Field(ge=0, allow_inf_nan=False)
+    guidance: Weight
 
 
 class EvaluationSettings(Settings):

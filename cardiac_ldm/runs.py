@@ -24,10 +24,10 @@ from torch import nn
 
 from cardiac_ldm.cohort import Cohort
 from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.models.device import is_first_process, shared_decision, wait_for_all
 from cardiac_ldm.privacy import Ledger
 from cardiac_ldm.progress import awaited
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.private import is_first_process, shared_decision
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class Stage:
         if self.together and not is_first_process():
             if shared_decision():
                 self.work(study, run, *arguments)
+                wait_for_all()  # until it's written
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(run.folder / "lock"):
@@ -160,7 +161,10 @@ class Stage:
                 temporary = run.folder / "metrics.tmp"
                 temporary.write_text(json.dumps(metrics, indent=1))
                 temporary.replace(run.folder / "metrics.json")
-                run.state.unlink(missing_ok=True)
+                for state in run.folder.glob("*.pt"):
+                    state.unlink()
+                if self.together:
+                    wait_for_all()
         return run
 
 

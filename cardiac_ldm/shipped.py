@@ -1,80 +1,15 @@
-"""The public stages that come with the library, trained: `python -m cardiac_ldm.shipped` trains them anew (hours).
+"""Train the public stages that come with the library anew: `python -m cardiac_ldm.shipped` (hours)."""
 
-`weights/<stage>` holds what a run's folder holds. They are the `laptop` profile's, trained on simulated public patients
-only, and stand in for a training with the same settings on the same cohort.
-"""
-
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from cardiac_ldm.errors import ParameterError
-
-WEIGHTS = Path(__file__).parent / "weights"
-SUMS = "SHA256SUMS"
-
-
-def find(stage: str, wanted: Mapping[str, object], weights: Path | None = None) -> tuple[str, Path] | None:
-    """The key and the folder of a shipped stage, or None where it was trained otherwise than `wanted`.
-
-    Raises:
-        ParameterError: a file of it isn't the one that was shipped.
-    """
-    folder = (weights or WEIGHTS) / stage
-    if os.environ.get("CARDIAC_LDM_SHIPPED") == "0" or not (folder / "settings.yaml").exists():
-        return None
-    about = yaml.safe_load((folder / "settings.yaml").read_text())
-    if any(about.get(name) != value for name, value in wanted.items()):
-        return None
-    _check(folder)
-    return about["key"], folder
-
-
-@cache
-def _check(folder: Path) -> None:
-    for line in (folder / SUMS).read_text().splitlines():
-        digest, name = line.split()
-        if not (folder / name).exists() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise ParameterError(
-                f"{folder / name}: isn't the file that was shipped; install the library afresh, "
-                "or train anew with: python -m cardiac_ldm.shipped"
-            )
-
-
-def ship(stage: str, key: str, wanted: Mapping[str, object], run: Path, weights: Path | None = None) -> None:
-    """Copy a run's folder to where `find` looks, with its losses thinned to about 500 rows and the files' hashes."""
-    folder = (weights or WEIGHTS) / stage
-    temporary = folder.with_name(f".{stage}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for path in run.glob("*.safetensors"):
-        shutil.copy(path, temporary)
-    shutil.copy(run / "privacy.json", temporary)
-    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    thinned = {name: rows[:: max(1, len(rows) // 500)] for name, rows in metrics.items()}
-    (temporary / "metrics.json").write_text(json.dumps(thinned) + "\n")
-    about = {"command": "python -m cardiac_ldm.shipped", "key": key, **wanted}
-    (temporary / "settings.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
-    files = sorted(temporary.iterdir())
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (temporary / SUMS).write_text("".join(sums))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.study import Study
+from cardiac_ldm.training.shipped import WEIGHTS, ship
 
 
 def main() -> None:
     """Train the public stages of the `laptop` profile, or read what has been trained, and replace what is shipped."""
     os.environ["CARDIAC_LDM_SHIPPED"] = "0"
-    from cardiac_ldm.parameters import Parameters
-    from cardiac_ldm.study import Study
-
     study = Study(Parameters(profile="laptop"))
     for run in (study.anatomy, study.autoencoder, study.pretrained):
         ship(run.stage, run.key, study.described(run.stage), run.folder)

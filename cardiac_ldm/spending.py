@@ -11,10 +11,10 @@ from filelock import FileLock
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, Record, Standing
 from cardiac_ldm.runs import Run
 from cardiac_ldm.training.finetune import FinetuneSettings
-from cardiac_ldm.training.private import is_first_process
 
 
 @dataclass(frozen=True)

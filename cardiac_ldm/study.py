@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cardiac_ldm import shipped
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.audit import audit_mechanism, audit_training
@@ -27,18 +26,19 @@ from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tab
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.parameters import CohortParameters, Parameters
-from cardiac_ldm.privacy import Ledger, Randomness, Record, Standing, public_ledger
+from cardiac_ldm.privacy import Randomness, Record, Standing, public_ledger
 from cardiac_ldm.profile import Profile, Role
 from cardiac_ldm.progress import awaited
 from cardiac_ldm.runs import Run, Stage, place, plain, stage
 from cardiac_ldm.spending import Spending
+from cardiac_ldm.training import shipped
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import reconstruct, train_autoencoder
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.leaks import sensitivities
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
-from cardiac_ldm.training.private import is_first_process
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
@@ -117,23 +117,32 @@ class Study:
 
     # --- Public models ---
 
-    @stage("autoencoder", 1, settings=("autoencoder",), needs=("public",))
+    @stage("autoencoder", 1, settings=("autoencoder",), needs=("public",), together=True)
     def autoencoder(self, run: Run) -> Metrics:
         """The autoencoder, trained on public patients."""
         model, losses = train_autoencoder(self.public.split("train"), self.profile.autoencoder, self.seed, run.state)
         self._leave_public(run, weights=model)
         return {"losses": losses}
 
-    @stage("anatomy", 1, settings=("anatomy",), needs=("public_as_given",), title="segmenter and phase classifier")
+    @stage(
+        "anatomy",
+        1,
+        settings=("anatomy",),
+        needs=("public_as_given",),
+        title="segmenter and phase classifier",
+        together=True,
+    )
     def anatomy(self, run: Run) -> Metrics:
         """The segmenter and the phase classifier, trained on public labels."""
         patients, settings = self.public_as_given.split("train"), self.profile.anatomy
-        segmenter, dice = train_segmenter(patients, **settings.segmenter.model_dump(), seed=self.seed)
-        phase, entropy = train_phase_classifier(patients, **settings.phase.model_dump(), seed=self.seed)
+        given: dict[str, Any] = settings.segmenter.model_dump() | {"state": run.folder / "segmenter.pt"}
+        segmenter, dice = train_segmenter(patients, seed=self.seed, **given)
+        given = settings.phase.model_dump() | {"state": run.folder / "phase.pt"}
+        phase, entropy = train_phase_classifier(patients, seed=self.seed, **given)
         self._leave_public(run, segmenter=segmenter, phase=phase)
         return {"segmenter": dice, "phase": entropy}
 
-    @stage("pretrain", 1, settings=("pretrain", "denoiser"), needs=("autoencoder",), title="pretraining")
+    @stage("pretrain", 1, settings=("pretrain", "denoiser"), needs=("autoencoder",), title="pretraining", together=True)
     def pretrained(self, run: Run) -> Metrics:
         """The denoiser, pre-trained on public patients; the model of epsilon 0."""
         patients, settings = self.public.split("train"), self.profile.pretrain
@@ -143,6 +152,8 @@ class Study:
         return {"losses": losses}
 
     def _leave_public(self, run: Run, **models: Any) -> None:  # noqa: ANN401
+        if not is_first_process():
+            return
         run.leave(**models)
         files = run.folder.glob("*.safetensors")
         public_ledger(self.public_as_given.manifest.name).bound(*files).save(run.folder / "privacy.json")
@@ -191,7 +202,7 @@ class Study:
             Record().vouch(run.ledger)
         return run
 
-    @stage("finetune", 2, settings=("finetune",), needs=("pretrained", "private"), title="fine-tuning", together=True)
+    @stage("finetune", 3, settings=("finetune",), needs=("pretrained", "private"), title="fine-tuning", together=True)
     def trained_privately(self, run: Run, epsilon: float) -> Metrics:
         """A private training, on simulated or on real patients."""
         patients, settings = self.private.split("train"), self.profile.finetune
@@ -215,7 +226,6 @@ class Study:
             latents,
             plan,
             settings,
-            self.profile.denoiser.schedule,
             randomness,
             run.folder,
             public_data,
@@ -331,7 +341,6 @@ class Study:
         return synthesise(
             self.load_autoencoder(),
             denoiser,
-            self.profile.denoiser.schedule,
             attributes,
             owners,
             **settings,
@@ -349,9 +358,7 @@ class Study:
     def held_out_loss(self, run: Run, epsilon: float) -> Metrics:
         """The denoising loss of a budget's model on the reference patients, with its standard error."""
         latents = self.latents(self.reference, self.reference_cohort)
-        losses = held_out_loss(
-            self.denoiser(self.finetuned(epsilon)), self.profile.denoiser.schedule, latents, self.reference
-        )
+        losses = held_out_loss(self.denoiser(self.finetuned(epsilon)), latents, self.reference)
         error = losses.std(ddof=1) / math.sqrt(len(losses))
         return {"mean": float(losses.mean()), "standard_error": float(error), "n_patients": len(losses)}
 
@@ -498,7 +505,6 @@ class Study:
             latents,
             epsilon,
             self.profile.finetune,
-            self.profile.denoiser.schedule,
             randomness,
             run.folder,
         )
@@ -587,20 +593,13 @@ class Study:
         On public patients, who stand for private ones, with the private recipe's clip.
         """
         patients, clip = self.public.split("train")[:8], self.profile.finetune.clip
-        found = sensitivities(
-            patients,
-            self.load_autoencoder(),
-            self.denoiser(self.pretrained),
-            self.profile.denoiser.schedule,
-            clip)
+        found = sensitivities(patients, self.load_autoencoder(), self.denoiser(self.pretrained), clip)
         return {"n_patients": len(patients), "rows": _records(found)}
 
     def _losses(self, model: Denoiser, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
         """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
         rows = np.flatnonzero(np.isin(patients.owners, who))
-        return held_out_loss(
-            model, self.profile.denoiser.schedule, self.latents(patients, cohort)[rows], patients.subset(who), draws=4
-        )
+        return held_out_loss(model, self.latents(patients, cohort)[rows], patients.subset(who), draws=4)
 
     @cached_property
     def _private_parts(self) -> tuple[Embedded, Embedded]:

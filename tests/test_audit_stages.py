@@ -176,7 +176,7 @@ def test_sensitivity_is_what_one_unit_adds_and_changes() -> None:
 
 def test_both_habits_exceed_the_bound_and_the_mechanism_does_not(study: Study) -> None:
     models = study.load_autoencoder(), study.denoiser(study.pretrained)
-    found = sensitivities(study.public.split("train")[:4], *models, "modern", 0.1)
+    found = sensitivities(study.public.split("train")[:4], *models, 0.1)
     table = tables.sensitivity_table({"rows": found.to_dict("records")})
     assert list(table.index) == ["the mechanism", "latents scaled by the lot", "a critic that learnt from the lot"]
     assert (found[found.loss == "the mechanism"].sensitivity <= 1).all()
@@ -185,8 +185,7 @@ def test_both_habits_exceed_the_bound_and_the_mechanism_does_not(study: Study) -
     latents[5] *= 9  # one odd patient
     plan, weights = PrivatePlan(7, 1, 1, 0.1, 1, 1.0, 1e-5, noise_multiplier=0.0), list(models[1].parameters())
     losses = [
-        scaled_by_lot(models[1], "modern", latents, np.full((6, 14), np.nan, np.float32), of_lot)
-        for of_lot in (False, True)
+        scaled_by_lot(models[1], latents, np.full((6, 14), np.nan, np.float32), of_lot) for of_lot in (False, True)
     ]
     own, scaled = (sensitivity(plan, weights, loss, range(5), 5) for loss in losses)
     assert own <= 1
@@ -209,4 +208,4 @@ def test_what_looks_at_private_patients_refuses_real_ones_before_anything_is_tra
 def test_what_breaks_the_bound_is_shown_on_public_patients_alone(study: Study) -> None:
     models = study.load_autoencoder(), study.denoiser(study.pretrained)
     with pytest.raises(PrivacyError, match="exact gradients of private patients"):
-        sensitivities(study.private.split("train")[:4], *models, "modern", 0.3)
+        sensitivities(study.private.split("train")[:4], *models, 0.3)

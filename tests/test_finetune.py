@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pytest
@@ -24,7 +24,6 @@ from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.models import diffusion
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd, epsilon_pld
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.training import finetune as room
@@ -84,7 +83,7 @@ def run(
     torch.manual_seed(1)
     model, plan = network.build(1), plan or plan_of(settings, len(patients))
     torch.seed()  # nothing below may draw from the global generator
-    given = (patients, latents_of(patients), plan, settings, network.schedule, randomness, folder, "public")
+    given = (patients, latents_of(patients), plan, settings, randomness, folder, "public")
     return model, finetune(model, *given, save_every)
 
 
@@ -384,7 +383,7 @@ def loss_of_units(
     given = latents_of(patients) if latents is None else latents
     plan = plan_of(settings, len(patients))
     with pytest.raises(Captured):
-        finetune(model, patients, given, plan, settings, BROAD.schedule, SEEDED, patients.path / "never", "public")
+        finetune(model, patients, given, plan, settings, SEEDED, patients.path / "never", "public")
     return held[0], held[1], held[2]
 
 
@@ -396,12 +395,14 @@ def test_a_patients_gradient_averages_over_the_volumes_there_are(
     settings = recipe(clip=1e-3, draws=2)
     parameters, unit_loss, plan = loss_of_units(patients, settings, monkeypatch, latents)
 
-    def seen(model: nn.Module, noising: Any, volumes: Tensor, attributes: Tensor, *rest: Tensor) -> Tensor:
+    original = Denoiser.loss
+
+    def seen(model: Denoiser, volumes: Tensor, attributes: Tensor, *rest: Tensor) -> Tensor:
         rows.append((volumes, attributes))
-        losses.append(diffusion.diffusion_loss(model, noising, volumes, attributes, *rest))
+        losses.append(original(model, volumes, attributes, *rest))
         return losses[-1]
 
-    monkeypatch.setattr(room, "diffusion_loss", seen)
+    monkeypatch.setattr(Denoiser, "loss", seen)
     for unit, own in enumerate([[0], [1, 2, 3], [4, 5]]):
         loss = unit_loss(unit, SEEDED.draws(0, unit))
         assert loss is not None
@@ -475,18 +476,11 @@ def test_half_precision_gives_nearly_the_same_clipped_gradient(
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_timesteps_fall_in_their_bands_as_often_as_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Tensor] = []
-
-    def remember(model: object, noising: object, latents: Tensor, attributes: Tensor, t: Tensor, noise: Tensor) -> None:
-        drawn.append(t)
-
-    monkeypatch.setattr(pretrain, "diffusion_loss", remember)
+def test_timesteps_fall_in_their_bands_as_often_as_weighted() -> None:
     n = 40_000
-    rows, nothing = torch.zeros(n, 1, 1, 1, 1), nn.Identity()
     bands = ((0, 10, 1.0), (40, 41, 2.0), (100, 150, 5.0))
-    pretrain.random_loss(nothing, nothing, rows, rows, torch.Generator().manual_seed(0), bands)  # type: ignore[arg-type]
-    counts = torch.bincount(drawn[0], minlength=150)
+    timesteps, _ = pretrain.random_noising(torch.zeros(n, 1, 1, 1, 1), torch.Generator().manual_seed(0), bands)
+    counts = torch.bincount(timesteps, minlength=150)
     expected = torch.zeros(150, dtype=torch.float64)
     for low, high, weight in bands:
         expected[low:high] = n * weight / 8 / (high - low)

@@ -15,7 +15,7 @@ RANGE = torch.stack([torch.zeros(14), torch.full((14,), 10.0)])
 @pytest.fixture
 def model() -> Denoiser:
     torch.manual_seed(0)
-    built = Denoiser(2, 1, (8, 16), (False, True), 1, 2, 16, 2, 5, RANGE)
+    built = Denoiser(2, 1, (8, 16), (False, True), 1, 2, 16, 2, 5, RANGE, "modern")
     for parameter in built.parameters():  # what starts at zero would hide the paths behind it
         nn.init.normal_(parameter, std=0.1)
     return built.eval()

@@ -95,7 +95,7 @@ def test_mistake_01_statistics_of_private_patients_are_never_taken(
         with pytest.raises(PrivacyError, match="private patients"):
             train(simulated, steps=1, batch=1, learning_rate=1e-3, seed=0)
     with pytest.raises(PrivacyError, match="exact losses"):  # so there is no best checkpoint and no early stopping
-        held_out_loss(study.denoiser(study.pretrained), "modern", latents, real)
+        held_out_loss(study.denoiser(study.pretrained), latents, real)
     with pytest.raises(PrivacyError, match="hospital holds real private patients"):
         measure_real(real, Segmenter(), PhaseClassifier(), seed=0, progress=False)
     assert hospital.reference.role == "public"
@@ -320,8 +320,8 @@ def test_mistake_10_two_private_stages_spend_one_budget(study: Study, tmp_path: 
     first = settings.plan(0.2, settings.delta, 24).mechanisms("attributes", "table")
     plan = settings.plan(0.6, settings.delta, 24, first)
     latents, randomness = study.latents(patients, study.private), Randomness(0, simulated=True)
-    model, name = study.denoiser(study.pretrained), study.profile.denoiser.schedule
-    finetune(model, patients, latents, plan, settings, name, randomness, tmp_path, "phantom_public")
+    model = study.denoiser(study.pretrained)
+    finetune(model, patients, latents, plan, settings, randomness, tmp_path, "phantom_public")
     whole = Ledger.load(tmp_path / "privacy.json")
     assert [stage.stage for stage in whole.mechanisms] == ["attributes", "denoiser"]
     assert whole.mechanisms[:1] == first

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from benchmarks.volume_level import epsilon_of_group
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
 from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
 from cardiac_ldm.privacy.dpsgd import gaussian
@@ -98,7 +97,6 @@ def networks() -> dict[str, tuple[list[nn.Parameter], Callable[[int, int, torch.
     profile = Profile.load(str(Path(__file__).parent / "tiny.yaml"))
     denoiser, adapted = profile.denoiser.build(2), profile.denoiser.build(2)
     low_rank = adapted.tunable("lora-2")
-    noising = schedule(profile.denoiser.schedule)
 
     def regression(network: nn.Module, shape: tuple[int, ...]) -> Callable[[int, int, torch.Generator], Tensor]:
         return lambda volumes, draws, source: (
@@ -109,7 +107,7 @@ def networks() -> dict[str, tuple[list[nn.Parameter], Callable[[int, int, torch.
         def loss(volumes: int, draws: int, source: torch.Generator) -> Tensor:
             latents = torch.randn(volumes, 2, 3, 4, 4, generator=source)
             attributes = torch.full((volumes * draws, 14), torch.nan)
-            return random_loss(network, noising, repeat(latents, "v ... -> (v k) ...", k=draws), attributes, source)
+            return random_loss(network, repeat(latents, "v ... -> (v k) ...", k=draws), attributes, source)
 
         return lambda volumes, draws, source: loss(volumes, draws, source).mean()
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cardiac_ldm import shipped
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger
 from cardiac_ldm.study import Study
+from cardiac_ldm.training import shipped
 
 STAGES = ("anatomy", "autoencoder", "pretrain")
 WANTED = {"settings": [{"steps": 3}], "cohort": {"name": "made_up"}, "seed": 0}

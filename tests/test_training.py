@@ -107,17 +107,20 @@ def test_a_killed_autoencoder_training_goes_on_as_if_nothing_had_happened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    stage = tmp_path / ("state-texture.pt" if first else "state.pt")
+
     def save_then_stop(path: Path, **state: list[object]) -> None:
         save_state(path, **state)
-        if len(state.get("losses", ())) == steps:
+        if path == stage and len(state["losses"]) == steps - first:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cardiac_ldm.training.autoencoder.save_state", save_then_stop)
+    monkeypatch.setattr("cardiac_ldm.training.fit.save_state", save_then_stop)
+    monkeypatch.setattr("cardiac_ldm.training.fit.SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "state.pt", save_every=0)
-    left = load_state(tmp_path / "state.pt")
+        train_autoencoder(public.split("train"), autoencoder, 0, tmp_path / "state.pt")
+    left = load_state(stage)
     assert left
-    assert (len(left["losses"]), left["first"]) == (steps, first)
+    assert [row["step"] for row in left["losses"]] == list(range(first, steps))
     taken: list[Patients] = []
 
     def counted(patients: Patients, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,7 +259,7 @@ def test_the_guide_is_another_than_the_judge_trained_once_and_never_taught_by_dr
     guide = first.state_dict()
     judge, _ = train_segmenter(patients, steps=2, batch=4, learning_rate=5e-3, seed=0)
     assert not any(torch.equal(tensor, judge.state_dict()[name]) for name, tensor in guide.items() if tensor.ndim == 4)
-    monkeypatch.setattr("cardiac_ldm.training.autoencoder.train_segmenter", None)  # it isn't trained again
+    monkeypatch.setattr("cardiac_ldm.training.anatomy.augment", None)  # it isn't trained again
     again = _Heart(settings, patients, 0, tmp_path / "guide.pt")
     labels = torch.from_numpy(patients.labels([0]))[0][:, None]
     drawn = torch.rand(13, 1, 96, 96, requires_grad=True)
@@ -382,9 +385,10 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(
         if len(state["losses"]) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cardiac_ldm.training.pretrain.save_state", save_then_stop)
+    monkeypatch.setattr("cardiac_ldm.training.fit.save_state", save_then_stop)
+    monkeypatch.setattr("cardiac_ldm.training.fit.SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "b.pt", save_every=0)
+        pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "b.pt")
     resumed, _ = pretrain(patients, latents, profile.denoiser, profile.pretrain, 0, tmp_path / "b.pt")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -466,9 +470,9 @@ def test_latents_asked_for_at_once_or_by_one_that_was_killed_are_whole(
 def test_the_held_out_loss_is_one_number_a_patient_and_the_same_each_time(public: Cohort, profile: Profile) -> None:
     patients = public.split("train")
     latents, model = random_latents(patients), profile.denoiser.build(2).eval()
-    first = held_out_loss(model, "modern", latents, patients)
+    first = held_out_loss(model, latents, patients)
     assert first.shape == (len(patients),)
-    assert np.array_equal(first, held_out_loss(model, "modern", latents, patients))
+    assert np.array_equal(first, held_out_loss(model, latents, patients))
 
 
 def test_the_average_follows_the_weights() -> None:

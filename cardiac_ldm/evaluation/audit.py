@@ -40,7 +40,6 @@ def audit_training(
     latents: np.ndarray,
     epsilon: float,
     recipe: FinetuneSettings,
-    schedule: str,
     randomness: Randomness,
     folder: Path,
 ) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def audit_training(
     for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
         own = Randomness(randomness.seed, simulated=True, run=f"{randomness.run}-{noise}")
         denoiser.load_state_dict(start)
-        tuned, loss = denoising(denoiser, cohort, latents, plan, settings, schedule)
+        tuned, loss = denoising(denoiser, cohort, latents, plan, settings)
         weights = list(tuned.values())
         before = [weight.detach().clone() for weight in weights]
         included, signs = draw_canaries(_PLACES - known, weights, np.random.default_rng(randomness.seed))

@@ -22,6 +22,7 @@ from cardiac_ldm.cohort import (
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
+from cardiac_ldm.models.device import device_of
 from cardiac_ldm.progress import tqdm
 
 STRUCTURES = {"RV": 1, "myocardium": 2, "LV": 3}
@@ -60,9 +61,9 @@ def read_anatomy(
         raise ParameterError(f"attributes: ESED is missing for volumes {unknown}; ask for 0 (ES) or 1 (ED)")
     labels, phases = [], []
     for start in tqdm(range(0, len(images), _BATCH), desc="anatomy", unit="batch", disable=not progress, leave=False):
-        volumes = torch.from_numpy(images[start : start + _BATCH])
-        labels.append(segmenter(volumes).argmax(dim=1).to(torch.uint8).numpy())
-        phases.append(classifier(volumes).softmax(dim=1)[:, 1].numpy())
+        volumes = torch.from_numpy(images[start : start + _BATCH]).to(device_of(segmenter))
+        labels.append(segmenter(volumes).argmax(dim=1).to(torch.uint8).cpu().numpy())
+        phases.append(classifier(volumes).softmax(dim=1)[:, 1].cpu().numpy())
     segmented, predicted = np.concatenate(labels), np.concatenate(phases)
     rows: list[tuple[int, str, float, float]] = []
     for owner in np.unique(owners):
@@ -139,7 +140,7 @@ def volume_dice(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray) ->
     score = DiceMetric(include_background=False, reduction="none")
     for start in range(0, len(images), _BATCH):
         some = slice(start, start + _BATCH)
-        predicted = segmenter(torch.from_numpy(images[some])).argmax(dim=1, keepdim=True)
+        predicted = segmenter(torch.from_numpy(images[some]).to(device_of(segmenter))).argmax(dim=1, keepdim=True).cpu()
         score(one_hot(predicted, N_LABELS), one_hot(torch.from_numpy(labels[some])[:, None], N_LABELS))
     return pd.DataFrame(score.aggregate().numpy(), columns=list(STRUCTURES))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cardiac_ldm.cohort import GRID
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
+from cardiac_ldm.models.device import compute_device
 from cardiac_ldm.models.perception import PerceptionEncoder
 from cardiac_ldm.progress import tqdm
 
@@ -97,10 +98,10 @@ def slice_features(
     Returns:
         Features, float32 (7 n, d), and the patient or request that each slice belongs to, int64 (7 n,).
     """
-    encoder = (encoder or PerceptionEncoder()).eval()
+    encoder = (encoder or PerceptionEncoder()).eval().to(device := compute_device())
     batches = np.array_split(images[:, SLICES], max(1, len(images) // batch))
     features = [
-        encoder(torch.from_numpy(rearrange(volumes, "n d h w -> (n d) 1 h w"))).numpy()
+        encoder(torch.from_numpy(rearrange(volumes, "n d h w -> (n d) 1 h w")).to(device)).cpu().numpy()
         for volumes in tqdm(batches, desc="features", unit="batch", disable=not progress, leave=False)
     ]
     return np.concatenate(features), np.repeat(owners, SLICES.stop - SLICES.start)

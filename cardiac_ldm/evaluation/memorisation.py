@@ -20,6 +20,7 @@ from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
 from cardiac_ldm.evaluation.metrics import groups_of
 from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.device import device_of
 from cardiac_ldm.progress import tqdm
 
 _POOLING = 4
@@ -167,7 +168,7 @@ def memorisation(
 def _vectors(images: np.ndarray, autoencoder: Autoencoder) -> dict[str, np.ndarray]:
     pooled = reduce(images, "n d (h i) (w j) -> n (d h w)", "mean", i=_POOLING, j=_POOLING)
     features, _ = slice_features(images, np.arange(len(images)), progress=False)
-    latents = autoencoder.encode(torch.from_numpy(images))
+    latents = autoencoder.encode(torch.from_numpy(images).to(device_of(autoencoder))).cpu()
     return {
         "image": _unit(pooled - pooled.mean(axis=1, keepdims=True)),
         "latent": rearrange(latents, "n c d h w -> n (c d h w)").numpy(),

@@ -11,7 +11,8 @@ from torch import Tensor
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import Sampler, ScheduleName, sample_ddim
+from cardiac_ldm.models.device import device_of
+from cardiac_ldm.models.diffusion import Sampler, sample_ddim
 from cardiac_ldm.progress import tqdm
 
 RELEASED = "cardiac_ldm: short axis, base first"
@@ -55,7 +56,6 @@ class SyntheticCohort:
 def synthesise(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
-    name: ScheduleName,
     attributes: np.ndarray,
     owners: np.ndarray,
     *,
@@ -71,20 +71,21 @@ def synthesise(
     their texture depends on the row too: models are compared on the same requests and noise. Slices beyond the DEPTH
     that was asked for are empty, as in the data.
     """
-    size = GRID.size // autoencoder.reduction
+    size, device = GRID.size // autoencoder.reduction, device_of(autoencoder)
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)
     noise = torch.stack([_normal([seed, owner], *shape) for owner in owners])
     asked, volumes, labels = torch.from_numpy(attributes), [], []
     n_batches = len(range(0, len(asked), batch))
     with tqdm(total=n_batches * steps, desc="sample", unit="step") as bar:
         for rows in torch.arange(len(asked)).split(batch):
-            latents = sampler(denoiser, name, noise[rows], asked[rows], guidance, steps, bar.update)
+            start, wanted = noise[rows].to(device), asked[rows].to(device)
+            latents = sampler(denoiser, start, wanted, guidance, steps, bar.update)
             texture = torch.stack(
                 [_normal([seed, owners[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
             )
-            drawn, meant = autoencoder.decode_labelled(latents, texture)
-            volumes.append(drawn.numpy())
-            labels += [] if meant is None else [meant.numpy()]
+            drawn, meant = autoencoder.decode_labelled(latents, texture.to(device))
+            volumes.append(drawn.cpu().numpy())
+            labels += [] if meant is None else [meant.cpu().numpy()]
     cohort = SyntheticCohort(np.concatenate(volumes), attributes, owners, np.concatenate(labels) if labels else None)
     slices = np.arange(GRID.n_slices)
     for row, depth in enumerate(attributes[:, ATTRIBUTE_NAMES.index("DEPTH")]):

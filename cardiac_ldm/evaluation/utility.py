@@ -23,6 +23,7 @@ from cardiac_ldm.evaluation.control import STRUCTURES, volume_dice
 from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
+from cardiac_ldm.models.device import compute_device, device_of
 from cardiac_ldm.training.anatomy import _seeded, _train, augment
 
 _BATCH = 8
@@ -217,7 +218,7 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], n
 
 
 def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: Budget, seed: int, progress: bool) -> Segmenter:
-    images, labels = torch.from_numpy(volumes), torch.from_numpy(truths)
+    images, labels = (torch.from_numpy(array).to(compute_device()) for array in (volumes, truths))
     dice = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
     def loss(network: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -229,7 +230,7 @@ def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: Budget, seed
 
 
 def _fit_phase_classifier(train: LabelledVolumes, budget: Budget, seed: int, progress: bool) -> PhaseClassifier:
-    images, phases = torch.from_numpy(train.images), torch.from_numpy(train.attributes[:, _ESED])
+    images, phases = (torch.from_numpy(x).to(compute_device()) for x in (train.images, train.attributes[:, _ESED]))
     known = torch.from_numpy(train.phased)
 
     def loss(network: PhaseClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -243,7 +244,8 @@ def _fit_phase_classifier(train: LabelledVolumes, budget: Budget, seed: int, pro
 @torch.no_grad()
 def _phases(classifier: PhaseClassifier, images: np.ndarray) -> np.ndarray:
     """int64 (n,): 0 end-systole, 1 end-diastole."""
-    return torch.cat([classifier(some).argmax(dim=1) for some in torch.from_numpy(images).split(_BATCH)]).numpy()
+    batches = torch.from_numpy(images).to(device_of(classifier)).split(_BATCH)
+    return torch.cat([classifier(some).argmax(dim=1) for some in batches]).cpu().numpy()
 
 
 def _r_squared(known: np.ndarray) -> float:

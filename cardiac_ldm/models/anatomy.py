@@ -96,7 +96,7 @@ class HeartFinder:
 
 @cache
 def _saved_segmenter(weights: Path) -> Segmenter:
-    """Read once per process."""
+    """Read once per process, on the CPU: as many processes as there are cores look for hearts."""
     segmenter = Segmenter()
     segmenter.load_state_dict(load_file(weights))
     return segmenter.eval()

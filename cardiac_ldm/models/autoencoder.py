@@ -95,18 +95,20 @@ class Autoencoder(nn.Module):
         x = self.expand(x)
         if noise is not None and self.grain:
             x = x + self.grain["finish"](torch.cat([x, noise], dim=1))
-        return x.sigmoid(), self.anatomy(features) if self.anatomy else None
+        return x.float().sigmoid(), self.anatomy(features).float() if self.anatomy else None
 
-    def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def training_pass(self, slices: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's half of a training step, on public slices (b, 1, h, w) in [0, 1].
+
+        Args:
+            noise: white, of the latents' shape (b, c, h/r, w/r).
 
         Returns:
             What the decoder sees, a sample of the posterior, and the posterior's KL divergence from the standard normal
             (Kingma and Welling, arXiv 1312.6114), in nats, averaged over the numbers of the latent.
         """
         mean, std = self.moments(slices)
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        return latents, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
+        return mean + std * noise, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()
 
     def decoder_parameters(self) -> dict[str, nn.Parameter]:
         """What turns latents into slices, by the names of `named_parameters`: nothing of encoder or codebook."""
@@ -197,12 +199,12 @@ class VQAutoencoder(Autoencoder):
         nearest = [self.quantiser.embed(self.quantiser.quantize(few)[2]) for few in latents.split(8)]
         return latents + (torch.cat(nearest) - latents).detach()
 
-    def training_pass(self, slices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def training_pass(self, slices: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's half of a training step, on public slices (b, 1, h, w); in train mode it moves the codebook.
 
         Returns:
             What the decoder sees, the nearest codes, and the commitment: the mean squared distance, number by number,
-            of the latents from them. Nothing is drawn from `generator`.
+            of the latents from them. `noise` goes unused.
         """
         quantised, commitment, _ = self.quantiser(self.moments(slices)[0])
         return quantised, commitment

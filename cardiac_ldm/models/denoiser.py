@@ -15,6 +15,7 @@ from monai.networks.nets.diffusion_model_unet import (
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
+from cardiac_ldm.models.diffusion import Diffusion, ScheduleName
 from cardiac_ldm.models.lora import add_lora
 
 
@@ -110,7 +111,7 @@ class Stage(nn.Module):
         return x if self.attention is None else self.attention(x, tokens)
 
 
-class Denoiser(nn.Module):
+class Denoiser(Diffusion):
     """3D U-Net that predicts noise or velocity from a noisy latent, its timestep and the attributes.
 
     Args:
@@ -125,6 +126,7 @@ class Denoiser(nn.Module):
         frequencies: half-waves in which an attribute's value is embedded.
         depth: the largest number of slices.
         attribute_range: (2, n) lowest and highest value of each attribute, fixed and public.
+        schedule: the noise schedule on which it learns and samples.
     """
 
     def __init__(
@@ -139,8 +141,9 @@ class Denoiser(nn.Module):
         frequencies: int,
         depth: int,
         attribute_range: Tensor,
+        schedule: ScheduleName,
     ) -> None:
-        super().__init__()
+        super().__init__(schedule)
         self.width, self.patch = channels[0], patch
         embedding = 4 * channels[0]
         self.attributes = AttributeEncoder(attribute_range[0], attribute_range[1], context, frequencies)

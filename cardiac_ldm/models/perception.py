@@ -76,7 +76,7 @@ class Critic(nn.Module):
     def forward(self, slices: Tensor, features: list[Tensor]) -> list[Tensor]:
         """Give maps of scores, above 0 for real, of slices (b, 1, h, w) with these perceptual features."""
         scores = [head(seen) for head, seen in zip(self.features, features, strict=True)]
-        return [self.pixels(4 * slices - 2), *scores]
+        return [score.float() for score in (self.pixels(4 * slices - 2), *scores)]
 
 
 def _head(channels: int, width: int, stride: int = 1) -> nn.Module:

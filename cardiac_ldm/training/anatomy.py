@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_labelled, require_public
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
-from cardiac_ldm.progress import tqdm
+from cardiac_ldm.models.device import compute_device, own_share
+from cardiac_ldm.training.fit import Loss, Recipe, fit
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -31,7 +33,7 @@ def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -
     """
 
     def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
+        return low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
 
     angle, scale = draw(-math.pi / 6, math.pi / 6), draw(0.85, 1.2)
     cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
@@ -42,22 +44,29 @@ def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -
     images = functional.grid_sample(images, grid, align_corners=False)
     if labels is not None:
         labels = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False).long()
-    across = torch.linspace(-0.5, 0.5, images.shape[-1])
+    across = torch.linspace(-0.5, 0.5, images.shape[-1], device=images.device)
     shade = draw(-0.8, 0.8) * across + draw(-0.8, 0.8) * across[:, None]
-    gains = 0.15 * torch.randn(*images.shape[:2], 1, 1, generator=generator)
+    gains = 0.15 * torch.randn(*images.shape[:2], 1, 1, generator=generator).to(images.device)
     images = images.clamp(0, 1) ** torch.exp(draw(-0.4, 0.4)) * draw(0.7, 1.2) * torch.exp(shade + gains)
     blurred = functional.avg_pool2d(images, 3, stride=1, padding=1)
     images = torch.lerp(images, blurred, draw(0, 1))
-    images = images + draw(0, 0.06) * torch.randn(images.shape, generator=generator)
+    images = images + draw(0, 0.06) * torch.randn(images.shape, generator=generator).to(images.device)
     return images.clamp(0, 1), labels
 
 
 def train_segmenter(
-    patients: Patients, *, steps: int, batch: int, learning_rate: float, seed: int, progress: bool = True
+    patients: Patients,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    state: Path | None = None,
+    progress: bool = True,
 ) -> tuple[Segmenter, list[dict[str, float]]]:
     """Train a segmenter on `batch` volumes a step with Dice + cross-entropy; give it with its losses by step.
 
-    Patients whose labels were predicted are left out.
+    Patients whose labels were predicted are left out. Resumes from `state`, if it's given.
 
     Raises:
         PrivacyError: the patients are private.
@@ -66,35 +75,48 @@ def train_segmenter(
     require_public(patients, "the labels of private patients through the segmenter's weights")
     patients = require_labelled(patients, "training a segmenter")
     volumes, dice = np.arange(len(patients.owners)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    device = compute_device()
 
     def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
-        images, truth = augment(all_images[rows].float(), labels[rows], generator)
-        return dice(segmenter(images), rearrange(truth, "b d h w -> b 1 d h w"))
+        images, truth = augment(all_images[rows].to(device).float(), labels[rows].to(device), generator)
+        own = own_share(len(rows))
+        assert truth is not None
+        return dice(segmenter(images[own]), rearrange(truth, "b d h w -> b 1 d h w")[own])
 
     all_images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
-    return _train(_seeded(Segmenter, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress)
+    return _train(_seeded(Segmenter, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress, state)
 
 
 def train_phase_classifier(
-    patients: Patients, *, steps: int, batch: int, learning_rate: float, seed: int, progress: bool = True
+    patients: Patients,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    state: Path | None = None,
+    progress: bool = True,
 ) -> tuple[PhaseClassifier, list[dict[str, float]]]:
     """Train a phase classifier on `batch` volumes a step with cross-entropy; give it with its losses by step.
 
-    Volumes of unknown phase are left out.
+    Volumes of unknown phase are left out. Resumes from `state`, if it's given.
 
     Raises:
         PrivacyError: the patients are private.
     """
     require_public(patients, "the phases of private patients through the classifier's weights")
     esed = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
-    volumes = np.flatnonzero(np.isfinite(esed))
+    volumes, device = np.flatnonzero(np.isfinite(esed)), compute_device()
 
     def loss(classifier: PhaseClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
-        images, _ = augment(all_images[rows].float(), None, generator)
-        return functional.cross_entropy(classifier(images), phases[rows])
+        images, _ = augment(all_images[rows].to(device).float(), None, generator)
+        own = own_share(len(rows))
+        return functional.cross_entropy(classifier(images[own]), phases[rows][own].to(device))
 
     all_images, phases = _read_images(patients, volumes), torch.from_numpy(esed[volumes]).long()
-    return _train(_seeded(PhaseClassifier, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress)
+    return _train(
+        _seeded(PhaseClassifier, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress, state
+    )
 
 
 def _read_images(patients: Patients, volumes: np.ndarray) -> Tensor:
@@ -117,19 +139,14 @@ def _train(
     learning_rate: float,
     seed: int,
     progress: bool,
+    state: Path | None = None,
 ) -> tuple[Network, list[dict[str, float]]]:
-    """AdamW under a one-cycle learning rate; a step's volumes are all different, drawn from the seed."""
+    """AdamW; a step's volumes are all different, drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=max(steps, 2))
-    losses = []
-    bar = tqdm(range(steps), desc=type(network).__name__, unit="step", disable=not progress)
-    for step in bar:
-        loss = loss_of(network, torch.randperm(n_volumes, generator=generator)[:batch], generator)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        losses.append({"step": step, "loss": loss.item()})
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return network.eval(), losses
+
+    def loss(step: int) -> Loss:
+        return Loss({"loss": loss_of(network, torch.randperm(n_volumes, generator=generator)[:batch], generator)})
+
+    recipe = Recipe(steps, learning_rate, torch.optim.AdamW, warm_up=0.3, clip=None)
+    name = type(network).__name__
+    return network, fit(network, loss, recipe, name, generator=generator, state=state, progress=progress)

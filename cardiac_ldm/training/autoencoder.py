@@ -4,18 +4,18 @@ Information comes first: encoder and decoder learn what is where. Then, where th
 alone learns to draw what no latent holds, from noise and against a critic. The latents are the same after as before.
 """
 
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from monai.losses import DiceCELoss, PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,46 +23,42 @@ from cardiac_ldm.cohort import Patients, require_public
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder, VQAutoencoder
+from cardiac_ldm.models.device import compute_device, device_of, own_share
 from cardiac_ldm.models.perception import Critic, PerceptionEncoder
 from cardiac_ldm.progress import tqdm
+from cardiac_ldm.settings import Count, Positive, PublicTraining, Settings, Weight
 from cardiac_ldm.training.anatomy import train_segmenter
-from cardiac_ldm.training.checkpoint import load_state, save_state
+from cardiac_ldm.training.fit import Loss, Recipe, drawn_at, fit, total
 
 _MOVES = 9
 """Places at which the texture's window may start, along each axis."""
 
 
-class KLRegularisation(BaseModel):
+class KLRegularisation(Settings):
     """Latents are drawn to the standard normal; `weight` is that of the KL divergence."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     kind: Literal["kl"]
-    weight: float = Field(ge=0)
+    weight: Weight
 
 
-class VQRegularisation(BaseModel):
+class VQRegularisation(Settings):
     """The decoder sees the nearest of `codes` codes; `weight` is that of the latents' commitment to their codes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["vq"]
     codes: int = Field(ge=2)
-    weight: float = Field(ge=0)
+    weight: Weight
 
 
-class TextureSettings(BaseModel):
+class TextureSettings(Settings):
     """Training of the decoder alone; weights are relative to the L1 term, which sees slices blurred to 4 pixels."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    perceptual: float = Field(ge=0, allow_inf_nan=False)
-    adversarial: float = Field(ge=0, allow_inf_nan=False)
+    steps: Count
+    learning_rate: Positive
+    perceptual: Weight
+    adversarial: Weight
 
 
-class HeartSettings(BaseModel):
+class HeartSettings(Settings):
     """How much more the heart counts than what lies round it; learnt from the labels of public patients.
 
     emphasis: how many times more the L1 terms weigh within 7 mm of the heart. labels: weight of the Dice and
@@ -70,35 +66,31 @@ class HeartSettings(BaseModel):
     guide_steps: length of its training; none is trained for a weight of 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     emphasis: float = Field(ge=1)
-    labels: float = Field(ge=0)
-    guide: float = Field(ge=0)
+    labels: Weight
+    guide: Weight
     guide_steps: int = Field(ge=0)
 
 
-class AutoencoderSettings(BaseModel):
+class AutoencoderSettings(PublicTraining):
     """Architecture and training of the autoencoder; weights of the loss are relative to the L1 term.
 
     adversarial: of a critic of pixels in the first stage, as in the paper. heart: what labels teach, in both stages, or
     nothing. texture: the second stage, whose decoder draws from noise, or nothing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    latent_channels: int = Field(ge=1)
+    latent_channels: Count
     channels: tuple[int, ...]
     residual_blocks: int = Field(ge=0)
-    stem: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    volumes: int = Field(ge=1)
-    slices: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    l2: float = Field(ge=0, allow_inf_nan=False)
+    stem: Count
+    steps: Count
+    volumes: Count
+    slices: Count
+    learning_rate: Positive
+    l2: Weight
     regularisation: Annotated[KLRegularisation | VQRegularisation, Field(discriminator="kind")]
-    perceptual: float = Field(ge=0, allow_inf_nan=False)
-    adversarial: float = Field(ge=0, allow_inf_nan=False)
+    perceptual: Weight
+    adversarial: Weight
     heart: HeartSettings | None
     texture: TextureSettings | None
 
@@ -111,25 +103,33 @@ class AutoencoderSettings(BaseModel):
         return Autoencoder(*size, *extras)
 
 
-@dataclass
-class _Stage:
-    """What learns, by which terms of the loss, against which critic.
+@dataclass(frozen=True)
+class _Batch:
+    """This process's share of the slices (b, 1, 96, 96) of a step, their labels, and what the step draws from."""
 
-    terms: slices, their labels, generator -> the terms, and what gives the critic's own loss afterwards.
-    """
+    slices: Tensor
+    labels: Tensor
+    size: int
+    generator: torch.Generator
 
-    name: str
-    steps: int
-    learning_rate: float
-    parameters: Iterable[nn.Parameter]
-    terms: Callable[[Tensor, Tensor, torch.Generator], tuple[dict[str, Tensor], Callable[[], Tensor] | None]]
-    critic: nn.Module
+    @classmethod
+    def draw(cls, patients: Patients, settings: AutoencoderSettings, seed: int, step: int) -> "_Batch":
+        """Those of one step, for all processes alike."""
+        rng, generator = drawn_at(seed, step)
+        drawn = _random_slices(patients, settings.volumes, settings.slices, rng)
+        size, device = len(drawn[0]), compute_device()
+        slices, labels = (part[own_share(size)].to(device) for part in drawn)
+        return cls(slices, labels, size, generator)
+
+    def noise(self, *shape: int) -> Tensor:
+        """White noise (b, *shape), the next that is drawn."""
+        return torch.randn(self.size, *shape, generator=self.generator)[own_share(self.size)].to(self.slices.device)
 
 
 def train_autoencoder(
-    patients: Patients, settings: AutoencoderSettings, seed: int, state: Path, save_every: float = 30.0
+    patients: Patients, settings: AutoencoderSettings, seed: int, state: Path
 ) -> tuple[Autoencoder, list[dict[str, float]]]:
-    """Train on `slices` slices of `volumes` random volumes a step; resumes from `state`, which it writes every 30 s.
+    """Train on `slices` slices of `volumes` random volumes a step; resumes from `state` and what it leaves beside it.
 
     Returns:
         The trained autoencoder with the latent scale set, and the losses by step.
@@ -139,17 +139,33 @@ def train_autoencoder(
     """
     require_public(patients, "private patients through the autoencoder's weights and the scale of its latents")
     torch.manual_seed(seed)
-    model, perception = settings.build(), PerceptionEncoder()
-    losses: list[dict[str, float]] = []
-    heart = _Heart(settings.heart, patients, seed, state.with_name("guide.pt")) if settings.heart else None
-    _descend(
-        model, _information(model, settings, perception, heart), 0, patients, settings, seed, state, losses, save_every
+    model, perception = settings.build(), PerceptionEncoder().to(compute_device())
+    heart = _Heart(settings.heart, patients, seed, state.with_stem(f"{state.stem}-guide")) if settings.heart else None
+    adam = partial(torch.optim.Adam, betas=(0.9, 0.99))
+    recipe = Recipe(settings.steps, settings.learning_rate, adam, precision=settings.precision)
+    loss, critic = _information(model, settings, perception, heart)
+    losses = fit(
+        model,
+        lambda step: loss(_Batch.draw(patients, settings, seed, step)),
+        recipe,
+        "autoencoder",
+        critic=critic if settings.adversarial else None,
+        state=state,
     )
-    _set_latent_scale(model.eval(), patients, np.random.default_rng([seed, settings.steps]))
-    if settings.texture:
-        stage = _texture(model.train(), settings.texture, perception, heart)
-        _descend(model, stage, settings.steps, patients, settings, seed, state, losses, save_every)
-    return model.eval(), losses
+    _set_latent_scale(model, patients, np.random.default_rng([seed, settings.steps]))
+    if texture := settings.texture:
+        loss, critic = _texture(model, texture, perception, heart)
+        losses += fit(
+            model,
+            lambda step: loss(_Batch.draw(patients, settings, seed, step)),
+            replace(recipe, steps=texture.steps, learning_rate=texture.learning_rate),
+            "texture",
+            learns=[*model.decoder_parameters().values(), *(model.anatomy.parameters() if model.anatomy else ())],
+            critic=critic,
+            first=settings.steps,
+            state=state.with_stem(f"{state.stem}-texture"),
+        )
+    return model, losses
 
 
 class _Heart:
@@ -168,15 +184,11 @@ class _Heart:
         self.guide: Segmenter | None = None
         if settings.guide == 0:
             return
-        guide, saved = Segmenter(), load_state(path)
-        if saved is None:
-            # Another seed than the judge's: it starts elsewhere and sees other volumes.
-            steps = settings.guide_steps
-            trained, _ = train_segmenter(patients, steps=steps, batch=4, learning_rate=5e-3, seed=seed + 1)
-            saved = {"guide": trained.state_dict()}
-            save_state(path, **saved)
-        guide.load_state_dict(saved["guide"])
-        self.guide = guide.eval().requires_grad_(False)
+        Segmenter()  # draws from the stream that builds the critics, as it did for the weights that are published
+        # Another seed than the judge's: it starts elsewhere and sees other volumes.
+        steps = settings.guide_steps
+        guide, _ = train_segmenter(patients, steps=steps, batch=4, learning_rate=5e-3, seed=seed + 1, state=path)
+        self.guide = guide.requires_grad_(False)
 
     def weights(self, labels: Tensor) -> Tensor:
         """Of each pixel in the L1 terms, with mean 1: `emphasis` within 7 mm of the heart, one elsewhere."""
@@ -189,7 +201,7 @@ class _Heart:
         assert logits is not None
         found = {"labels": self.settings.labels * self.dice(logits, labels)}
         if self.guide:
-            found["guide"] = self.settings.guide * self.dice(self.guide(drawn)[:, :, 0], labels)
+            found["guide"] = self.settings.guide * self.dice(self.guide(drawn)[:, :, 0].float(), labels)
         return found
 
 
@@ -201,15 +213,15 @@ def _weighed_l1(drawn: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
 
 def _information(
     model: Autoencoder, settings: AutoencoderSettings, perception: PerceptionEncoder, heart: _Heart | None
-) -> _Stage:
-    """The first stage: everything learns to reproduce what was there."""
+) -> tuple[Callable[[_Batch], Loss], nn.Module]:
+    """The first stage: everything learns to reproduce what was there; its loss, and its critic."""
     critic = PatchDiscriminator(spatial_dims=2, channels=32, in_channels=1, num_layers_d=3)
     judge = PatchAdversarialLoss(criterion="least_squares")
 
-    def terms(
-        slices: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
-        seen, penalty = model.training_pass(slices, generator)
+    def loss(batch: _Batch) -> Loss:
+        slices, labels = batch.slices, batch.labels
+        side = slices.shape[-1] // model.reduction
+        seen, penalty = model.training_pass(slices, batch.noise(model.latent_channels, side, side))
         drawn, logits = model.render(seen)
         found = {
             "l1": _weighed_l1(drawn, slices, heart.weights(labels) if heart else None),
@@ -223,7 +235,7 @@ def _information(
         if heart:
             found |= heart.terms(drawn, logits, labels)
         if not settings.adversarial:
-            return found, None
+            return Loss(found)
         critic.requires_grad_(False)
         found["adversarial"] = settings.adversarial * judge(critic(drawn)[-1], True, for_discriminator=False)
         critic.requires_grad_(True)
@@ -232,28 +244,28 @@ def _information(
             real, fake = critic(slices)[-1], critic(drawn.detach())[-1]
             return 0.5 * (judge(real, True, for_discriminator=True) + judge(fake, False, for_discriminator=True))
 
-        return found, of_critic
+        return Loss(found, of_critic)
 
-    return _Stage("autoencoder", settings.steps, settings.learning_rate, model.parameters(), terms, critic)
+    return loss, critic
 
 
 def _texture(
     model: Autoencoder, settings: TextureSettings, perception: PerceptionEncoder, heart: _Heart | None
-) -> _Stage:
+) -> tuple[Callable[[_Batch], Loss], nn.Module]:
     """The second stage: the decoder learns to draw from noise what the latents don't hold (hinge loss)."""
     critic = Critic()
 
-    def terms(
-        slices: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Callable[[], Tensor] | None]:
+    def loss(batch: _Batch) -> Loss:
+        slices, labels = batch.slices, batch.labels
         with torch.no_grad():
-            mean, std = model.moments(slices)
-        latents = mean if isinstance(model, VQAutoencoder) else torch.normal(mean, std, generator=generator)
-        drawn, logits = model.render(model.seen(latents), torch.randn(slices.shape, generator=generator))
+            latents, std = model.moments(slices)
+        if not isinstance(model, VQAutoencoder):
+            latents = latents + std * batch.noise(*latents.shape[1:])
+        drawn, logits = model.render(model.seen(latents), batch.noise(*slices.shape[1:]))
         of_heart = heart.terms(drawn, logits, labels) if heart else {}
         weights = heart.weights(labels) if heart else None
         # A window that moves: the strides of the encoder would else leave their grid in the texture.
-        top, left = torch.randint(_MOVES, (2,), generator=generator).tolist()
+        top, left = torch.randint(_MOVES, (2,), generator=batch.generator).tolist()
         size = slices.shape[-1] - _MOVES + 1
         window = np.s_[..., top : top + size, left : left + size]
         drawn, slices, weights = drawn[window], slices[window], None if weights is None else weights[window]
@@ -264,7 +276,7 @@ def _texture(
         found = {
             "blurred l1": blurred_l1(drawn, slices, weights),
             "texture perceptual": settings.perceptual * _unlikeness(fake[-2:], real[-2:]),
-            "texture adversarial": -settings.adversarial * _total(score.mean() for score in critic(drawn, fake)),
+            "texture adversarial": -settings.adversarial * total(score.mean() for score in critic(drawn, fake)),
             **of_heart,
         }
         critic.requires_grad_(True)
@@ -273,12 +285,11 @@ def _texture(
             on_real = critic(slices, real)
             on_fake = critic(drawn.detach(), [seen.detach() for seen in fake])
             pairs = zip(on_real, on_fake, strict=True)
-            return _total(functional.relu(1 - a).mean() + functional.relu(1 + b).mean() for a, b in pairs)
+            return total(functional.relu(1 - a).mean() + functional.relu(1 + b).mean() for a, b in pairs)
 
-        return found, of_critic
+        return Loss(found, of_critic)
 
-    learns = [*model.decoder_parameters().values(), *(model.anatomy.parameters() if model.anatomy else ())]
-    return _Stage("texture", settings.steps, settings.learning_rate, learns, terms, critic)
+    return loss, critic
 
 
 def blurred_l1(drawn: Tensor, real: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -296,67 +307,7 @@ def _unlikeness(drawn: list[Tensor], real: list[Tensor]) -> Tensor:
     After LPIPS (Zhang et al., arXiv 1801.03924), the distance itself in place of its square.
     """
     unit = [[functional.normalize(seen, dim=1) for seen in maps] for maps in (drawn, real)]
-    return _total(((a - b).square().sum(dim=1) + 1e-8).sqrt().mean() for a, b in zip(*unit, strict=True))
-
-
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum()
-
-
-def _descend(
-    model: Autoencoder,
-    stage: _Stage,
-    first: int,
-    patients: Patients,
-    settings: AutoencoderSettings,
-    seed: int,
-    state: Path,
-    losses: list[dict[str, float]],
-    save_every: float,
-) -> None:
-    """Take a stage's steps, of which the first is number `first`; adds to `losses`."""
-    parameters = list(stage.parameters)
-    optimiser = torch.optim.Adam(parameters, stage.learning_rate, betas=(0.9, 0.99))
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, stage.learning_rate, max(stage.steps, 2), pct_start=0.1)
-    of_critic = torch.optim.Adam(stage.critic.parameters(), stage.learning_rate, betas=(0.0, 0.99))
-    parts: dict[str, Any] = {
-        "model": model,
-        "optimiser": optimiser,
-        "rate": rate,
-        "critic": stage.critic,
-        "of_critic": of_critic,
-    }
-    if saved := load_state(state):
-        if saved["first"] > first:
-            return
-        if saved["first"] == first:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            losses[:] = saved["losses"]
-
-    written, done = time.monotonic(), len(losses) - first
-    with tqdm(total=stage.steps, initial=done, desc=stage.name, unit="step") as bar:
-        for step in range(first + done, first + stage.steps):
-            rng = np.random.default_rng([seed, step])
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            slices, labels = _random_slices(patients, settings.volumes, settings.slices, rng)
-            terms, critics_loss = stage.terms(slices, labels, generator)
-            optimiser.zero_grad()
-            _total(terms.values()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            rate.step()
-            if critics_loss:
-                of_critic.zero_grad()
-                critics_loss().backward()
-                of_critic.step()
-            losses.append({"step": step} | {name: term.item() for name, term in terms.items()})
-            bar.set_postfix({n: f"{value:.4f}" for n, value in list(losses[-1].items())[1:2]}, refresh=False)
-            bar.update()
-            if time.monotonic() - written > save_every:
-                saved_parts = {name: part.state_dict() for name, part in parts.items()}
-                save_state(state, first=first, losses=losses, **saved_parts)
-                written = time.monotonic()
+    return total(((a - b).square().sum(dim=1) + 1e-8).sqrt().mean() for a, b in zip(*unit, strict=True))
 
 
 def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -377,7 +328,7 @@ def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random
 def _set_latent_scale(model: Autoencoder, patients: Patients, rng: np.random.Generator) -> None:
     """Standardise latents by the mean and deviation of each channel over 64 public volumes."""
     chosen = rng.choice(len(patients.owners), min(64, len(patients.owners)), replace=False)
-    latents = model.encode(torch.from_numpy(patients.images(chosen)))
+    latents = model.encode(torch.from_numpy(patients.images(chosen)).to(device_of(model)))
     model.latent_std.copy_(latents.std(dim=(0, 2, 3, 4)))
     model.latent_mean.copy_(latents.mean(dim=(0, 2, 3, 4)))
 
@@ -389,12 +340,10 @@ def reconstruct(model: Autoencoder, images: np.ndarray, seed: int) -> np.ndarray
     Slices beyond a patient's stack are all zero in a prepared volume, and stay so, as in synthetic cohorts: otherwise
     instruments read hearts out of what the decoder makes of padding.
     """
-    batches, generator = torch.from_numpy(images).split(8), torch.Generator().manual_seed(seed)
-    drawn = torch.cat(
-        [
-            model.decode(model.encode(batch), torch.randn(batch.shape, generator=generator))
-            for batch in tqdm(batches, desc="reconstruct")
-        ]
-    ).numpy()
-    drawn[~images.any(axis=(2, 3))] = 0
-    return drawn
+    device, generator, drawn = device_of(model), torch.Generator().manual_seed(seed), []
+    for batch in tqdm(torch.from_numpy(images).split(8), desc="reconstruct"):
+        noise = torch.randn(batch.shape, generator=generator).to(device)
+        drawn.append(model.decode(model.encode(batch.to(device)), noise).cpu().numpy())
+    found = np.concatenate(drawn)
+    found[~images.any(axis=(2, 3))] = 0
+    return found

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.device import compute_device
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -22,11 +23,12 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Read weights into `module`.
+    """Read weights into `module`, and take it to the device that computes.
 
     Raises:
         ParameterError: the file belongs to another architecture.
     """
+    module.to(compute_device())
     try:
         module.load_state_dict(load_file(path))
     except RuntimeError as error:
@@ -47,7 +49,7 @@ def save_state(path: Path, **state: object) -> None:
 
 def load_state(path: Path) -> dict[str, Any] | None:
     """The last training state, or None where there is none."""
-    return torch.load(path, weights_only=True) if path.exists() else None
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def update_average(average: Mapping[str, Tensor], now: Mapping[str, Tensor], step: int, decay: float) -> None:

@@ -16,12 +16,13 @@ from torch.func import functional_call, grad, vmap
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import TIMESTEPS, ScheduleName, diffusion_loss, drop_attributes, schedule
+from cardiac_ldm.models.device import compute_device, device_of, is_first_process
+from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
-from cardiac_ldm.training.pretrain import Latents, random_draws
-from cardiac_ldm.training.private import PrivateSettings, compute_device, is_first_process, train_privately
+from cardiac_ldm.training.pretrain import Latents, random_noising
+from cardiac_ldm.training.private import PrivateSettings, train_privately
 
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
@@ -75,7 +76,6 @@ def finetune(
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-    name: ScheduleName,
     randomness: Randomness,
     folder: Path,
     public_data: str,
@@ -108,7 +108,7 @@ def finetune(
         load_weights(model, weights)
         _tidy(folder)
         return ledger
-    tuned, unit_loss = denoising(model, patients, latents, plan, settings, name)
+    tuned, unit_loss = denoising(model, patients, latents, plan, settings)
     train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
     merge_lora(model.cpu())
     if is_first_process():  # a ledger is never behind the weights, and what was needed to resume goes last
@@ -132,14 +132,13 @@ def denoising(
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-    name: ScheduleName,
 ) -> tuple[dict[str, nn.Parameter], "PatientLoss"]:
     """What of a denoiser learns, by name, and each patient's loss."""
     tuned, device = model.tunable(settings.tuned), compute_device()
     # places that nobody fills are empty
     offsets = np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
     given = latents, torch.from_numpy(patients.attributes), offsets
-    return tuned, PatientLoss(model.to(device), tuned, schedule(name).to(device), *given, plan.draws, settings)
+    return tuned, PatientLoss(model.to(device), tuned, *given, plan.draws, settings)
 
 
 @dataclass
@@ -152,7 +151,6 @@ class PatientLoss:
 
     model: Denoiser
     tuned: dict[str, nn.Parameter]
-    noising: nn.Module
     latents: np.ndarray | Latents
     attributes: Tensor
     offsets: np.ndarray
@@ -163,7 +161,7 @@ class PatientLoss:
     def __call__(self, unit: int, generator: torch.Generator) -> Tensor | None:
         """The loss of a patient; None of an empty place."""
         rows = self.rows(unit, generator)
-        return None if rows is None else self.losses(self.model, *rows).mean()
+        return None if rows is None else self.losses(self.model.loss, *rows).mean()
 
     def rows(self, unit: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
         """Latents, attributes, timesteps and noise: a row for each draw of each volume."""
@@ -173,14 +171,14 @@ class PatientLoss:
         k = max(self.draws, 2 // len(own))  # one row alone is slow: PyTorch's Conv3d then takes its fallback
         given = drop_attributes(self.attributes[own], self.settings.attribute_dropout, generator)
         latents = repeat(torch.from_numpy(self.latents[own]), "v ... -> (v k) ...", k=k)
-        drawn = random_draws(latents, generator, self.settings.timesteps)
+        drawn = random_noising(latents, generator, self.settings.timesteps)
         return latents, repeat(given, "v n -> (v k) n", k=k), *drawn
 
-    def losses(self, model: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    def losses(self, loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """Diffusion loss (b,) of rows, on the device that trains."""
-        device = next(iter(self.tuned.values())).device
+        device = device_of(self.model)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return diffusion_loss(model, self.noising, *(part.to(device) for part in rows))  # type: ignore[arg-type]
+            return loss(*(part.to(device) for part in rows))
 
     def gradients(self, units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
         """Unclipped gradients, float32 (n, d) of some patients at a time; of an empty place, none."""
@@ -202,9 +200,21 @@ class PatientLoss:
         rows = [torch.stack([part[row % len(part)] for part in parts]) for parts in zip(*patients, strict=True)]
 
         def loss(weights: dict[str, Tensor], share: Tensor, *rows: Tensor) -> Tensor:
-            found = self.losses(lambda *given: functional_call(self.model, weights, given), *rows)
+            found = self.losses(lambda *given: functional_call(of_model, weights, given), *rows)
             return (found * share.to(found.device)).sum()
 
-        weights = {name: parameter.detach() for name, parameter in self.tuned.items()}
+        of_model = _Loss(self.model)
+        weights = {f"model.{name}": parameter.detach() for name, parameter in self.tuned.items()}
         each = vmap(grad(loss), in_dims=(None, *(0 for _ in (shares, *rows))))(weights, shares, *rows)
         return torch.cat([part.flatten(1) for part in each.values()], dim=1).float()
+
+
+class _Loss(nn.Module):
+    """A denoiser's loss as a module, which `functional_call` takes other weights for."""
+
+    def __init__(self, model: Denoiser) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        return self.model.loss(*rows)

@@ -17,7 +17,6 @@ from torch.nn import functional
 from cardiac_ldm.cohort import Patients, require_public
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.diffusion import ScheduleName, schedule
 from cardiac_ldm.privacy import PrivatePlan
 from cardiac_ldm.privacy.canaries import LotLoss, UnitLoss, sensitivity
 from cardiac_ldm.training.pretrain import random_loss
@@ -31,7 +30,6 @@ def sensitivities(
     patients: Patients,
     autoencoder: Autoencoder,
     denoiser: Denoiser,
-    name: ScheduleName,
     clip: float,
 ) -> pd.DataFrame:
     """How far the last of these patients moves the sum of the others' clipped gradients, by the loss: in clips.
@@ -44,6 +42,7 @@ def sensitivities(
     """
     require_public(patients, "exact gradients of private patients")
     n, first = len(patients), patients.offsets[:-1]
+    autoencoder, denoiser = autoencoder.cpu(), denoiser.cpu()  # eight gradients, summed there
     plan = PrivatePlan(n + 1, 1, 1, clip, 1, 1.0, 1 / (n + 2), noise_multiplier=0.0)
     rows, attributes, weights = [], patients.attributes[first], list(denoiser.parameters())
     for added in ("a usual scan", "an inverted scan"):
@@ -52,7 +51,7 @@ def sensitivities(
             volumes[-1] = 1 - volumes[-1]
         with torch.no_grad():
             latents = autoencoder.encode(torch.from_numpy(volumes)).numpy()
-        own, scaled = (scaled_by_lot(denoiser, name, latents, attributes, of_lot) for of_lot in (False, True))
+        own, scaled = (scaled_by_lot(denoiser, latents, attributes, of_lot) for of_lot in (False, True))
         judged = judged_by_lot(autoencoder, volumes[:, _MIDDLE]), list(autoencoder.decoder_parameters().values())
         losses: dict[str, tuple[LotLoss, list[nn.Parameter]]] = {
             "the mechanism": (own, weights),
@@ -65,9 +64,7 @@ def sensitivities(
     return pd.DataFrame(rows)
 
 
-def scaled_by_lot(
-    model: Denoiser, name: ScheduleName, latents: np.ndarray, attributes: np.ndarray, of_lot: bool = True
-) -> LotLoss:
+def scaled_by_lot(model: Denoiser, latents: np.ndarray, attributes: np.ndarray, of_lot: bool = True) -> LotLoss:
     """The diffusion loss on latents that are divided by the standard deviation of the lot's own.
 
     So Rombach et al. (arXiv 2112.10752, appendix G) take it from their first batch. Without `of_lot` the latents stay
@@ -76,14 +73,13 @@ def scaled_by_lot(
     Args:
         latents: (n, c, d, h, w), one volume a patient; attributes: (n, 14).
     """
-    noising = schedule(name)
 
     def lot_loss(lot: Sequence[int]) -> UnitLoss:
         scale = float(latents[list(lot)].std()) if of_lot else 1.0
 
         def unit_loss(unit: int, generator: torch.Generator) -> Tensor:
             rows = torch.from_numpy(latents[[unit, unit]]) / scale
-            return random_loss(model, noising, rows, torch.from_numpy(attributes[[unit, unit]]), generator).mean()
+            return random_loss(model, rows, torch.from_numpy(attributes[[unit, unit]]), generator).mean()
 
         return unit_loss
 

@@ -6,36 +6,34 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, distributed, nn
+from pydantic import Field
+from torch import Tensor, nn
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import require_reachable
 from cardiac_ldm.progress import tqdm
+from cardiac_ldm.settings import Precision, Settings
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
 
 
-class PrivateSettings(BaseModel):
+class PrivateSettings(Settings):
     """The recipe of one private stage: all of it is public, none of it is chosen on private patients.
 
     precision: of the forward pass; gradients, clipping and noise are float32 or better either way.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     steps: int = Field(ge=1)
     expected_batch: int = Field(ge=1)
     clip: float = Field(gt=0, allow_inf_nan=False)
-    clipping: Literal["fixed"] = "fixed"  # once a choice; a run's identity is a hash of this, and lots and noise of it
     draws: int = Field(ge=1)
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     average_decay: float = Field(ge=0, lt=1)
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
 
     def plan(self, epsilon: float, delta: float, n_patients: int, before: tuple[Mechanism, ...] = ()) -> PrivatePlan:
         """The plan that, after `before`, has spent `epsilon` on `n_patients` places. Warns of a delta above N^-1.1."""
@@ -53,27 +51,6 @@ class PrivateSettings(BaseModel):
         settings = (n_patients, self.expected_batch, self.steps, self.clip, self.draws, epsilon, delta)
         plan = PrivatePlan(*settings, noise_multiplier=0.0)
         require_reachable(epsilon, delta, plan.sampling_rate, self.steps)
-
-
-def is_first_process() -> bool:
-    """Whether this process writes files: the only one, or rank 0 of torchrun's."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def shared_decision(wanted: bool = False) -> bool:
-    """What the first process wants; the others wait for it."""
-    if not distributed.is_initialized():
-        return wanted
-    decision = torch.tensor([wanted], device=compute_device())
-    distributed.broadcast(decision, 0)
-    return bool(decision)
-
-
-def compute_device() -> torch.device:
-    """Where a private run computes: this process' own GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def train_privately(
