@@ -25,16 +25,25 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from cardiac_ldm import shipped
-from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare, require_labelled, require_releasable
+from cardiac_ldm.cohort import Cohort, Patients, Volumes, load_manifest, prepare, require_releasable
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.features import InceptionEncoder
 from cardiac_ldm.evaluation.foreign import read_folder
-from cardiac_ldm.evaluation.membership import calibrated, membership
-from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation
-from cardiac_ldm.evaluation.metrics import Estimates, Measured, compare, differences, estimate, measure, measure_real
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
-from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, Utility, tabulate_arms, utility
+from cardiac_ldm.evaluation.intervals import records
+from cardiac_ldm.evaluation.measured import Measured, measure, measure_real
+from cardiac_ldm.evaluation.membership import attacks
+from cardiac_ldm.evaluation.memorisation import Embedded, embed_real, memorised
+from cardiac_ldm.evaluation.metrics import compare, differences, estimate
+from cardiac_ldm.evaluation.synthesis import synthesise
+from cardiac_ldm.evaluation.utility import (
+    Budget,
+    Utility,
+    labelled_volumes,
+    tabulate_arms,
+    training_patients,
+    utility,
+)
 from cardiac_ldm.models.anatomy import HeartFinder, PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
@@ -53,10 +62,6 @@ from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 from cardiac_ldm.training.private import is_first_process, shared_decision, train_privately
 
 ROOT = Path(__file__).resolve().parents[1]
-CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
-"""Attributes whose calibration is shown."""
-_STEERED = 10
-"""Reference patients whose requests are asked anew, in many ways."""
 _AUDITED = 600
 """Places in an audit from end to end."""
 T = TypeVar("T")
@@ -458,7 +463,7 @@ class Study:
             losses = found["train"], np.concatenate([found["validation"], found["test"]])
             np.savez(folder / "losses.npz", *losses)
             references = tuple(np.load(public.folder / "losses.npz").values()) if public else None
-            return {"epsilon": _plain(epsilon)} | _attacks(losses, references)
+            return {"epsilon": _plain(epsilon)} | attacks(losses, references)
 
         return self._run("attack", "", [model.key, self.private.key], work)
 
@@ -474,7 +479,7 @@ class Study:
         synthetic = self.synthesised(epsilon)
 
         def work(folder: Path) -> dict[str, Any]:
-            cohort = SyntheticCohort.load(synthetic.folder / "synthetic.npz")
+            cohort = Volumes.load(synthetic.folder / "synthetic.npz")
             return {"epsilon": _plain(epsilon)} | self._memorisation(cohort, *self._private_parts)
 
         return self._run("memorised", self.profile.evaluation.resamples, [synthetic.key], work)
@@ -507,7 +512,7 @@ class Study:
                 for run in (copy, self.pretrained)
             )
             parts = (self._embedded(patients) for patients in (known, others))
-            return _attacks(losses, references) | self._memorisation(cohort, *parts)
+            return attacks(losses, references) | self._memorisation(cohort, *parts)
 
         upstream = [self.pretrained.key, self.public.key]
         every = [settings, self.profile.sampling, self.profile.evaluation.resamples]
@@ -525,7 +530,7 @@ class Study:
             patients, schedule = self.public.split("train")[:8], self.profile.denoiser.schedule
             models = self.load_autoencoder(), self.denoiser(self.pretrained)
             found = sensitivities(patients, *models, schedule, recipe.clip, recipe.clipping)
-            return {"n_patients": len(patients), "rows": _records(found)}
+            return {"n_patients": len(patients), "rows": records(found)}
 
         return self._run("sensitivity", [recipe.clip, recipe.clipping], [self.pretrained.key, self.public.key], work)
 
@@ -542,13 +547,9 @@ class Study:
     def _embedded(self, patients: Patients) -> Embedded:
         return embed_real(patients, self.load_autoencoder())
 
-    def _memorisation(self, cohort: SyntheticCohort, train: Embedded, held_out: Embedded) -> dict[str, Any]:
-        synthetic = embed(cohort.images, cohort.owners, self.load_autoencoder())
+    def _memorisation(self, cohort: Volumes, train: Embedded, held_out: Embedded) -> dict[str, Any]:
         resamples = self.profile.evaluation.resamples
-        found = memorisation(
-            synthetic, train, held_out, permutations=999, resamples=resamples, suspicious=6, seed=self.seed
-        )
-        return {"memorisation": _records(found.table), "suspicious": _records(found.pairs)}
+        return memorised(cohort, train, held_out, self.load_autoencoder(), resamples=resamples, seed=self.seed)
 
     def private_ledgers(self) -> list[Ledger]:
         """Ledgers of all private models in `runs` that learnt from this study's simulated patients, finished or not.
@@ -595,13 +596,11 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             model.ledger.save(folder / "privacy.json")
-            attributes, owners = control.base_requests(self.reference, _STEERED)
-            asked = {"nothing": attributes} | control.counterfactuals(attributes)
-            anatomy = pd.concat([self._read(model, a, owners).assign(moved=name) for name, a in asked.items()])
+            read = partial(self._read, model)
+            anatomy, table = control.steer(self.reference, read, resamples=resamples, seed=self.seed)
             anatomy.to_csv(folder / "anatomy.csv", index=False)
-            table = control.response(anatomy, attributes, owners, resamples=resamples, seed=self.seed)
             table.to_csv(folder / "response.csv", index=False)
-            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
+            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": records(table)}
 
         settings = [self.profile.sampling, resamples]
         return self._run("counterfactual", settings, [model.key, self._reference_key, self.anatomy.key], work)
@@ -615,19 +614,16 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             model.ledger.save(folder / "privacy.json")
-            attributes, owners = (rows[::2] for rows in control.base_requests(self.reference, _STEERED))
-            span = control.public_span(self.public.split("train"))
-            asked = {level: control.magnified(attributes, level) for level in control.ladder(*span["LVEDV"])}
-            anatomy = pd.concat([self._read(model, a, owners).assign(level=level) for level, a in asked.items()])
+            public, read = self.public.split("train"), partial(self._read, model)
+            anatomy, table = control.reach(self.reference, public, read, resamples=resamples, seed=self.seed)
             anatomy.to_csv(folder / "anatomy.csv", index=False)
-            table = control.beyond_range(anatomy, span, resamples=resamples, seed=self.seed)
             table.to_csv(folder / "beyond.csv", index=False)
-            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": _records(table)}
+            return {"epsilon": _plain(epsilon), "model": model.folder.name, "rows": records(table)}
 
         upstream = [model.key, self._reference_key, self.public.key, self.anatomy.key]
         return self._run("beyond", [self.profile.sampling, resamples], upstream, work)
 
-    def _drawn(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> SyntheticCohort:
+    def _drawn(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> Volumes:
         """Volumes for attributes (n, 14), asked by owners (n,)."""
         settings = self.profile.sampling
         return synthesise(
@@ -644,7 +640,7 @@ class Study:
     def _read(self, model: Run, attributes: np.ndarray, owners: np.ndarray) -> pd.DataFrame:
         """What the instruments read from volumes drawn for attributes (n, 14), asked by owners (n,)."""
         cohort = self._drawn(model, attributes, owners)
-        return control.read_anatomy(cohort.images, attributes, owners, *self.instruments, progress=False)
+        return control.read_anatomy(cohort, *self.instruments)
 
     @awaited("evaluation")
     def evaluated(self, epsilon: float) -> Run:
@@ -674,7 +670,8 @@ class Study:
         def work(folder: Path) -> dict[str, Any]:
             volumes = self.reference.images(np.arange(len(self.reference.owners)))
             images = reconstruct(self.load_autoencoder(), volumes, self.seed)
-            SyntheticCohort(images, self.reference.attributes, self.reference.owners).save(folder / "synthetic.npz")
+            cohort = Volumes("reconstructed", images, self.reference.attributes, self.reference.owners)
+            cohort.save(folder / "synthetic.npz")
             return {"n_volumes": len(images)}
 
         return self._run("reconstruct", "empty beyond the stack", [self._reference_key, self.autoencoder.key], work)
@@ -702,22 +699,11 @@ class Study:
             measured, real = self._measured(cohort), self.real_measured
             size, resamples = min(measured.n_patients, real.n_patients) // 2, self.profile.evaluation.resamples
             measured.anatomy.to_csv(folder / "anatomy.csv", index=False)
-            bins = [
-                control.calibration(measured.anatomy, name, 6, resamples=resamples, seed=self.seed)
-                for name in CALIBRATED
-            ]
-            pd.concat(bins).to_csv(folder / "calibration.csv", index=False)
-            found = compare(
-                estimate(measured, real, size=size, **self._resampling),
-                self._floor(size),
-                model=cohort.folder.name,
-                epsilon=epsilon,
-                reference_cohort=real.name,
-                reference_simulated=self.reference.simulated,
-                n_requests=measured.n_patients,
-                n_real_patients=real.n_patients,
-            )
-            return found.model_dump(mode="json")
+            bins = control.calibration(measured.anatomy, resamples=resamples, seed=self.seed)
+            bins.to_csv(folder / "calibration.csv", index=False)
+            found = estimate(measured, real, size=size, **self._resampling)
+            simulated = self.reference.simulated
+            return compare(found, self._floor(size), measured, real, epsilon=epsilon, reference_simulated=simulated)
 
         upstream = [cohort.key, self._reference_key, self.anatomy.key]
         return self._run("evaluate", self.profile.evaluation, upstream, work)
@@ -726,18 +712,10 @@ class Study:
         """What the instruments read from the cohort that a run left."""
 
         def work() -> Measured:
-            cohort = SyntheticCohort.load(run.folder / "synthetic.npz")
-            same = len(np.unique(cohort.owners)) == len(self.reference) and run.stage != "folder"
+            cohort = Volumes.load(run.folder / "synthetic.npz")
+            same = cohort.n_patients == len(self.reference) and run.stage != "folder"
             diseases = self.reference.groups if same else None
-            read = cohort.images, cohort.attributes, cohort.owners
-            return measure(
-                *read,
-                *self.instruments,
-                name=run.folder.name,
-                seed=self.seed,
-                diseases=diseases,
-                inception=self._inception,
-            )
+            return measure(cohort, *self.instruments, seed=self.seed, diseases=diseases, inception=self._inception)
 
         return self._kept("measure", [run.key, self.anatomy.key], work)
 
@@ -750,13 +728,13 @@ class Study:
 
         return self._kept("reference", [self._reference_key, self.anatomy.key], work)
 
-    def _floor(self, size: int) -> Estimates:
+    def _floor(self, size: int) -> pd.DataFrame:
         """What the reference patients reach among themselves, from half-samples of this size."""
 
-        def work() -> Estimates:
+        def work() -> pd.DataFrame:
             return estimate(self.real_measured, self.real_measured, size=size, **self._resampling)
 
-        return self._kept("floor", [self._reference_key, self.anatomy.key, str(size)], work)
+        return self._kept("floor", [self._reference_key, self.anatomy.key, f"{size}, a table"], work)
 
     @property
     def _resampling(self) -> dict[str, Any]:
@@ -808,7 +786,7 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             arms = [
-                replace(LabelledVolumes.of(self._learnt_from(cohort)), name=cohort.manifest.role) for cohort in cohorts
+                replace(labelled_volumes(self._learnt_from(cohort)), name=cohort.manifest.role) for cohort in cohorts
             ]
             found = self._useful(arms if self._few is None else [*arms, self._few])
             (folder / "arms.pkl").write_bytes(pickle.dumps(found))
@@ -822,8 +800,7 @@ class Study:
         trained_on, baselines = self.training_cohort(epsilon), self.useful_baselines
 
         def work(folder: Path) -> dict[str, Any]:
-            cohort = SyntheticCohort.load(trained_on.folder / "synthetic.npz")
-            drawn = LabelledVolumes("synthetic", cohort.images, cohort.labels, cohort.attributes, cohort.owners)
+            drawn = replace(Volumes.load(trained_on.folder / "synthetic.npz"), name="synthetic")
             found = self._useful([drawn] if self._few is None else [drawn, self._few + drawn])
             known: list[Utility] = pickle.loads((baselines.folder / "arms.pkl").read_bytes())
             return {"epsilon": _plain(epsilon), "model": folder.name} | self._tabulated(found, known)
@@ -836,30 +813,26 @@ class Study:
 
     def _learnt_from(self, cohort: Cohort) -> Patients:
         """Labelled train patients of a cohort, as many as an arm has, drawn by the seed."""
-        patients = require_labelled(cohort.split("train"), "a measure of utility")
-        return patients.subset(np.random.default_rng(self.seed).permutation(len(patients)))[
-            : self.profile.utility.patients
-        ]
+        return training_patients(cohort.split("train"), self.profile.utility.patients, self.seed)
 
     @cached_property
-    def _few(self) -> LabelledVolumes | None:
+    def _few(self) -> Volumes | None:
         """The first of the private patients of an arm; None where they're real, so nothing may be trained on them."""
         if load_manifest(self.parameters.cohort_private).secret:
             return None
         few = self._learnt_from(self.private)[: self.profile.utility.few]
-        return replace(LabelledVolumes.of(few), name="few private")
+        return replace(labelled_volumes(few), name="few private")
 
-    def _useful(self, arms: list[LabelledVolumes]) -> list[Utility]:
+    def _useful(self, arms: list[Volumes]) -> list[Utility]:
         """Every arm's training, tested on the reference patients."""
         settings, resamples = self.profile.utility, self.profile.evaluation.resamples
         segmenter, phase = (Budget(**training.model_dump()) for training in (settings.segmenter, settings.phase))
-        measured = partial(utility, segmenter=segmenter, phase=phase, resamples=resamples, seed=self.seed)
-        test = LabelledVolumes.of(self.reference)
-        return [measured(arm, test) for arm in arms]
+        test = labelled_volumes(self.reference)
+        return utility(arms, test, segmenter=segmenter, phase=phase, resamples=resamples, seed=self.seed)
 
     def _tabulated(self, arms: list[Utility], baselines: list[Utility]) -> dict[str, Any]:
         rows = tabulate_arms(arms, baselines, resamples=self.profile.evaluation.resamples, seed=self.seed)
-        return {"rows": json.loads(rows.to_json(orient="records", double_precision=15))}
+        return {"rows": records(rows, 15)}
 
     def load_autoencoder(self, run: Run | None = None) -> Autoencoder:
         """The public autoencoder; for the model of a `run`, with the decoder that was tuned for it, if any."""
@@ -949,26 +922,6 @@ class Study:
 def _leave_public_ledger(cohort: Cohort, folder: Path) -> None:
     """Bind what the weights in a folder are: trained on a public cohort alone."""
     public_ledger(cohort.manifest.name).bound(*folder.glob("*.safetensors")).save(folder / "privacy.json")
-
-
-def _attacks(losses: tuple[np.ndarray, ...], references: tuple[np.ndarray, ...] | None) -> dict[str, Any]:
-    """Membership of (members, others) from their losses, and from what these are below a reference model's."""
-    attacks = {"loss": [-side for side in losses]}
-    if references:
-        pairs = zip(losses, references, strict=True)
-        attacks["loss below the public model's"] = [calibrated(side, reference[None]) for side, reference in pairs]
-    rows = [
-        {"attack": attack, "measure": measure} | rate._asdict()
-        for attack, scores in attacks.items()
-        for measure, rate in membership(*scores).items()
-    ]
-    members, others = map(len, losses)
-    return {"n_members": members, "n_others": others, "membership": _records(pd.DataFrame(rows))}
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table's rows as JSON knows them; what isn't finite becomes None."""
-    return json.loads(table.to_json(orient="records"))
 
 
 def _plain(settings: object) -> object:

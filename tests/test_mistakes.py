@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.metrics import measure_real
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.evaluation.measured import measure_real
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.perception import Critic
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
@@ -96,7 +95,7 @@ def test_mistake_01_statistics_of_private_patients_are_never_taken(
     with pytest.raises(PrivacyError, match="exact losses"):  # so there is no best checkpoint and no early stopping
         held_out_loss(study.denoiser(study.pretrained), "modern", latents, real)
     with pytest.raises(PrivacyError, match="hospital holds real private patients"):
-        measure_real(real, Segmenter(), PhaseClassifier(), seed=0, progress=False)
+        measure_real(real, Segmenter(), PhaseClassifier(), seed=0)
     assert hospital.reference.role == "public"
     ranges = profile.denoiser.build(2).attributes
     assert ranges.low.tolist() == [attribute.low for attribute in ATTRIBUTES]
@@ -302,7 +301,7 @@ def test_mistake_09_a_guarantee_for_volumes_is_never_stated_as_if_for_patients(
     statement = privacy_statement(ledger)
     assert "differential privacy per volume" in statement
     assert f"protected by ε = {ledger.epsilon_patient:.3g} only" in statement
-    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+    empty = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
     with pytest.raises(PrivacyError, match="does not protect patients; not released"):
         write_release(empty, ledger, tmp_path / "release")
     by_volume = hospital.profile.finetune.model_copy(update={"unit": "volume"})

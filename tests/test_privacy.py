@@ -24,8 +24,8 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, logsumexp, ndtr
 from torch import Tensor, nn
 
+from cardiac_ldm.cohort import Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.models.diffusion import schedule
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
 from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
@@ -638,7 +638,7 @@ def test_a_volume_level_ledger_says_so_and_what_patients_get_and_is_not_released
     truth = epsilon_by_fourier(terms.noise_multiplier, 0.2, 100, 1e-5, 2)
     assert ledger.epsilon_patient == pytest.approx(truth, rel=1e-3)
     assert ledger.epsilon_patient > 2 * ledger.epsilon
-    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+    empty = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
     with pytest.raises(PrivacyError, match="guarantee volume-level DP, which does not protect patients; not released"):
         write_release(empty, ledger, tmp_path / "release")
     assert not list(tmp_path.iterdir())

@@ -16,10 +16,9 @@ import pytest
 import torch
 import yaml
 
-from cardiac_ldm.cohort import Manifest, Patient
+from cardiac_ldm.cohort import Manifest, Patient, Volumes
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.parameters import CompareParameters, FinetuneParameters, ModelParameters, Parameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
@@ -276,7 +275,7 @@ def test_what_synthetic_patients_teach_stands_beside_real_ones(
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(runs))
     study = Study(Parameters(profile=str(TINY)))
     useful, baselines = study.useful(0), study.useful_baselines
-    drawn = SyntheticCohort.load(study.training_cohort(0).folder / "synthetic.npz")
+    drawn = Volumes.load(study.training_cohort(0).folder / "synthetic.npz")
     public = study.public.split("train")
     requests = {tuple(row) for row in np.nan_to_num(drawn.attributes)}
     assert requests == {tuple(row) for row in np.nan_to_num(public.attributes)}  # of nobody it's tested on, or private
