@@ -43,11 +43,13 @@ pio.renderers["book"] = live.BookRenderer()
 pio.renderers.default = "book"
 
 
-def _facets(figure: go.Figure, height: float, margin: Mapping[str, float]) -> go.Figure:
-    """Give panels axes of their own, and their titles the text's size."""
+def _facets(figure: go.Figure, height: float, margin: Mapping[str, float], *, shared_y: bool = False) -> go.Figure:
+    """Give panels axes of their own, or the vertical one of their row, and their titles the text's size."""
     figure.for_each_annotation(lambda title: title.update(text=title.text.partition("=")[2]))
     figure.update_annotations(font=_TITLE)
-    figure.update_xaxes(matches=None, showticklabels=True).update_yaxes(showticklabels=True)
+    figure.update_xaxes(matches=None, showticklabels=True)
+    if not shared_y:
+        figure.update_yaxes(matches=None, showticklabels=True)
     return figure.update_layout(height=height, margin=margin, legend_title_text="")
 
 
@@ -86,9 +88,8 @@ def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]
         labels={"x": "", "share": ""},
     )
     figure.update_traces(fill="tozeroy", line_width=1.5, hovertemplate="%{x}: %{y} % of volumes")
-    figure.update_yaxes(matches=None, rangemode="tozero", ticks="")
     _facets(figure, 60 + 190 * rows, {"l": 20, "r": 10, "t": 70, "b": 30})
-    return figure.update_yaxes(showticklabels=False)
+    return figure.update_yaxes(rangemode="tozero", ticks="", showticklabels=False)
 
 
 def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2) -> go.Figure:
@@ -327,7 +328,7 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
         custom_data=["low", "high", "n_patients"],
         facet_col="metric",
         facet_col_wrap=columns,
-        facet_row_spacing=0.2 / n_rows if columns > 1 else 0.5 / n_rows,
+        facet_row_spacing=(0.2 if columns > 1 else 0.5) / n_rows,
         facet_col_spacing=0.03,
         category_orders={"metric": panels, "arm": arms},
         labels={"value": "", "arm": ""},
@@ -341,8 +342,8 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
         hovertemplate="%{y}: %{x:.4g} [%{customdata[0]:.4g}, %{customdata[1]:.4g}], %{customdata[2]} patients"
         "<extra></extra>",
     )
-    _facets(figure, 90 + n_rows * (60 + 26 * len(arms)), {"l": 10, "b": 40})
-    return figure.update_yaxes(showticklabels=None, automargin=True)
+    figure.update_yaxes(automargin=True)
+    return _facets(figure, 90 + n_rows * (60 + 26 * len(arms)), {"l": 10, "b": 40}, shared_y=True)
 
 
 def utility_dots(rows: pd.DataFrame, against: str = "") -> go.Figure:

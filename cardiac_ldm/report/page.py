@@ -109,4 +109,5 @@ def _distances(rows: Sequence[Mapping[str, Any]], patients: str) -> go.Figure:
         for row in rows
         for arm, sides in (("synthetic", _SIDES[0]), (patients, _SIDES[1]))
     )
-    return interval_dots(table.astype(dict.fromkeys(_SIDES[0], float))).update_xaxes(rangemode="tozero")
+    figure = interval_dots(table.astype(dict.fromkeys(_SIDES[0], float)), columns=1)
+    return figure.update_xaxes(rangemode="tozero")
