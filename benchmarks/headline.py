@@ -4,12 +4,15 @@ What of the loss is closed, patient by patient, is read from what `benchmarks.pr
 """
 
 import json
+from pathlib import Path
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from benchmarks import RESULTS, keep
+from cardiac_ldm.errors import StudyError
 from cardiac_ldm.parameters import CompareParameters
-from cardiac_ldm.report.figures import save_headline, tradeoff
+from cardiac_ldm.report.figures import tradeoff
 from cardiac_ldm.report.tables import model_name, tradeoff_table
 from cardiac_ldm.study import ROOT, Study
 
@@ -19,6 +22,17 @@ SHOWN = {
     "FD-EffNet": "FD-EffNet: distance to held-out patients, lower is better",
     "loss closed": "denoising loss: % of the gap closed, higher is better",
 }
+
+
+def save_headline(figure: go.Figure, path: Path) -> None:
+    """Write a figure as a still picture, 900 pixels wide, in the format of the suffix (.svg, .png)."""
+    scratch = path.with_name(f".{path.name}{path.suffix}")
+    try:
+        figure.write_image(scratch, width=900, height=figure.layout.height)
+    except (ValueError, RuntimeError) as error:
+        remedy = 'pip install "cardiac-ldm[book]"; apt-get install chromium'
+        raise StudyError(f"{path}: a still picture needs kaleido and Chromium ({remedy})") from error
+    scratch.replace(path)
 
 
 def main() -> None:

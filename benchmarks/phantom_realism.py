@@ -16,7 +16,7 @@ from cardiac_ldm.cohort import Patients, load_manifest, prepare
 from cardiac_ldm.evaluation.features import slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
 from cardiac_ldm.evaluation.intervals import half_samples, rows_of
-from cardiac_ldm.report.figures import synthetic_wall
+from cardiac_ldm.report.walls import synthetic_wall
 
 
 def encoded(cohorts: list[Patients]) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +57,7 @@ def main() -> None:
     for name, others in (("half of ACDC", None), ("phantoms", simulated)):
         for metric, distance in distances(*(others or hearts), *hearts).items():
             estimate = half_samples(
-                distance, len(phantoms) if others else n, n if others else None, n // 2, pairs=40, seed=0, progress=True
+                distance, len(phantoms) if others else n, n if others else None, n // 2, pairs=40, seed=0
             )
             row = {"metric": metric, "between": f"{name} and ACDC", "value": estimate.value}
             rows.append(row | {"low": estimate.low, "high": estimate.high, "n_patients": estimate.n_patients})

@@ -13,6 +13,7 @@ public validation patients, so nothing is chosen on a test split. Name those to 
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS, keep, titled
 from benchmarks.acdc import RUNS
-from cardiac_ldm.cohort import Patients
-from cardiac_ldm.evaluation.metrics import Metrics, compare, estimate, measure, measure_real
+from cardiac_ldm.cohort import Patients, Volumes
+from cardiac_ldm.evaluation.measured import measure, measure_real
+from cardiac_ldm.evaluation.metrics import compare, estimate
 from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import Parameters
@@ -84,25 +86,29 @@ def trained(study: Study, profile: Profile, patients: Patients) -> Denoiser:
     return model.eval()
 
 
-def judge(study: Study, model: Denoiser, patients: Patients, **sampling: float) -> Metrics:
+def judge(
+    study: Study, model: Denoiser, patients: Patients, **sampling: float
+) -> dict[str, Any]:
     """All that is measured on what a model draws for these patients."""
     sampled = study.profile.sampling.model_dump() | sampling
     drawn = synthesise(study.load_autoencoder(), model, patients.attributes, patients.owners, seed=0, **sampled)
     return measured(study, drawn.images, patients)
 
 
-def measured(study: Study, images: np.ndarray, patients: Patients) -> Metrics:
+def measured(study: Study, images: np.ndarray, patients: Patients) -> dict[str, Any]:
     """All that is measured on volumes that stand for those of these patients."""
     originals = measure_real(patients, *study.instruments, seed=0)
-    seen = measure(images, patients.attributes, patients.owners, *study.instruments, name="drawn", seed=0)
+    drawn = Volumes("drawn", images, patients.attributes, patients.owners)
+    seen = measure(drawn, *study.instruments, seed=0)
     settings, n = study.profile.evaluation.model_dump(exclude={"inception"}), len(patients)
-    found = [estimate(cohort, originals, size=n // 2, seed=0, **settings) for cohort in (seen, originals)]
-    return compare(*found, model="drawn", epsilon=0, reference_cohort=patients.name, n_requests=n, n_real_patients=n)
+    ours, theirs = (estimate(cohort, originals, size=n // 2, seed=0, **settings) for cohort in (seen, originals))
+    return compare(ours, theirs, seen, originals, epsilon=0)
 
 
-def shown(found: Metrics) -> dict[str, float | None]:
+def shown(found: Mapping[str, Any]) -> dict[str, float | None]:
     """The measures by which variants are compared."""
-    titled = {" ".join(filter(None, (r.metric, r.attribute))): r.value for r in found.rows if r.grouping is None}
+    rows = [row for row in found["rows"] if row["grouping"] is None]
+    titled = {" ".join(filter(None, (row["metric"], row["attribute"]))): row["value"] for row in rows}
     return {title: titled[title] for title in SHOWN}
 
 
@@ -116,13 +122,13 @@ def judge_chosen(study: Study) -> dict[str, object]:
     }
     rows: dict[str, dict[str, object]] = {}
     for name, found in cohorts.items():
-        for row in found.rows:
-            if row.grouping is not None or None in (row.value, row.low, row.high, row.reference):
+        for row in found["rows"]:
+            if row["grouping"] is not None or None in (row["value"], row["low"], row["high"], row["reference"]):
                 continue
-            title = " ".join(filter(None, (row.metric, row.attribute)))
-            about = {"measure": title, "unit": row.unit, "n_patients": row.n_patients, "real": row.reference}
+            title = " ".join(filter(None, (row["metric"], row["attribute"])))
+            about = {"measure": title, "unit": row["unit"], "n_patients": row["n_patients"], "real": row["reference"]}
             rows.setdefault(title, about)
-            rows[title] |= {name: row.value, f"{name}_low": row.low, f"{name}_high": row.high}
+            rows[title] |= {name: row["value"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
     about = {"run": study.pretrained.key, "n_patients": len(patients), "n_volumes": len(real)}
     return about | {"rows": list(rows.values())}
 

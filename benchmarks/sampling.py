@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from benchmarks import keep
 from benchmarks.acdc import RUNS
-from cardiac_ldm.cohort import Patients
+from cardiac_ldm.cohort import Patients, Volumes
 from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
 from cardiac_ldm.evaluation.features import slice_features
 from cardiac_ldm.evaluation.fidelity import frechet_distance
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap, half_samples, rows_of
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort, synthesise
+from cardiac_ldm.evaluation.synthesis import synthesise
 from cardiac_ldm.models.diffusion import SCHEDULES, TIMESTEPS, Diffusion, Sampler, sample_ddim
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.study import Study
@@ -149,7 +149,7 @@ def draw(study: Study, patients: Patients) -> dict[str, tuple[np.ndarray, list[f
                 timed = Timed(sampler)
                 drawing(patients.attributes[rows], patients.owners[rows], steps=steps, sampler=timed).save(volumes)
                 took.write_text(json.dumps(timed.core_seconds / len(rows)))
-            drawn[name][0].append(SyntheticCohort.load(volumes).images)
+            drawn[name][0].append(Volumes.load(volumes).images)
             drawn[name][1].append(json.loads(took.read_text()))
     return {name: (np.concatenate(volumes), seconds) for name, (volumes, seconds) in drawn.items()}
 
@@ -171,14 +171,15 @@ def main() -> None:
 
     def in_halves(statistic: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
         pairs = settings.half_sample_pairs
-        return half_samples(statistic, n, n, n // 2, pairs=pairs, seed=0, progress=False)
+        return half_samples(statistic, n, n, n // 2, pairs=pairs, seed=0)
 
     def over_ddpm(name: str, some: np.ndarray, others: np.ndarray) -> float:
         return distance(name, some, others) / distance(BASELINE, some, others)
 
     rows = []
     for name, (volumes, seconds) in drawn.items():
-        anatomy = read_anatomy(volumes, patients.attributes, patients.owners, *study.instruments, progress=False)
+        cohort = Volumes(name, volumes, patients.attributes, patients.owners)
+        anatomy = read_anatomy(cohort, *study.instruments)
         (volume, n_known), (phase, n_phased) = agreement(anatomy, "LVEDV"), phase_accuracy(anatomy)
         ratios = np.divide(seconds, drawn[BASELINE][1])
         found = {

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.membership import auc, calibrated, membership, true_positive_rate
+from cardiac_ldm.evaluation.membership import attacks, auc, membership, true_positive_rate
 from cardiac_ldm.privacy import PrivatePlan, Randomness, dpsgd
 from cardiac_ldm.privacy.bounds import (
     f_one_run_bound,
@@ -401,25 +401,20 @@ def test_a_rate_that_the_patients_are_too_few_for_is_not_a_number() -> None:
     assert math.isfinite(membership(np.arange(50.0), np.arange(1000.0))["tpr_at_fpr_0.001"].value)
 
 
-def test_references_show_members_whom_differences_between_patients_hide() -> None:
+def test_a_reference_shows_members_whom_differences_between_patients_hide() -> None:
     rng, n = np.random.default_rng(5), 400
-    difficulty, spread = rng.normal(0, 8, 2 * n), rng.uniform(0.2, 2, 2 * n)
-    member = np.arange(2 * n) < n
-    losses = difficulty + spread * (rng.normal(0, 1, 2 * n) - 1.5 * member)
-    references = difficulty + spread * rng.normal(0, 1, (16, 2 * n))
-
-    def area(scores: np.ndarray) -> float:
-        return auc(scores[member], scores[~member]).value
-
-    by_loss, by_one, by_all = (
-        area(-losses),
-        area(calibrated(losses, references[:1])),
-        area(calibrated(losses, references)),
-    )
-    assert by_loss < 0.6 < 0.7 < by_one < by_all - 0.03
-    assert calibrated(losses, references[:1]) == pytest.approx(references[0] - losses)
-    likely = stats.norm.cdf(losses, references.mean(axis=0), references.std(axis=0, ddof=1))
-    assert stats.spearmanr(calibrated(losses, references), -likely).statistic == pytest.approx(1)
+    difficulty, member = rng.normal(0, 8, 2 * n), np.arange(2 * n) < n
+    losses = difficulty + rng.normal(0, 1, 2 * n) - 1.5 * member
+    reference = difficulty + rng.normal(0, 1, 2 * n)
+    found = attacks((losses[member], losses[~member]), (reference[member], reference[~member]))
+    assert (found["n_members"], found["n_others"]) == (n, n)
+    rates = {(row["attack"], row["measure"]): row["value"] for row in found["membership"]}
+    below = auc((reference - losses)[member], (reference - losses)[~member]).value
+    assert rates["loss below the public model's", "auc"] == pytest.approx(below)
+    assert rates["loss", "auc"] < 0.6 < 0.7 < below
+    assert {attack for attack, _ in rates} == {"loss", "loss below the public model's"}
+    alone = attacks((losses[member], losses[~member]))["membership"]
+    assert alone == [row for row in found["membership"] if row["attack"] == "loss"]
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -507,17 +502,11 @@ def test_canaries_that_a_plan_has_no_room_for_are_refused(n_canaries: int, messa
         (lambda: true_positive_rate(SCORES, SCORES, 0.0), r"at: 0\.0 must lie between 0 and 1: a false positive rate"),
         (lambda: true_positive_rate(SCORES, SCORES, 1.0), r"at: 1\.0 must lie between 0 and 1"),
         (
-            lambda: calibrated(SCORES, np.zeros((3, 99))),
-            r"references: \(3, 99\) must be \(k, n\) for the losses' \(n,\) = \(100,\)",
+            lambda: attacks((SCORES, SCORES), (SCORES, SCORES[:99])),
+            r"references: \[\(100,\), \(99,\)\] must be of the same patients as the losses",
         ),
-        (lambda: calibrated(SCORES, np.zeros((0, 100))), r"references: \(0, 100\) must be \(k, n\)"),
-        (lambda: calibrated(SCORES, SCORES), r"references: \(100,\) must be \(k, n\)"),
-        (lambda: calibrated(SCORES + np.nan, np.zeros((1, 100))), "losses: 100 of 100 are not finite"),
-        (lambda: calibrated(SCORES, np.full((2, 100), np.inf)), "references: 200 of 200 are not finite"),
-        (
-            lambda: calibrated(SCORES, np.zeros((2, 100))),
-            "references: 100 patients have the same loss under all; give one",
-        ),
+        (lambda: attacks((SCORES + np.nan, SCORES)), "members: 100 of 100 are not finite"),
+        (lambda: attacks((SCORES, SCORES), (SCORES, np.full(100, np.inf))), "others: 100 of 100 are not finite"),
     ],
 )
 def test_attacks_without_the_patients_that_they_need_are_refused_by_name(

@@ -10,9 +10,8 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from cardiac_ldm import study as module
-from cardiac_ldm.cohort import Patients
+from cardiac_ldm.cohort import Patients, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.bounds import BOUNDS, gaussian_bound
 from cardiac_ldm.privacy.canaries import LotLoss, ledger_scores, sensitivity
@@ -126,7 +125,7 @@ def test_copies_of_private_patients_show_and_so_do_the_groups_that_they_are_from
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = study.private.split("train")[:10]
-    cohort = SyntheticCohort(train.images(np.arange(len(train.owners))), train.attributes, train.owners)
+    cohort = Volumes("synthetic", train.images(np.arange(len(train.owners))), train.attributes, train.owners)
     cohort.save(tmp_path / "synthetic.npz")
     (tmp_path / "metrics.json").write_text('{"epsilon": 1}')
     monkeypatch.setattr(study, "synthesised", lambda epsilon: Run("synthesise", "copies", tmp_path))

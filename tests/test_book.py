@@ -44,13 +44,13 @@ CHAPTER = [
     new_code_cell("""
 import numpy as np, sys
 import plotly.graph_objects as go
-from cardiac_ldm.report import figures, viewer
+from cardiac_ldm.report import viewer, walls
 print("progress", file=sys.stderr)
 go.Figure(go.Scatter(y=[1, 3, 2]))"""),
     new_code_cell("""
 z, y, x = np.mgrid[-1:1:13j, -1:1:96j, -1:1:96j]
 heart = (z**2 + y**2 + (2 * x) ** 2 < 0.6) * (0.5 + 0.5 * y)
-figures.synthetic_wall(np.stack([heart, heart / 2]), ["ED", "ES"])"""),
+walls.synthetic_wall(np.stack([heart, heart / 2]), ["ED", "ES"])"""),
     new_code_cell('viewer.show_synthetic(np.stack([heart, heart / 2]), ["ED", "ES"])'),
 ]
 

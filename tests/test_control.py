@@ -12,9 +12,10 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, measure_attributes
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Volumes, measure_attributes
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.control import (
+    CALIBRATED,
     MOVES,
     STEPS,
     agreement,
@@ -58,7 +59,7 @@ BY_GREY: Any = ByGrey()
 BY_CAVITY: Any = ByCavity()
 
 
-def hearts(n_patients, seed=0) -> tuple[Any, Any, Any]:
+def hearts(n_patients, seed=0) -> Volumes:
     """Square hearts of known volumes, and attributes that tell them exactly."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((2 * n_patients, 13, 96, 96), np.uint8)
@@ -74,27 +75,27 @@ def hearts(n_patients, seed=0) -> tuple[Any, Any, Any]:
         for name, volume, label in (("LVEDV", ed, 3), ("LVESV", es, 3), ("RVEDV", ed, 1), ("RVESV", es, 1)):
             value = (volume == label).sum() * VOXEL_ML
             attributes[2 * patient : 2 * patient + 2, ATTRIBUTE_NAMES.index(name)] = value
-    return GREY[labels], attributes, np.repeat(np.arange(n_patients), 2)
+    return Volumes("synthetic", GREY[labels], attributes, np.repeat(np.arange(n_patients), 2))
 
 
 def patients(role="public", simulated=False) -> Any:
     """Just enough of a split of patients."""
-    images, attributes, owners = hearts(8, seed=1)
+    volumes = hearts(8, seed=1)
     return SimpleNamespace(
         name="squares",
         split="test",
         role=role,
         secret=role == "private" and not simulated,
-        attributes=attributes,
-        owners=owners,
+        attributes=volumes.attributes,
+        owners=volumes.patient_index,
         groups=["NOR", None] * 4,
-        images=lambda v: images[v],
+        images=lambda v: volumes.images[v],
     )
 
 
 @pytest.fixture(scope="module")
 def table():
-    return read_anatomy(*hearts(10), BY_GREY, BY_CAVITY, progress=False)
+    return read_anatomy(hearts(10), BY_GREY, BY_CAVITY)
 
 
 def test_a_perfect_segmenter_measures_what_was_asked(table):
@@ -154,10 +155,10 @@ def test_phase_order_leaves_out_who_has_one_phase(table):
 
 
 def test_a_missing_phase_is_named():
-    images, attributes, owners = hearts(2)
-    attributes[3, ATTRIBUTE_NAMES.index("ESED")] = np.nan
+    volumes = hearts(2)
+    volumes.attributes[3, ATTRIBUTE_NAMES.index("ESED")] = np.nan
     with pytest.raises(ParameterError, match=r"ESED is missing for volumes \[3\]"):
-        read_anatomy(images, attributes, owners, BY_GREY, BY_CAVITY, progress=False)
+        read_anatomy(volumes, BY_GREY, BY_CAVITY)
 
 
 def obedient(attributes, owners, drags=0.0) -> pd.DataFrame:
@@ -219,13 +220,18 @@ def test_the_slope_is_scipys():
 def test_calibration_bins_hold_equally_many_who_ask_for_about_the_same():
     asked = np.random.default_rng(1).permutation(np.arange(100.0, 140.0))
     table = pd.DataFrame({"owner": range(40), "attribute": "LVEDV", "asked": asked, "measured": 50 + asked / 2})
-    bins = calibration(table, "LVEDV", 4, resamples=50, seed=0)
+    everything = calibration(table, 4, resamples=50, seed=0).set_index("attribute")
+    assert list(dict.fromkeys(everything.index)) == list(CALIBRATED)
+    assert everything.loc["ANGLE", ["asked", "measured"]].isna().all()
+    bins = everything.loc["LVEDV"]
     assert list(bins.n_patients) == [10] * 4
     np.testing.assert_allclose(bins.asked, [104.5, 114.5, 124.5, 134.5])
     np.testing.assert_allclose(bins.measured, 50 + bins.asked / 2)
     assert ((bins.low < bins.measured) & (bins.measured < bins.high)).all()
-    assert list(calibration(table, "LVEDV", 9, resamples=50, seed=0).n_patients) == [8] * 5
-    few = calibration(table[:7], "LVEDV", 4, resamples=50, seed=0)
+    nine, few = (
+        calibration(some, 9, resamples=50, seed=0).query("attribute == 'LVEDV'") for some in (table, table[:7])
+    )
+    assert list(nine.n_patients) == [8] * 5
     assert list(few.n_patients) == [7]
     assert few.measured.isna().all()
 
@@ -235,7 +241,7 @@ def test_base_requests_are_pairs_of_phases_spread_over_the_split():
     attributes, owners = base_requests(split, 8)
     np.testing.assert_array_equal(owners, np.repeat(np.arange(8), 2))
     np.testing.assert_array_equal(attributes[:, ATTRIBUTE_NAMES.index("ESED")], [1, 0] * 8)
-    _, split.attributes, split.owners = hearts(17)
+    split.attributes, split.owners = hearts(17).attributes, hearts(17).patient_index
     lvedv = ATTRIBUTE_NAMES.index("LVEDV")
     np.testing.assert_array_equal(base_requests(split, 9)[0][::2, lvedv], split.attributes[::4, lvedv])
 
@@ -318,7 +324,7 @@ def test_a_response_that_too_few_patients_show_is_not_defined():
 
 
 def test_a_magnified_request_is_what_a_magnified_heart_measures():
-    images = hearts(1)[0]
+    images = hearts(1).images
     labels = {phase: np.searchsorted(GREY, images[row]) for row, phase in enumerate(("ED", "ES"))}
     cut = {phase: np.delete(volume, [2, 3, 4, 5, 6], axis=0) for phase, volume in labels.items()}  # room for twice 4
     small = measure_attributes(cut, GRID.spacing_mm)

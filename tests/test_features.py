@@ -1,7 +1,5 @@
 """Encoders, the features they give, and the critic that judges by them."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.features import AnatomyEncoder, InceptionEncoder, radiomics_features, slice_features
+from cardiac_ldm.evaluation.features import AnatomyEncoder, InceptionEncoder, slice_features
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.perception import TAPS, Critic, PerceptionEncoder
 from cardiac_ldm.training.autoencoder import _unlikeness
@@ -105,7 +103,7 @@ def test_a_frozen_critic_carries_gradients_to_the_images():
 def test_features_come_from_slices_3_to_9_and_know_their_owner():
     rng = np.random.default_rng(0)
     images = rng.random((3, 13, 96, 96), np.float32)
-    features, owners = slice_features(images, np.array([0, 0, 1]), batch=2, progress=False)
+    features, owners = slice_features(images, np.array([0, 0, 1]), batch=2)
     assert features.shape == (21, 1280)
     assert features.dtype == np.float32
     assert owners.tolist() == [0] * 14 + [1] * 7
@@ -114,13 +112,13 @@ def test_features_come_from_slices_3_to_9_and_know_their_owner():
     np.testing.assert_allclose(features[13:14], alone, atol=1e-4)
     outer = images.copy()
     outer[:, [0, 1, 2, 10, 11, 12]] = 0
-    np.testing.assert_array_equal(slice_features(outer, np.array([0, 0, 1]), batch=2, progress=False)[0], features)
+    np.testing.assert_array_equal(slice_features(outer, np.array([0, 0, 1]), batch=2)[0], features)
 
 
 def test_features_are_those_of_the_encoder_given_in_evaluation_mode():
     images = np.random.default_rng(0).random((3, 13, 96, 96), np.float32)
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Dropout(0.5))
-    features, _ = slice_features(images, np.arange(3), encoder=encoder, progress=False)
+    features, _ = slice_features(images, np.arange(3), encoder=encoder)
     halves = images[:, 3:10].reshape(21, 96, 2, 48).mean(axis=(1, 3))
     np.testing.assert_allclose(features, halves, atol=1e-5)
 
@@ -199,44 +197,3 @@ def test_a_file_that_is_missing_or_holds_weights_alone_is_named(tmp_path):
     for name in ("weights.pth", "text.pt"):
         with pytest.raises(ParameterError, match=rf"{name}: not TorchScript.*give NVIDIA's"):
             InceptionEncoder(tmp_path / name)
-
-
-@pytest.fixture
-def volumes():
-    """Two volumes of noise of different coarseness between empty slices."""
-    images = np.zeros((2, 13, 96, 96), np.float32)
-    noise = np.random.default_rng(0).random((2, 3, 24, 24))
-    images[0, 5:8] = noise[0].repeat(4, axis=1).repeat(4, axis=2)
-    images[1, 5:8] = np.tile(noise[1], (4, 4))
-    return images
-
-
-def test_radiomics_are_those_of_the_package_over_the_slices_that_are_not_empty(volumes):
-    radiomics = pytest.importorskip("radiomics")
-    sitk = pytest.importorskip("SimpleITK")
-    features = radiomics_features(volumes, progress=False)
-    assert features.shape == (2, 385)
-    assert np.isfinite(features).all()
-    for volume, ours in zip(volumes, features, strict=True):
-        image = sitk.GetImageFromArray(volume[5:8])
-        scaled = radiomics.imageoperations.normalizeImage(image, normalizeScale=100)
-        everywhere = sitk.GetImageFromArray(np.ones((3, 96, 96), np.uint8))
-        first_order = radiomics.firstorder.RadiomicsFirstOrder(scaled, everywhere, binWidth=5, voxelArrayShift=300)
-        entropy = first_order.execute()["Entropy"]
-        assert np.isclose(ours, entropy, rtol=1e-6).any()
-    coarser, finer = features
-    assert (coarser != finer).mean() > 0.9
-
-
-def test_radiomics_refuse_volumes_without_texture(volumes):
-    pytest.importorskip("radiomics")
-    volumes[1] = 0.5
-    with pytest.raises(ParameterError, match=r"images: volumes \[1\] are of one grey only"):
-        radiomics_features(volumes)
-
-
-def test_without_pyradiomics_the_command_that_installs_it_is_named(volumes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "radiomics", None)
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ParameterError, match=r"isn't installed; pip install -c constraints.txt -e '.\[frd\]'"):
-        radiomics_features(volumes)

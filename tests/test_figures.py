@@ -10,9 +10,10 @@ import plotly.io as pio
 import pytest
 from _plotly_utils import png  # type: ignore[import-untyped]
 
+from benchmarks.headline import save_headline
 from cardiac_ldm.cohort import ATTRIBUTES, Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError, StudyError
-from cardiac_ldm.report import figures
+from cardiac_ldm.report import figures, walls
 
 
 class FewPatients(Patients):
@@ -59,7 +60,7 @@ def test_a_figure_shows_both_in_the_book_and_in_a_live_notebook():
 
 
 def test_whole_stacks_lie_in_rows_from_base_to_apex_with_their_labels_outlined():
-    figure = figures.stack_wall(FewPatients("public", False), [0, 1], ["first", "second"])
+    figure = walls.stack_wall(FewPatients("public", False), [0, 1], ["first", "second"])
     picture = read_picture(figure.data[0].source)
     assert picture.shape == (2 * 96, 13 * 96, 3)
     red = (picture == [0xD5, 0x5E, 0x00]).all(axis=2)
@@ -69,9 +70,9 @@ def test_whole_stacks_lie_in_rows_from_base_to_apex_with_their_labels_outlined()
     assert np.array_equal(red, expected)
     assert list(figure.data[1].text) == ["first", "second"]
     with pytest.raises(ParameterError, match="one caption per volume"):
-        figures.stack_wall(FewPatients("public", False), [0, 1], ["first"])
+        walls.stack_wall(FewPatients("public", False), [0, 1], ["first"])
     with pytest.raises(PrivacyError):
-        figures.stack_wall(FewPatients("private", False), [0], ["first"])
+        walls.stack_wall(FewPatients("private", False), [0], ["first"])
 
 
 def read_picture(uri):
@@ -84,7 +85,7 @@ def test_a_mosaic_shows_the_middle_of_the_slices_that_are_not_padding_tile_by_ti
     for i, level in enumerate((0.2, 0.4, 0.6)):
         volumes[i, 4:9] = 0.1
         volumes[i, 6] = level
-    grey = figures.mosaic(volumes, columns=2)
+    grey = walls.mosaic(volumes, columns=2)
     assert grey.shape == (12, 12)
     assert [grey[0, 0], grey[0, 6], grey[6, 0]] == [51, 102, 153]
     assert grey[6, 6] == 255  # no fourth volume
@@ -92,7 +93,7 @@ def test_a_mosaic_shows_the_middle_of_the_slices_that_are_not_padding_tile_by_ti
 
 
 def test_a_wall_carries_each_caption_at_its_tile():
-    figure = figures.synthetic_wall(np.ones((3, 13, 96, 96), np.float32), ["a", "b", "c"], columns=2)
+    figure = walls.synthetic_wall(np.ones((3, 13, 96, 96), np.float32), ["a", "b", "c"], columns=2)
     captions = figure.data[1]
     assert captions.text == ("a", "b", "c")
     assert [x // 98 for x in captions.x] == [0, 1, 0]
@@ -101,20 +102,20 @@ def test_a_wall_carries_each_caption_at_its_tile():
 
 def test_a_wall_needs_a_caption_for_each_volume():
     with pytest.raises(ParameterError, match="0 captions, 1 volumes"):
-        figures.synthetic_wall(np.ones((1, 13, 96, 96), np.float32), [])
+        walls.synthetic_wall(np.ones((1, 13, 96, 96), np.float32), [])
 
 
 @pytest.mark.parametrize(("role", "simulated"), [("public", False), ("private", True)])
 def test_public_and_simulated_patients_may_be_shown(role, simulated):
     patients = FewPatients(role, simulated)
-    assert len(figures.patient_wall(patients, [0, 1], ["ED", "ES"]).data) == 2
+    assert len(walls.patient_wall(patients, [0, 1], ["ED", "ES"]).data) == 2
     assert figures.attribute_distributions({"cohort": patients}).data
 
 
 def test_neither_images_nor_attributes_of_real_private_patients_are_shown():
     patients = FewPatients("private", False)
     with pytest.raises(PrivacyError):
-        figures.patient_wall(patients, [0], ["ED"])
+        walls.patient_wall(patients, [0], ["ED"])
     with pytest.raises(PrivacyError):
         figures.attribute_distributions({"public": FewPatients("public", False), "private": patients})
 
@@ -161,9 +162,10 @@ def test_control_is_drawn_per_attribute_and_run():
     pairs = pd.DataFrame(
         {"attribute": ["LVEDV"] * 4 + ["RVEDV"] * 2, "asked": range(6), "measured": range(6), "run": ["a", "b"] * 3}
     )
-    figure = figures.control_scatter(pairs)
+    figure = figures.asked_and_measured(pairs)
     assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
-    assert [list(trace.x) for trace in figure.data if trace.mode == "markers"] == [[0, 2], [1, 3], [4], [5]]
+    points = {(trace.name, trace.xaxis): list(trace.x) for trace in figure.data if trace.mode == "markers"}
+    assert points == {("a", "x"): [0, 2], ("b", "x"): [1, 3], ("a", "x2"): [4], ("b", "x2"): [5]}
 
 
 def test_training_curves_are_told_apart():
@@ -179,14 +181,14 @@ def test_a_headline_that_can_not_be_drawn_leaves_the_old_picture(tmp_path, monke
     path.write_text("old")
     monkeypatch.setattr(go.Figure, "write_image", lambda *_, **__: (_ for _ in ()).throw(ValueError("no kaleido")))
     with pytest.raises(StudyError, match="Chromium"):
-        figures.save_headline(go.Figure(), path)
+        save_headline(go.Figure(), path)
     assert [p.name for p in tmp_path.iterdir()] == ["headline.svg"]
     assert path.read_text() == "old"
 
 
 def test_the_wall_is_compact():
     volumes = np.random.default_rng(0).random((24, 13, 96, 96), dtype=np.float32)
-    size = len(figures.synthetic_wall(volumes, [""] * 24).to_json())
+    size = len(walls.synthetic_wall(volumes, [""] * 24).to_json())
     assert size < 24 * 96 * 96 * 1.5  # noise does not compress: about a byte a pixel, in base64
 
 
@@ -219,15 +221,19 @@ def test_calibration_is_drawn_per_attribute_with_each_models_intervals_round_the
     bins = pd.concat(
         [pd.DataFrame(columns).assign(attribute=a, run=r) for r in ("one", "two") for a in ("LVEDV", "RVEDV")]
     )
-    figure = figures.calibration_plot(bins)
+    figure = figures.asked_and_measured(bins)
     assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
-    models = [trace for trace in figure.data if trace.name]
-    assert [trace.name for trace in models] == ["one", "two"] * 2
-    assert [trace.name for trace in models if trace.showlegend] == ["one", "two"]
-    assert models[0].line.color == models[2].line.color != models[1].line.color
-    assert (list(models[0].error_y.array), list(models[0].error_y.arrayminus)) == ([20, 5], [10, 10])
-    (identity,) = {(*trace.x, *trace.y) for trace in figure.data if not trace.name}
-    assert identity == (100, 200, 100, 200)
+    models = {(trace.name, trace.xaxis): trace for trace in figure.data if trace.name}
+    assert set(models) == {(name, axis) for name in ("one", "two") for axis in ("x", "x2")}
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["one", "two"]
+    colours = {key: trace.line.color for key, trace in models.items()}
+    assert colours["one", "x"] == colours["one", "x2"] != colours["two", "x"] == colours["two", "x2"]
+    errors = models["one", "x"].error_y
+    assert (list(errors.array), list(errors.arrayminus)) == ([20, 5], [10, 10])
+    identities = [trace for trace in figure.data if not trace.name]
+    assert {(*trace.x, *trace.y) for trace in identities} == {(100, 200, 100, 200)}
+    assert {trace.line.dash for trace in identities} == {"dot"}
+    assert {trace.xaxis for trace in identities} == {"x", "x2"}
 
 
 def test_hearts_beyond_the_public_ones_are_open_points():

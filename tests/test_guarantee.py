@@ -26,10 +26,9 @@ import torch
 import yaml
 from torch import nn
 
-from cardiac_ldm.cohort import Cohort, load_manifest, prepare
+from cardiac_ldm.cohort import Cohort, Volumes, load_manifest, prepare
 from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon_pld, epsilon_prv, public_ledger
 from cardiac_ldm.privacy.__main__ import main
@@ -43,7 +42,7 @@ from tests.conftest import TINY
 
 Real = Callable[..., Study]
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "hospital (train)", "public_data": "phantom_public"}
-NOBODY = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+NOBODY = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from scipy.spatial.distance import cdist, cosine
 
+from cardiac_ldm.cohort import Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation import memorisation as module
 from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation, patient_distances
@@ -34,8 +35,7 @@ def copied(rng, points, noise=0.2):
 
 def found(synthetic, train, held_out, permutations=199, resamples=100, suspicious=5, seed=0):
     options = {"permutations": permutations, "resamples": resamples, "suspicious": suspicious, "seed": seed}
-    result = memorisation(synthetic, train, held_out, **options)
-    return result.table, result.pairs
+    return memorisation(synthetic, train, held_out, **options)
 
 
 def everybody(table, statistic):
@@ -58,10 +58,10 @@ def test_spaces_are_what_they_say(monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 3)  # so that there are two
     images = RNG(0).random((4, 13, 96, 96), np.float32)
     owners = np.array([0, 0, 1, 1])
-    embedded = embed(images, owners, HALVES, progress=False)
-    stored = {"owners": owners, "attributes": np.ones((4, 14)), "groups": ["HCM", None]}
+    stored: Any = {"owners": owners, "attributes": np.ones((4, 14)), "groups": ["HCM", None]}
+    embedded = embed(Volumes("v", images, stored["attributes"], owners), HALVES)
     patients: Any = SimpleNamespace(secret=False, images=lambda volumes: images[volumes], **stored)
-    again = embed_real(patients, HALVES, progress=False)
+    again = embed_real(patients, HALVES)
     assert again.groups is not None
     assert again.groups.to_dict("list") == {"sex": ["male"] * 2, "age": ["under 50"] * 2, "disease": ["HCM", None]}
     for space, vectors in embedded.vectors.items():
@@ -70,7 +70,7 @@ def test_spaces_are_what_they_say(monkeypatch):
     pooled = torch.nn.functional.avg_pool2d(torch.from_numpy(images), 4).flatten(1).numpy()
     squared = cdist(embedded.vectors["image"], embedded.vectors["image"]) ** 2
     np.testing.assert_allclose(squared, 2 * (1 - np.corrcoef(pooled)), atol=1e-5)
-    features, _ = module.slice_features(images, owners, progress=False)
+    features, _ = module.slice_features(images, owners)
     mean = features.reshape(4, 7, -1).mean(axis=1)
     squared = cdist(embedded.vectors["feature"], embedded.vectors["feature"]) ** 2
     assert squared[0, 3] == pytest.approx(2 * cosine(mean[0], mean[3]), rel=1e-3)
@@ -78,7 +78,8 @@ def test_spaces_are_what_they_say(monkeypatch):
 
 
 def test_blank_volumes_have_a_place():
-    embedded = embed(np.zeros((1, 13, 96, 96), np.float32), np.array([0]), HALVES, progress=False)
+    blank = Volumes("v", np.zeros((1, 13, 96, 96), np.float32), np.ones((1, 14)), np.array([0]))
+    embedded = embed(blank, HALVES)
     assert all(np.isfinite(vectors).all() for vectors in embedded.vectors.values())
 
 

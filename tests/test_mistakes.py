@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation.metrics import measure_real
+from cardiac_ldm.evaluation.measured import measure_real
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.perception import Critic
@@ -97,7 +97,7 @@ def test_mistake_01_statistics_of_private_patients_are_never_taken(
     with pytest.raises(PrivacyError, match="exact losses"):  # so there is no best checkpoint and no early stopping
         held_out_loss(study.denoiser(study.pretrained), latents, real)
     with pytest.raises(PrivacyError, match="hospital holds real private patients"):
-        measure_real(real, Segmenter(), PhaseClassifier(), seed=0, progress=False)
+        measure_real(real, Segmenter(), PhaseClassifier(), seed=0)
     assert hospital.reference.role == "public"
     ranges = profile.denoiser.build(2).attributes
     assert ranges.low.tolist() == [attribute.low for attribute in ATTRIBUTES]

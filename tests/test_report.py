@@ -19,9 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients, Volumes
 from cardiac_ldm.errors import PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
 from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
 from cardiac_ldm.report.figures import distance_by_size, tradeoff
@@ -177,7 +176,7 @@ def test_models_of_one_cohort_are_stated_together() -> None:
     assert f"2 private model(s) of {both[0].private_data} spent ({together.epsilon:.4g}, 1e-05) per patient" in said
 
 
-def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path, drawn: SyntheticCohort) -> None:
+def test_a_release_holds_volumes_attributes_ledger_and_statement(tmp_path: Path, drawn: Volumes) -> None:
     folder = write_release(drawn, ledger(1), tmp_path / "release")
     assert sorted(path.name for path in folder.iterdir()) == [
         "STATEMENT.md",
@@ -199,7 +198,9 @@ def test_labels_are_released_beside_their_volumes(tmp_path: Path) -> None:
     images, attributes = np.zeros((2, 13, 96, 96), np.float32), np.full((2, 14), np.nan, np.float32)
     attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
     labels = np.random.default_rng(0).integers(4, size=images.shape, dtype=np.uint8)
-    folder = write_release(SyntheticCohort(images, attributes, np.zeros(2, int), labels), ledger(1), tmp_path / "r")
+    folder = write_release(
+        Volumes("synthetic", images, attributes, np.zeros(2, int), labels), ledger(1), tmp_path / "r"
+    )
     for phase, drawn in zip(("ED", "ES"), labels, strict=True):
         image, mask = (nib.load(folder / f"synthetic00000_{phase}{kind}.nii.gz") for kind in ("", "_seg"))
         assert np.array_equal(np.asarray(mask.dataobj).transpose(2, 1, 0), drawn)
@@ -225,16 +226,16 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def drawn() -> SyntheticCohort:
+def drawn() -> Volumes:
     attributes = np.full((2, 14), np.nan, np.float32)
     attributes[:, ATTRIBUTE_NAMES.index("ESED")] = [1, 0]
     attributes[:, 0] = 150.5
     images = np.random.default_rng(0).random((2, *GRID.shape), np.float32)
-    return SyntheticCohort(images, attributes, np.zeros(2, int))
+    return Volumes("synthetic", images, attributes, np.zeros(2, int))
 
 
 def test_a_release_goes_with_what_was_measured_and_a_page_that_shows_it(
-    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+    tmp_path: Path, evaluation: Path, drawn: Volumes
 ) -> None:
     said = ledger(1).model_copy(update={"public_data": "<i>acdc"})
     folder = write_release(drawn, said, tmp_path / "release", evaluation)
@@ -253,9 +254,7 @@ def test_a_release_goes_with_what_was_measured_and_a_page_that_shows_it(
     assert (again / "quality.html").read_text() == page
 
 
-def test_the_page_says_so_where_nothing_could_be_measured(
-    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
-) -> None:
+def test_the_page_says_so_where_nothing_could_be_measured(tmp_path: Path, evaluation: Path, drawn: Volumes) -> None:
     (evaluation / "anatomy.csv").write_text("owner,attribute,asked,measured\n0,LVEDV,150.5,\n")
     said = json.loads((evaluation / "metrics.json").read_text())
     unknown = [row | {"value": None, "low": None, "high": None} for row in said["rows"]]
@@ -266,7 +265,7 @@ def test_the_page_says_so_where_nothing_could_be_measured(
     assert "not defined" in page
 
 
-def test_a_release_that_fails_leaves_the_one_before(tmp_path: Path, evaluation: Path, drawn: SyntheticCohort) -> None:
+def test_a_release_that_fails_leaves_the_one_before(tmp_path: Path, evaluation: Path, drawn: Volumes) -> None:
     folder = write_release(drawn, ledger(1), tmp_path / "release", evaluation)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (evaluation / "anatomy.csv").unlink()
@@ -276,9 +275,7 @@ def test_a_release_that_fails_leaves_the_one_before(tmp_path: Path, evaluation: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluate-1", "release"]
 
 
-def test_the_page_draws_its_figures_from_disk_with_no_network(
-    tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
-) -> None:
+def test_the_page_draws_its_figures_from_disk_with_no_network(tmp_path: Path, evaluation: Path, drawn: Volumes) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
@@ -294,24 +291,10 @@ def test_the_page_draws_its_figures_from_disk_with_no_network(
 
 
 def test_a_model_that_does_not_protect_patients_is_not_released(tmp_path: Path) -> None:
-    empty = SyntheticCohort(np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
+    empty = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
     with pytest.raises(PrivacyError, match="guarantee none, which does not protect patients; not released"):
         write_release(empty, ledger(math.inf), tmp_path / "release")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_synthetic_cohort_survives_its_file(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).random((2, 13, 96, 96), np.float32)
-    cohort = SyntheticCohort(images, np.full((2, 14), np.nan, np.float32), np.array([0, 0]))
-    cohort.save(tmp_path / "synthetic.npz")
-    again = SyntheticCohort.load(tmp_path / "synthetic.npz")
-    assert again.labels is None
-    labels = np.random.default_rng(0).integers(4, size=images.shape, dtype=np.uint8)
-    replace(cohort, labels=labels).save(tmp_path / "labelled.npz")
-    assert np.array_equal(SyntheticCohort.load(tmp_path / "labelled.npz").labels, labels)  # type: ignore[arg-type]
-    assert np.abs(again.images - images).max() <= 0.5 / 255 + 1e-6
-    assert np.array_equal(again.owners, cohort.owners)
-    assert np.isnan(again.attributes).all()
 
 
 def test_tables_hold_every_model_and_the_patients_once() -> None:
@@ -329,7 +312,7 @@ def test_tables_hold_every_model_and_the_patients_once() -> None:
     [(True, "held-out simulated patients"), (False, "held-out patients"), (None, "held-out patients")],
 )
 def test_nothing_that_is_shown_calls_simulated_patients_real(
-    simulated: bool | None, called: str, tmp_path: Path, evaluation: Path, drawn: SyntheticCohort
+    simulated: bool | None, called: str, tmp_path: Path, evaluation: Path, drawn: Volumes
 ) -> None:
     said = json.loads((evaluation / "metrics.json").read_text()) | {"reference_simulated": simulated}
     diverse = said["rows"][0] | {"metric": "MS-SSIM", "attribute": None, "reference_kind": "level"}

@@ -11,17 +11,18 @@ import torch
 from scipy import linalg, ndimage, stats
 from torch import nn
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, measure_attributes
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Volumes, measure_attributes
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.evaluation import utility as module
 from cardiac_ldm.evaluation.utility import (
     PENALTIES,
     Budget,
-    LabelledVolumes,
     Utility,
     compare_arms,
+    labelled_volumes,
     ridge,
     tabulate_arms,
+    training_patients,
     utility,
 )
 from tests.miniatures import PHASES, heart
@@ -32,7 +33,6 @@ SHORT: Any = {
     "phase": Budget(1, 1, 1e-3),
     "resamples": 20,
     "seed": 0,
-    "progress": False,
 }
 
 
@@ -45,7 +45,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def hearts(n_patients, seed=0, name="hearts") -> LabelledVolumes:
+def hearts(n_patients, seed=0, name="hearts") -> Volumes:
     """Miniature hearts of various sizes on the study's grid, and their measured LVEDV."""
     images, labels = (np.zeros((2 * n_patients, *GRID.shape), dtype) for dtype in (np.float32, np.uint8))
     attributes = np.full((2 * n_patients, len(ATTRIBUTE_NAMES)), np.nan, np.float32)
@@ -60,7 +60,12 @@ def hearts(n_patients, seed=0, name="hearts") -> LabelledVolumes:
             attributes[row, ESED] = phase == "ED"
         measured = measure_attributes({"ED": labels[2 * patient]}, GRID.spacing_mm)
         attributes[2 * patient : 2 * patient + 2, LVEDV] = measured["LVEDV"]
-    return LabelledVolumes(name, images.clip(0, 1), labels, attributes, np.repeat(np.arange(n_patients), 2))
+    return Volumes(name, images.clip(0, 1), attributes, np.repeat(np.arange(n_patients), 2), labels)
+
+
+def reached(train, test, **settings) -> Utility:
+    (found,) = utility([train], test, **SHORT | settings)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def real():
 @pytest.fixture(scope="module")
 def trained(real):
     budgets = {"segmenter": Budget(16, 2, 1e-2), "phase": Budget(80, 4, 3e-3)}
-    return utility(hearts(14), real, **SHORT | budgets)
+    return reached(hearts(14), real, **budgets)
 
 
 def value_of(rows, metric, attribute=None):
@@ -109,7 +114,7 @@ def test_hearts_labelled_at_random_serve_less_and_the_pair_says_so(trained, real
     train = hearts(14, name="shuffled")
     attributes = train.attributes.copy()
     attributes[:, LVEDV] = np.repeat(np.random.default_rng(0).permutation(attributes[::2, LVEDV]), 2)
-    shuffled = utility(replace(train, attributes=attributes), real, **SHORT)
+    shuffled = reached(replace(train, attributes=attributes), real)
     rows = compare_arms(trained, shuffled, resamples=200, seed=0)
     for metric, attribute in (("Dice", "LV"), ("R2", "LVEDV")):
         worth, ours, theirs = (value_of(some, metric, attribute) for some in (rows, trained.rows, shuffled.rows))
@@ -151,7 +156,7 @@ def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypa
     labels[8] = 0  # of patient 4, not found
     monkeypatch.setattr(module, "_fit_segmenter", lambda *_: ByTruth(labels))
     monkeypatch.setattr(module, "_fit_phase_classifier", lambda *_: ByPlace(np.delete(phases, 5)))
-    found = utility(hearts(8), replace(real, attributes=attributes, labels=truth), **SHORT)
+    found = reached(hearts(8), replace(real, attributes=attributes, labels=truth))
     assert found.outcomes.phase.tolist() == [1, 0.5, 1, 1, 1, 1, 1, 1]
     assert found.outcomes["Dice LV"].tolist() == [1, 1, 1, 1, 0.5, 1, 1, 1]
     assert np.isnan(found.outcomes["Dice RV"][3])
@@ -163,7 +168,7 @@ def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypa
 
 def test_volumes_without_labels_teach_all_but_segmentation(monkeypatch, trained, real):
     monkeypatch.setattr(module, "_fit_segmenter", None)
-    blank = utility(replace(hearts(14), name="blank", labels=None), real, **SHORT)
+    blank = reached(replace(hearts(14), name="blank", labels=None), real)
     missing = blank.rows.value.isna()
     assert missing.equals(blank.rows.metric == "Dice")
     assert blank.outcomes.index.equals(trained.outcomes.index)
@@ -173,15 +178,25 @@ def test_volumes_without_labels_teach_all_but_segmentation(monkeypatch, trained,
 
 def test_everything_follows_from_the_seed(real):
     train = hearts(8)
-    runs = [utility(train, real, **SHORT | {"seed": seed}).outcomes["Dice LV"] for seed in (3, 3, 4)]
+    runs = [reached(train, real, seed=seed).outcomes["Dice LV"] for seed in (3, 3, 4)]
     assert runs[0].equals(runs[1])
     assert not runs[0].equals(runs[2])
 
 
-def test_features_are_read_once_for_all_arms(monkeypatch, real):
-    assert real.features.shape == (8, 1280)
-    monkeypatch.setattr(module, "slice_features", None)
-    assert real.features.shape == (8, 1280)
+def test_features_of_the_test_patients_are_read_once_for_all_arms(monkeypatch, real):
+    read, features = [], module.slice_features
+
+    def counted(images, owners, **settings):
+        read.append(images)
+        return features(images, owners, **settings)
+
+    monkeypatch.setattr(module, "slice_features", counted)
+    both = utility([hearts(8), hearts(8, seed=2, name="others")], real, **SHORT)
+    assert [found.name for found in both] == ["hearts", "others"]
+    assert sum(np.array_equal(images, real.images[::2]) for images in read) == 1
+    assert len(read) == 3
+    alone = reached(hearts(8, seed=2, name="others"), real)
+    pd.testing.assert_frame_equal(both[1].rows, alone.rows)
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 5), (12, 40)])
@@ -247,18 +262,6 @@ def test_arms_tested_on_others_are_not_compared():
         compare_arms(made_up("real", truth, truth, 1), made_up("synthetic", truth, truth + 1, 1), resamples=2, seed=0)
 
 
-def test_cohorts_add_up_and_nobody_becomes_another():
-    first, second = hearts(2, name="a"), hearts(3, seed=1, name="b")
-    both = first + second
-    assert both.name == "a + b"
-    assert both.labels is not None
-    assert both.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    np.testing.assert_array_equal(both.images[4:], second.images)
-    np.testing.assert_array_equal(both.labels[:4], first.labels)
-    np.testing.assert_array_equal(both.attributes[4:], second.attributes)
-    assert (first + replace(second, labels=None)).labels is None
-
-
 def patients(secret=False, labelled=True) -> Any:
     """Just enough of a split of patients."""
     volumes = hearts(2)
@@ -269,52 +272,54 @@ def patients(secret=False, labelled=True) -> Any:
         secret=secret,
         labelled=np.full(2, labelled),
         attributes=volumes.attributes,
-        owners=volumes.owners,
+        owners=volumes.patient_index,
         images=lambda rows: volumes.images[rows],
         labels=lambda rows: labels[rows],
     )
 
 
 def test_patients_give_their_volumes_unless_they_are_secret_or_nobody_labelled_them():
-    volumes = LabelledVolumes.of(patients())
+    volumes = labelled_volumes(patients())
     np.testing.assert_array_equal(volumes.labels, hearts(2).labels)
     assert volumes.name == "ward"
-    with pytest.raises(PrivacyError, match="ward"):
-        LabelledVolumes.of(patients(secret=True))
+    with pytest.raises(PrivacyError, match=r"ward holds real private .* labels and images of private patients"):
+        labelled_volumes(patients(secret=True))
     with pytest.raises(CohortError, match="utility"):
-        LabelledVolumes.of(patients(labelled=False))
+        labelled_volumes(patients(labelled=False))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"images": np.zeros((16, 13, 64, 64), np.float32)},
-            r"hearts: images are \(16, 13, 64, 64\), expected \(16, 13",
-        ),
-        ({"images": np.full((16, 13, 96, 96), np.nan, np.float32)}, "hearts: images hold values that aren't finite"),
-        ({"labels": np.zeros((15, 13, 96, 96), np.uint8)}, r"hearts: labels are \(15, .* expected \(16"),
-        ({"labels": np.full((16, 13, 96, 96), 4, np.uint8)}, "hearts: labels go up to 4; give 0 to 3"),
-        ({"attributes": np.zeros((16, 13), np.float32)}, r"hearts: attributes are \(16, 13\), expected \(16, 14\)"),
-        ({"owners": np.zeros(8, np.int64)}, r"hearts: owners are \(8,\), expected \(16,\)"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_named(changes, message):
-    with pytest.raises(ParameterError, match=message):
-        replace(hearts(8), **changes)
+class Names(list[str]):
+    """Patients of whom some are labelled."""
+
+    name, split, labelled = "ward", "train", np.arange(9) < 7
+
+    def subset(self, indices):
+        chosen = Names(self[i] for i in indices)
+        chosen.labelled = self.labelled[indices]
+        return chosen
+
+
+def test_training_patients_are_drawn_by_the_seed_from_those_who_are_labelled():
+    ward: Any = Names("abcdefghi")
+    some = [training_patients(ward, 4, seed) for seed in (0, 0, 1)]
+    assert some[0] == some[1] != some[2]
+    assert {*training_patients(ward, 9, 0)} == {*"abcdefg"}
+    ward.labelled = np.zeros(9, bool)
+    with pytest.raises(CohortError, match="a measure of utility"):
+        training_patients(ward, 4, 0)
 
 
 def test_too_little_to_train_or_test_on_is_named(real):
     few, train = hearts(7, name="few"), hearts(8)
     for arm, test in ((few, real), (train, few)):
         with pytest.raises(ParameterError, match="few: 7 patients; give at least 8"):
-            utility(arm, test, **SHORT)
+            reached(arm, test)
     with pytest.raises(ParameterError, match="real: has no labels; test on patients whose labels were given"):
-        utility(train, replace(real, labels=None), **SHORT)
+        reached(train, replace(real, labels=None))
     attributes = train.attributes.copy()
     attributes[0, LVEDV] = np.nan
     with pytest.raises(ParameterError, match="hearts: 7 patients at end-diastole whose LVEDV is known"):
-        utility(replace(train, attributes=attributes), real, **SHORT)
+        reached(replace(train, attributes=attributes), real)
     attributes = np.where(np.arange(14) == ESED, 1, train.attributes).astype(np.float32)
     with pytest.raises(ParameterError, match=r"hearts: no volume at end-systole \(ESED = 0\)"):
-        utility(replace(train, attributes=attributes), real, **SHORT)
+        reached(replace(train, attributes=attributes), real)

@@ -1,5 +1,6 @@
 """Cohorts: from a manifest to prepared patients, with their attributes and the guards on private ones."""
 
+from cardiac_ldm.cohort.arrays import Volumes
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES, Attribute, measure_attributes
 from cardiac_ldm.cohort.manifest import Manifest, load_manifest
 from cardiac_ldm.cohort.patients import (
@@ -24,6 +25,7 @@ __all__ = [
     "PatientRecord",
     "Patients",
     "Volume",
+    "Volumes",
     "load_manifest",
     "measure_attributes",
     "prepare",

@@ -1,6 +1,5 @@
 """Whether the hearts are the ones that were asked for: phase, volumes, ejection fractions, wall thickness."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,13 +13,14 @@ from cardiac_ldm.cohort import (
     ATTRIBUTES,
     GRID,
     Patients,
+    Volumes,
     measure_attributes,
     require_labelled,
     require_public,
     require_releasable,
 )
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, mean, rows_of
 from cardiac_ldm.models.anatomy import N_LABELS, PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import device_of
 from cardiac_ldm.progress import tqdm
@@ -32,21 +32,19 @@ STEPS = {a.name: (a.high - a.low) / 6 for a in ATTRIBUTES} | {"SEX": 1.0}
 """How far, in the attribute's unit: a sixth of its fixed public range, a standard deviation of patients who fill it."""
 MAGNIFIED = ("LVEDV", "RVEDV", "MYOEDTHICK")
 """What `magnified` changes and an end-diastolic volume tells."""
+CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", "MYOESTHICK", "ANGLE")
+"""Attributes whose calibration is shown."""
+STEERED = 10
+"""Patients whose requests are asked anew, in many ways."""
 _BATCH = 8
 _ESED, _DEPTH = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "DEPTH"))
+Reader = Callable[[np.ndarray, np.ndarray], pd.DataFrame]
+"""Draws volumes for attributes (n, 14) requested by patients (n,) and gives what `read_anatomy` says of them."""
 
 
 @torch.no_grad()
-def read_anatomy(
-    images: np.ndarray,
-    attributes: np.ndarray,
-    owners: np.ndarray,
-    segmenter: Segmenter,
-    classifier: PhaseClassifier,
-    *,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Measure what volumes (n, 13, 96, 96) show, beside the attributes (n, 14) asked for, NaN where nothing was asked.
+def read_anatomy(volumes: Volumes, segmenter: Segmenter, classifier: PhaseClassifier) -> pd.DataFrame:
+    """Measure what volumes show, beside the attributes requested, NaN where nothing was.
 
     Returns:
         A tidy table with columns owner, attribute, asked, measured in the attribute's unit: for every patient or
@@ -57,32 +55,31 @@ def read_anatomy(
     Raises:
         ParameterError: a volume's phase isn't given.
     """
-    if unknown := np.flatnonzero(np.isnan(attributes[:, _ESED])).tolist():
+    attributes, phases = volumes.attributes, volumes.attributes[:, _ESED]
+    if unknown := np.flatnonzero(np.isnan(phases)).tolist():
         raise ParameterError(f"attributes: ESED is missing for volumes {unknown}; ask for 0 (ES) or 1 (ED)")
-    labels, phases = [], []
-    for start in tqdm(range(0, len(images), _BATCH), desc="anatomy", unit="batch", disable=not progress, leave=False):
-        volumes = torch.from_numpy(images[start : start + _BATCH]).to(device_of(segmenter))
-        labels.append(segmenter(volumes).argmax(dim=1).to(torch.uint8).cpu().numpy())
-        phases.append(classifier(volumes).softmax(dim=1)[:, 1].cpu().numpy())
-    segmented, predicted = np.concatenate(labels), np.concatenate(phases)
+    labels, looks = [], []
+    batches = torch.from_numpy(volumes.images).to(device_of(segmenter)).split(_BATCH)
+    for images in tqdm(batches, desc="anatomy", unit="batch", leave=False):
+        labels.append(segmenter(images).argmax(dim=1).to(torch.uint8).cpu().numpy())
+        looks.append(classifier(images).softmax(dim=1)[:, 1].cpu().numpy())
+    segmented, predicted = np.concatenate(labels), np.concatenate(looks)
     rows: list[tuple[int, str, float, float]] = []
-    for owner in np.unique(owners):
-        own = np.flatnonzero(owners == owner)
-        by_phase = {"ED" if attributes[i, _ESED] else "ES": segmented[i] for i in own}
-        measured = measure_attributes(by_phase, GRID.spacing_mm)
+    for owner in np.unique(volumes.patient_index):
+        own = np.flatnonzero(volumes.patient_index == owner)
+        measured = measure_attributes({"ED" if phases[i] else "ES": segmented[i] for i in own}, GRID.spacing_mm)
         asked = dict(zip(ATTRIBUTE_NAMES, attributes[own[0]], strict=True))
         rows += [(owner, name, asked[name], value) for name, value in measured.items() if name != "DEPTH"]
-        rows += [(owner, "ESED", attributes[i, _ESED], predicted[i]) for i in own]
+        rows += [(owner, "ESED", phases[i], predicted[i]) for i in own]
     return pd.DataFrame(rows, columns=["owner", "attribute", "asked", "measured"])
 
 
 def phase_accuracy(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int]:
-    """Share of volumes whose predicted phase is the one asked for: the statistic over patients, and their number."""
+    """Share of volumes whose predicted phase is the one requested: the statistic over patients, and their number."""
     volumes = table[(table.attribute == "ESED") & table.asked.notna()]
-    right = (
-        (volumes.asked == (volumes.measured > 0.5)).groupby(volumes.owner).agg(["sum", "count"]).to_numpy(np.float64)
-    )
-    return lambda patients: float(right[patients, 0].sum() / right[patients, 1].sum()), len(right)
+    right = (volumes.asked == (volumes.measured > 0.5)).groupby(volumes.owner).agg(["sum", "count"])
+    found, asked = right.to_numpy(np.float64).T
+    return lambda patients: float(found[patients].sum() / asked[patients].sum()), len(right)
 
 
 def phase_order(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int]:
@@ -114,13 +111,13 @@ def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[
         x, y = asked[patients] - asked[patients].mean(), measured[patients]
         return float(x @ y / (x @ x)) if x.any() else float("nan")
 
-    def bias(patients: np.ndarray) -> float:
-        return float((measured[patients] - asked[patients]).mean())
-
-    def error(patients: np.ndarray) -> float:
-        return float(np.abs(measured[patients] - asked[patients]).mean())
-
-    return {"correlation": correlation, "slope": slope, "bias": bias, "mean absolute error": error}, len(known)
+    statistics = {
+        "correlation": correlation,
+        "slope": slope,
+        "bias": lambda patients: float((measured[patients] - asked[patients]).mean()),
+        "mean absolute error": lambda patients: float(np.abs(measured[patients] - asked[patients]).mean()),
+    }
+    return statistics, len(known)
 
 
 def segmentation_dice(segmenter: Segmenter, patients: Patients) -> pd.DataFrame:
@@ -145,20 +142,22 @@ def volume_dice(segmenter: Segmenter, images: np.ndarray, labels: np.ndarray) ->
     return pd.DataFrame(score.aggregate().numpy(), columns=list(STRUCTURES))
 
 
-def calibration(table: pd.DataFrame, attribute: str, bins: int, *, resamples: int, seed: int) -> pd.DataFrame:
+def calibration(table: pd.DataFrame, bins: int = 6, *, resamples: int, seed: int) -> pd.DataFrame:
     """Mean measured of patients who ask for about the same: at most `bins` bins of equally many, at least 8 in each.
 
     Returns:
-        A row per bin, in rising order of what is asked: attribute, asked (mean), measured (mean), low, high (95 %
-        interval of the latter over patients), n_patients. One row, of NaN, where fewer than 8 patients are known.
+        A row per bin of each attribute in CALIBRATED, in rising order of what is asked: attribute, asked (mean),
+        measured (mean), low, high (95 % interval of the latter over patients), n_patients. One row, of NaN, where fewer
+        than 8 patients are known.
     """
-    known = table[table.attribute == attribute].dropna().sort_values("asked")
-    parts = np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // MIN_PATIENTS)))
     rows = []
-    for part in (known.iloc[p] for p in parts):
-        mean = _mean(part.measured.to_numpy(np.float64), resamples, seed)
-        rows.append((attribute, part.asked.mean(), mean.value, mean.low, mean.high, mean.n_patients))
-    return pd.DataFrame(rows, columns=["attribute", "asked", "measured", "low", "high", "n_patients"])
+    for attribute in CALIBRATED:
+        known = table[table.attribute == attribute].dropna().sort_values("asked")
+        for rows_of_bin in np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // MIN_PATIENTS))):
+            part = known.iloc[rows_of_bin]
+            about = {"attribute": attribute, "asked": part.asked.mean()}
+            rows.append(about | _interval("measured", part.measured.to_numpy(np.float64), resamples, seed))
+    return pd.DataFrame(rows)
 
 
 def base_requests(patients: Patients, n_patients: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,17 +219,25 @@ def _direction(attributes: np.ndarray, name: str) -> np.ndarray:
     return np.where(attributes[:, number] < (ATTRIBUTES[number].low + ATTRIBUTES[number].high) / 2, 1, -1)
 
 
+def steer(patients: Patients, read: Reader, *, resamples: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Move one attribute of STEERED patients' requests at a time: what was read of all volumes, and its `response`.
+
+    Raises:
+        PrivacyError, ParameterError: as `base_requests`.
+    """
+    attributes, owners = base_requests(patients, STEERED)
+    requests = {"nothing": attributes} | counterfactuals(attributes)
+    anatomy = pd.concat([read(some, owners).assign(moved=name) for name, some in requests.items()])
+    return anatomy, response(anatomy, attributes, owners, resamples=resamples, seed=seed)
+
+
 def response(
     table: pd.DataFrame, attributes: np.ndarray, owners: np.ndarray, *, resamples: int, seed: int
 ) -> pd.DataFrame:
     """How far every attribute moves, in what is drawn, when one of them is moved by one step and the noise stays.
 
-    Args:
-        table: of `read_anatomy`, for the requests and their `counterfactuals`, with the column moved: "nothing" or
-            which attribute.
-        attributes: the requests (n, 14).
-        owners: int64 (n,), who asks.
-        resamples, seed: of the bootstrap.
+    table: of `read_anatomy`, for the requests, attributes (n, 14) of owners (n,), and their `counterfactuals`, with the
+    column moved: "nothing" or which attribute.
 
     Returns:
         A row per moved and measured attribute: moved, attribute, asked and change (means over patients, as if all had
@@ -249,12 +256,11 @@ def response(
         change = (read[name] - base).mul(direction, axis="index")
         for attribute in (a for a in ATTRIBUTE_NAMES if a in base["measured"]):
             patients = change.xs(attribute, axis="columns", level="attribute").dropna()
-            mean = _mean(patients.measured.to_numpy(np.float64), resamples, seed)
-            values = (patients.asked.mean(), mean.value, mean.low, mean.high)
-            rows.append((name, attribute, *values, mean.n_patients, *(v / STEPS[attribute] for v in values)))
-    numbers = ["asked", "change", "low", "high"]
-    steps = [f"{number}_steps" for number in numbers]
-    return pd.DataFrame(rows, columns=["moved", "attribute", *numbers, "n_patients", *steps])
+            about = {"moved": name, "attribute": attribute, "asked": patients.asked.mean()}
+            rows.append(about | _interval("change", patients.measured.to_numpy(np.float64), resamples, seed))
+    found = pd.DataFrame(rows)
+    numbers = found[["asked", "change", "low", "high"]]
+    return found.join(numbers.div(found.attribute.map(STEPS), axis="index").add_suffix("_steps"))
 
 
 def public_span(patients: Patients) -> dict[str, tuple[float, float]]:
@@ -287,6 +293,21 @@ def magnified(attributes: np.ndarray, lvedv: float) -> np.ndarray:
     return after.astype(np.float32)
 
 
+def reach(
+    patients: Patients, public: Patients, read: Reader, *, resamples: int, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Request hearts smaller and larger than all public patients', at end-diastole: what was read, and `beyond_range`.
+
+    Raises:
+        PrivacyError, ParameterError: as `base_requests` of patients and `public_span` of public ones.
+    """
+    attributes, owners = (rows[::2] for rows in base_requests(patients, STEERED))
+    span = public_span(public)
+    levels = ladder(*span["LVEDV"])
+    anatomy = pd.concat([read(magnified(attributes, level), owners).assign(level=level) for level in levels])
+    return anatomy, beyond_range(anatomy, span, resamples=resamples, seed=seed)
+
+
 def beyond_range(
     table: pd.DataFrame, span: Mapping[str, tuple[float, float]], *, resamples: int, seed: int
 ) -> pd.DataFrame:
@@ -294,10 +315,8 @@ def beyond_range(
 
     The segmenter hasn't seen hearts outside either: what it can't read shows here as if it weren't drawn.
 
-    Args:
-        table: of `read_anatomy`, for requests of `magnified` at several LVEDVs, which the column level tells.
-        span: of `public_span`.
-        resamples, seed: of the bootstrap.
+    table: of `read_anatomy`, for requests of `magnified` at several LVEDVs, which the column level tells. span: of
+    `public_span`.
 
     Returns:
         A row per attribute in MAGNIFIED and level: attribute, level, asked and measured (means over patients), low,
@@ -307,19 +326,15 @@ def beyond_range(
     smallest, largest = span["LVEDV"]
     rows = []
     for attribute in MAGNIFIED:
-        own = table[table.attribute == attribute]
-        for level in np.unique(own.level):
-            patients = own[own.level == level].dropna()
-            where = "below" if level < smallest else "above" if level > largest else "inside"
-            mean = _mean(patients.measured.to_numpy(np.float64), resamples, seed)
-            numbers = (mean.value, mean.low, mean.high, mean.n_patients)
-            rows.append((attribute, level, patients.asked.mean(), *numbers, where))
-    columns = ["attribute", "level", "asked", "measured", "low", "high", "n_patients", "where"]
-    return pd.DataFrame(rows, columns=columns)
+        for level, own in table[table.attribute == attribute].groupby("level"):
+            patients = own.dropna()
+            about = {"attribute": attribute, "level": level, "asked": patients.asked.mean()}
+            rows.append(about | _interval("measured", patients.measured.to_numpy(np.float64), resamples, seed))
+    found = pd.DataFrame(rows)
+    return found.assign(where=np.select([found.level < smallest, found.level > largest], ["below", "above"], "inside"))
 
 
-def _mean(values: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """The mean over patients (n,), all known; NaN where they are too few."""
-    if len(values) < MIN_PATIENTS:
-        return Estimate(math.nan, math.nan, math.nan, len(values))
-    return bootstrap(lambda patients: float(values[patients].mean()), len(values), resamples=resamples, seed=seed)
+def _interval(name: str, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """The mean over patients (n,) under this name, with low, high and n_patients; NaN where they are too few."""
+    found = mean(values, resamples=resamples, seed=seed)
+    return {name: found.value, "low": found.low, "high": found.high, "n_patients": found.n_patients}

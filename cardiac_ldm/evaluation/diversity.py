@@ -1,55 +1,37 @@
 """How alike the volumes of different patients are, and which hearts nobody has: a cohort of copies shows here."""
 
-import math
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from monai.metrics.regression import compute_ms_ssim
-from scipy.special import comb
 
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Volumes
 from cardiac_ldm.evaluation.features import SLICES
 from cardiac_ldm.evaluation.fidelity import NeighbourMeasures
-from cardiac_ldm.evaluation.intervals import Estimate, half_samples
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, half_samples
 from cardiac_ldm.progress import tqdm
 
 _BATCH = 8
 _OUT_OF_REACH = 1e3
 """Standard deviations; nobody's neighbours are so far away."""
-_FEWEST = 4
-"""Patients in a half-sample: half of the fewest that give an interval."""
 SCALE_WEIGHTS = tuple(np.array([0.0448, 0.2856, 0.3001]) / (0.0448 + 0.2856 + 0.3001))
 """The three finest of MS-SSIM's five scales (Wang et al., Asilomar 2003), scaled to sum to 1: the usual 11 x 11 window
 fits into 96 pixels halved twice, not four times."""
 
 
 @torch.no_grad()
-def similarity_of_pairs(
-    images: np.ndarray,
-    owners: np.ndarray,
-    phases: np.ndarray,
-    *,
-    partners: int = 4,
-    seed: int,
-    progress: bool = True,
-) -> np.ndarray:
+def similarity_of_pairs(volumes: Volumes, *, partners: int = 4, seed: int) -> np.ndarray:
     """MS-SSIM of pairs of volumes of DIFFERENT patients in the same phase; each volume meets 2 x `partners` others.
 
     Slices 3..9 are channels: windows and halvings are in-plane, as in 3D with a window of depth 1, since 13 slices of
-    10 mm bear neither an 11-voxel window nor a halving.
-
-    Args:
-        images: (n, 13, 96, 96) in [0, 1].
-        owners: int64 (n,), the patient or request of each volume.
-        phases: (n,), 0 end-systole, 1 end-diastole.
-        partners: pairs drawn per volume.
-        seed: draws the pairs.
-        progress: show a bar.
+    10 mm bear neither an 11-voxel window nor a halving. The seed draws the pairs.
 
     Returns:
         float64 (patients, patients), symmetric: a pair's mean MS-SSIM over its phases, NaN where it wasn't drawn.
     """
+    owners, phases = volumes.patient_index, volumes.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
     rng, pairs = np.random.default_rng(seed), []
     for phase in np.unique(phases):
         ring = rng.permutation(np.flatnonzero(phases == phase))
@@ -57,10 +39,10 @@ def similarity_of_pairs(
             pairs += [(i, j) for i, j in zip(ring, np.roll(ring, step), strict=True) if owners[i] != owners[j]]
     n_patients = int(owners.max()) + 1
     total, count = np.zeros((n_patients, n_patients)), np.zeros((n_patients, n_patients))
-    bar = tqdm(range(0, len(pairs), _BATCH), desc="MS-SSIM", unit="batch", disable=not progress, leave=False)
+    bar = tqdm(range(0, len(pairs), _BATCH), desc="MS-SSIM", unit="batch", leave=False)
     for start in bar:
         first, second = np.array(pairs[start : start + _BATCH]).T
-        x, y = (torch.from_numpy(images[side, SLICES]) for side in (first, second))
+        x, y = (torch.from_numpy(volumes.images[side, SLICES]) for side in (first, second))
         value = compute_ms_ssim(x, y, spatial_dims=2, weights=SCALE_WEIGHTS).flatten().double().numpy()
         for a, b in ((owners[first], owners[second]), (owners[second], owners[first])):
             np.add.at(total, (a, b), value)
@@ -76,87 +58,49 @@ def mean_similarity(similarity: np.ndarray, patients: np.ndarray) -> float:
     return float((weights * np.where(drawn, similarity, 0)).sum() / weights.sum()) if weights.any() else float("nan")
 
 
-def attribute_coverage(
+def attribute_neighbours(
+    measure: Literal["coverage", "recall"],
     synthetic: pd.DataFrame,
     real: pd.DataFrame,
     *,
     size: int,
     pairs: int,
     seed: int,
-    k: int = 1,
-    progress: bool = True,
+    k: int | None = None,
 ) -> Estimate:
-    """Share of real hearts that have a synthetic one nearer than their k-th real neighbour (`expected_coverage`).
+    """Coverage or recall of hearts: vectors of all that the segmenter reads, in standard deviations of the real ones.
 
-    Coverage (Naeem et al., arXiv 2002.09797) of attributes: a heart is the vector of all that the segmenter reads from
-    it, in standard deviations of the real ones. With few patients and larger k it's blind: among 20, copies of the mean
-    heart, which is everybody's neighbour, cover 70 % for k = 5 and 13 % for k = 1. That hearts are all too ordinary
-    shows in `attribute_recall`. Requests that repeat the real patients' attributes, well obeyed, cover more than real
-    halves do.
+    Coverage (Naeem et al., arXiv 2002.09797): the share of real hearts that have a synthetic one nearer than their k-th
+    real neighbour. With few patients and larger k it's blind: among 20, copies of the mean heart, which is everybody's
+    neighbour, cover 70 % for k = 5 and 13 % for k = 1. Requests that repeat the real patients' attributes, well obeyed,
+    cover more than real halves do. A real heart in which something can't be measured doesn't count; a synthetic one
+    does, and covers nobody.
 
-    A real heart in which something can't be measured doesn't count; a synthetic one does, and covers nobody.
+    Recall (Kynkaanniemi et al., arXiv 1904.06991): the share of real hearts that lie no farther from a synthetic one
+    than its k-th synthetic neighbour, which falls where synthetic hearts are all too ordinary. It says little of which
+    attributes go together. Hearts in which something can't be measured don't count.
 
     Args:
-        synthetic: table of owner, attribute, asked, measured (`read_anatomy`), or the very table `real`: then disjoint
-            halves of the real patients are compared, which is the ceiling.
+        measure: which of the two.
+        synthetic: table of `read_anatomy`, or the very table `real`: then disjoint halves of the real patients are
+            compared, which is the ceiling.
         real: the same of real patients.
         size: patients of either in a half-sample (`half_samples`), no more than half of those who can be measured.
-        pairs: half-samples drawn.
-        seed: draws them.
-        k: neighbours.
-        progress: show a bar.
+        pairs, seed: half-samples drawn, and what draws them.
+        k: neighbours; 1 for coverage, 3 for recall unless told.
 
     Returns:
         The share with its interval; NaN where there are fewer than 8 patients, or k + 1 in a half-sample.
     """
-    return _neighbours("coverage", synthetic, real, size, pairs, seed, k, progress)
-
-
-def attribute_recall(
-    synthetic: pd.DataFrame,
-    real: pd.DataFrame,
-    *,
-    size: int,
-    pairs: int,
-    seed: int,
-    k: int = 3,
-    progress: bool = True,
-) -> Estimate:
-    """Share of real hearts that lie no farther from a synthetic one than its k-th synthetic neighbour.
-
-    Recall (Kynkaanniemi et al., arXiv 1904.06991) of attributes, which falls where synthetic hearts vary less than real
-    ones. It says little of which attributes go together: that's for `attribute_coverage`, which takes the same
-    arguments. Hearts in which something can't be measured don't count.
-    """
-    return _neighbours("recall", synthetic, real, size, pairs, seed, k, progress)
-
-
-def expected_coverage(n_real: int, n_synthetic: int, k: int = 1) -> float:
-    """Coverage on average between cohorts of one distribution: 1 - prod_{i=1..k} (n - i) / (n + m - i).
-
-    Any of a real heart's n - 1 + m others are its k nearest alike, and it's missed where all k are real.
-    """
-    return float(1 - comb(n_real - 1, k) / comb(n_real + n_synthetic - 1, k))
-
-
-def _neighbours(
-    measure: Literal["coverage", "recall"],
-    synthetic: pd.DataFrame,
-    real: pd.DataFrame,
-    size: int,
-    pairs: int,
-    seed: int,
-    k: int,
-    progress: bool,
-) -> Estimate:
+    k = k or {"coverage": 1, "recall": 3}[measure]
     theirs = _hearts(real).dropna(axis="columns", how="all").dropna()
     theirs = theirs.loc[:, theirs.std() > 0]
     ours = theirs if synthetic is real else _hearts(synthetic).reindex(columns=theirs.columns)
     if measure == "recall":
         ours = ours.dropna()  # the ball round a heart out of reach would hold everybody
     size = min(size, len(ours) // 2, len(theirs) // 2)
-    if size < max(_FEWEST, k + 1) or theirs.empty:
-        return Estimate(math.nan, math.nan, math.nan, size)
+    if size < max(MIN_PATIENTS // 2, k + 1) or theirs.empty:
+        return Estimate.undefined(size)
     first, second = (
         ((hearts - theirs.mean()) / theirs.std()).fillna(_OUT_OF_REACH).to_numpy() for hearts in (ours, theirs)
     )
@@ -168,7 +112,6 @@ def _neighbours(
         size,
         pairs=pairs,
         seed=seed,
-        progress=progress,
     )
 
 

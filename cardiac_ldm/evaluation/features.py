@@ -8,7 +8,6 @@ from einops import rearrange
 from monai.networks.layers import SkipConnection
 from torch import Tensor, nn
 
-from cardiac_ldm.cohort import GRID
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.device import compute_device
@@ -88,7 +87,6 @@ def slice_features(
     *,
     encoder: nn.Module | None = None,
     batch: int = 4,
-    progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode slices 3..9 of volumes (n, 13, 96, 96) in [0, 1], `batch` volumes at a time.
 
@@ -102,48 +100,6 @@ def slice_features(
     batches = np.array_split(images[:, SLICES], max(1, len(images) // batch))
     features = [
         encoder(torch.from_numpy(rearrange(volumes, "n d h w -> (n d) 1 h w")).to(device)).cpu().numpy()
-        for volumes in tqdm(batches, desc="features", unit="batch", disable=not progress, leave=False)
+        for volumes in tqdm(batches, desc="features", unit="batch", leave=False)
     ]
     return np.concatenate(features), np.repeat(owners, SLICES.stop - SLICES.start)
-
-
-def radiomics_features(images: np.ndarray, *, progress: bool = True) -> np.ndarray:
-    """Radiomics of whole volumes (n, 13, 96, 96) in [0, 1], float64 (n, 385): what `fidelity.frd` compares.
-
-    First-order, GLCM, GLRLM, GLSZM and NGTDM features of the image and of its four wavelet bands, in-plane, over all
-    slices that aren't empty: what the code of Konz, Osuala et al. (arXiv 2412.01496) takes from single slices, with its
-    settings and without shapes. Their resampling to 2 mm is left out: the grid is alike for all. About 2 s a volume.
-
-    Raises:
-        ParameterError: pyradiomics isn't installed, or a volume is empty or of one grey only.
-    """
-    try:
-        import SimpleITK as sitk  # noqa: N813
-        from radiomics import featureextractor, glcm
-    except ImportError as error:
-        raise ParameterError(
-            f"radiomics: {error.name} isn't installed; pip install -c constraints.txt -e '.[frd]' (needs a C compiler)"
-        ) from error
-    stacks = [volume[volume.any(axis=(1, 2))] for volume in images]  # normalisation is over all that's given
-    if flat := [i for i, stack in enumerate(stacks) if len(np.unique(stack)) < 2]:
-        raise ParameterError(f"images: volumes {flat} are of one grey only, which has no texture; leave them out")
-    left_out = ("MCC", "SumAverage")  # not in the authors' list
-    cooccurrence = [
-        name for name, old in glcm.RadiomicsGLCM.getFeatureNames().items() if not old and name not in left_out
-    ]
-    settings = {"normalize": True, "normalizeScale": 100, "binWidth": 5, "voxelArrayShift": 300}
-    extractor = featureextractor.RadiomicsFeatureExtractor(
-        {
-            "imageType": {"Original": {}, "Wavelet": {}},
-            "featureClass": {"firstorder": None, "glcm": cooccurrence, "glrlm": None, "glszm": None, "ngtdm": None},
-            "setting": settings | {"force2D": True, "force2Ddimension": 0},
-        }
-    )
-    rows = []
-    for stack in tqdm(stacks, desc="radiomics", unit="volume", disable=not progress, leave=False):
-        image, mask = (sitk.GetImageFromArray(array) for array in (stack, np.ones(stack.shape, np.uint8)))
-        for part in (image, mask):
-            part.SetSpacing(GRID.spacing_mm[::-1])
-        found = extractor.execute(image, mask)
-        rows.append([float(value) for name, value in found.items() if not name.startswith("diagnostics")])
-    return np.array(rows)

@@ -10,8 +10,6 @@ from scipy import linalg
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import Estimate, half_samples, rows_of
 
-_SINGLE = 1e-6
-"""Spreads below this share of the mean are rounding."""
 _PARTS = (1, 2, 3)
 """Smaller parts make the extrapolated distance no surer, but bend its line."""
 
@@ -36,40 +34,14 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.square(mean_1 - mean_2).sum() + max(variances - 2 * overlap, 0.0))
 
 
-def frd(synthetic: np.ndarray, real: np.ndarray) -> float:
-    """FRD of radiomics (n, d) and (m, d), see `features.radiomics_features` (Konz, Osuala et al., arXiv 2412.01496).
-
-    log d (their equation 3), where d^2 is the squared Frechet distance of features standardised by the mean and the
-    standard deviation of the real ones. Their code prints log d^2, which is twice this. As there, features that are
-    constant in the real volumes or not finite in some volume are left out. -inf between cohorts that are the same.
-
-    Raises:
-        ParameterError: as `frechet_distance`, or no feature is left.
-    """
-    _require_features("FRD", np.nan_to_num(synthetic), np.nan_to_num(real))
-    finite = np.isfinite(synthetic).all(axis=0) & np.isfinite(real).all(axis=0)
-    mean, spread = np.zeros((2, len(finite)))
-    mean[finite], spread[finite] = real[:, finite].mean(axis=0), real[:, finite].std(axis=0)
-    kept = spread > _SINGLE * np.abs(mean)
-    if not kept.any():
-        raise ParameterError(
-            f"FRD: none of {len(kept)} features varies over {len(real)} real volumes; give more of them"
-        )
-    first, second = ((features[:, kept] - mean[kept]) / spread[kept] for features in (synthetic, real))
-    distance = frechet_distance(first, second)
-    return float(np.log(distance) / 2) if distance > 0 else -np.inf
-
-
 def paper_fid(first: np.ndarray, second: np.ndarray) -> float:
     """FID of features (n, d) and (m, d) as the public code of Daum et al., arXiv 2407.16405, computes it.
 
     mean |mean1 - mean2| + tr(S1 + S2 - 2 U s^(1/2) V'), where S1 S2 = U s V' and S has n - 1 degrees of freedom. It
-    can't be compared with the textbook's FID (`frechet_distance`), from which it differs in two ways. The first term is
-    the mean over features of absolute differences, not the sum of squared ones, and hardly counts. And U s^(1/2) V' is
-    a square root of S1 S2 only where S1 and S2 commute; elsewhere its trace was smaller in all we tried, which sets
-    even cohorts alike further apart. Their code works in single precision, this in double.
-
-    They give it slices 3..9 through torchvision's Inception-v3 behind ImageNet's normalisation (`InceptionEncoder`).
+    can't be compared with the textbook's FID (`frechet_distance`): the first term is the mean of absolute differences,
+    not the sum of squared ones, and U s^(1/2) V' is a square root of S1 S2 only where these commute; elsewhere its
+    trace was smaller in all we tried. Their code works in single precision, this in double, on slices 3..9 through
+    torchvision's Inception-v3 behind ImageNet's normalisation (`InceptionEncoder`).
 
     Raises:
         ParameterError: as `frechet_distance`.
@@ -91,7 +63,6 @@ def frechet_infinity(
     size: int,
     pairs: int,
     seed: int,
-    progress: bool = True,
 ) -> tuple[pd.DataFrame, Estimate]:
     """Extrapolate the Frechet distance to endlessly many patients (after Chong and Forsyth, arXiv 1911.07023).
 
@@ -101,15 +72,8 @@ def frechet_infinity(
     features vary, the curve bends and the intercept is still too large: look at the table, and at the floor's
     intercept, which ought to be 0.
 
-    Args:
-        first: features (n, d).
-        first_owners: the patient, from 0, of each row, int64 (n,).
-        second: features (m, d), or the very array `first`: then disjoint parts of that cohort are compared, the floor.
-        second_owners: int64 (m,).
-        size: patients of either cohort in a half-sample: half of the smaller one.
-        pairs: half-samples drawn of either.
-        seed: draws them.
-        progress: show a bar.
+    first, second: features (n, d) and (m, d), with the patient, from 0, of each row; the very same array gives the
+    floor, between disjoint parts of one cohort. size: patients in a half-sample: half of the smaller cohort.
 
     Returns:
         The distance at each size, with 95 % intervals, as a table of n_patients, value, low, high; and the intercept
@@ -139,7 +103,7 @@ def frechet_infinity(
         curves.append([at(n, some, others) for n in counts])
         return float(np.polyfit(1 / np.array(counts), curves[-1], 1)[1])
 
-    estimate = half_samples(intercept, n_first, n_second, size, pairs=pairs, seed=seed, progress=progress)
+    estimate = half_samples(intercept, n_first, n_second, size, pairs=pairs, seed=seed)
     mean, margin = np.mean(curves, axis=0), 1.96 * np.std(curves, axis=0, ddof=1)
     return pd.DataFrame({"n_patients": counts, "value": mean, "low": mean - margin, "high": mean + margin}), estimate
 

@@ -11,20 +11,20 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patient
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patient, Volumes
 from cardiac_ldm.cohort.attributes import LV, RV
 from cardiac_ldm.cohort.files import OURS, Reading, Stack
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.manifest import TableReader
 from cardiac_ldm.cohort.volumes import Volume
 from cardiac_ldm.errors import CohortError
-from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES, SyntheticCohort
+from cardiac_ldm.evaluation.synthesis import RELEASED
 
 TABLE = "attributes.csv"
 _COLUMNS = ("file", *ATTRIBUTE_NAMES)
 
 
-def read_folder(folder: Path) -> SyntheticCohort:
+def read_folder(folder: Path) -> Volumes:
     """Read a synthetic cohort from a folder such as `write_release` leaves, whoever made it.
 
     `attributes.csv` has a row per volume: patient, file (NIfTI, stored x, y, z; its path below the folder), ESED (1
@@ -53,7 +53,8 @@ def read_folder(folder: Path) -> SyntheticCohort:
     placed = [_placed(reading, str(patient), [stacks[row] for row in own]) for patient, own in patients.indices.items()]
     if n := len(reading.repairs):
         warnings.warn(f"{folder}: {n} repair(s): {'; '.join(reading.repairs[:10])}", stacklevel=2)
-    return SyntheticCohort(
+    return Volumes(
+        folder.resolve().name,
         np.concatenate([images for images, _ in placed]),
         rows[list(ATTRIBUTE_NAMES)].to_numpy(np.float32),
         patients.ngroup().to_numpy(np.int64),
@@ -87,17 +88,14 @@ class _SyntheticReading(Reading):
         return stored.astype(np.uint8)
 
     def is_released(self, file: str) -> bool:
-        """Whether a volume that was read is as `write_release` leaves them, whatever has turned it since.
-
-        Releases once said, in error, that columns run to the patient's right; their voxels lie as today's do.
-        """
-        image, affine = nib.load(self.root / file), self.affine(file)
-        said = np.abs(affine) if self.is_ours(file) else affine * RELEASED_AXES * [-1, 1, 1]
+        """Whether a volume that was read is as `write_release` leaves them, whatever has turned it since."""
+        image = nib.load(self.root / file)
         return (
-            image.shape == GRID.shape[::-1]
+            self.is_ours(file)
+            and image.shape == GRID.shape[::-1]
             and image.get_data_dtype() == np.uint8
             and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-            and np.allclose(said, np.diag(GRID.spacing_mm[::-1]), atol=1e-4)
+            and np.allclose(np.abs(self.affine(file)), np.diag(GRID.spacing_mm[::-1]), atol=1e-4)
         )
 
     def affine(self, file: str) -> np.ndarray:
@@ -225,10 +223,7 @@ def _placed(reading: _SyntheticReading, patient: str, stacks: Sequence[Stack]) -
                 stack.image, f"lies otherwise than {first}, as their affines say; expected one geometry per patient"
             )
     if all(reading.is_released(stack.image) for stack in stacks):
-        volumes = [
-            reading.lying(stack, [volume])[0] if reading.is_ours(stack.image) else volume
-            for stack, volume in zip(stacks, volumes, strict=True)
-        ]
+        volumes = [reading.lying(stack, [volume])[0] for stack, volume in zip(stacks, volumes, strict=True)]
         drawn = np.stack([volume.image for volume in volumes]) / 255
         meant = [volume.labels for volume in volumes if volume.labels is not None]
         return drawn, np.stack(meant) if meant else np.zeros(drawn.shape, np.uint8)

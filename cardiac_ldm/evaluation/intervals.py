@@ -1,10 +1,14 @@
 """Estimates with 95 % intervals over patients: the patient, never the slice or the volume, is what's resampled."""
 
+import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from cardiac_ldm.progress import tqdm
@@ -22,19 +26,31 @@ class Estimate:
     high: float
     n_patients: int
 
+    @classmethod
+    def undefined(cls, n_patients: int) -> "Estimate":
+        """None: all is NaN."""
+        return cls(math.nan, math.nan, math.nan, n_patients)
+
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n_patients: int, *, resamples: int, seed: int) -> Estimate:
-    """Estimate with the percentile bootstrap (Efron, 1979) over patients.
+    """Estimate with the percentile bootstrap (Efron, 1979) over patients; NaN where there are fewer than 8.
 
     statistic: int64 (n_patients,) indices of patients, repeats allowed -> number; where it's NaN for some resample, the
     interval is NaN.
     """
+    if n_patients < MIN_PATIENTS:
+        return Estimate.undefined(n_patients)
     everyone = np.arange(n_patients)
     with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):
         interval = stats.bootstrap(
             (everyone,), statistic, n_resamples=resamples, vectorized=False, method="percentile", rng=seed
         ).confidence_interval
     return Estimate(statistic(everyone), float(interval.low), float(interval.high), n_patients)
+
+
+def mean(values: np.ndarray, *, resamples: int, seed: int) -> Estimate:
+    """`bootstrap` of the mean over patients (n,)."""
+    return bootstrap(lambda patients: float(values[patients].mean()), len(values), resamples=resamples, seed=seed)
 
 
 def half_samples(
@@ -45,7 +61,6 @@ def half_samples(
     *,
     pairs: int,
     seed: int,
-    progress: bool,
 ) -> Estimate:
     """Estimate a distance between two cohorts of patients from random parts of `size` patients of each.
 
@@ -59,7 +74,7 @@ def half_samples(
     """
     rng = np.random.default_rng(seed)
     values = []
-    for _ in tqdm(range(pairs), desc="half-samples", unit="pair", disable=not progress, leave=False):
+    for _ in tqdm(range(pairs), desc="half-samples", unit="pair", leave=False):
         first = rng.permutation(n_first)
         second = first[size:] if n_second is None else rng.permutation(n_second)
         values.append(distance(first[:size], second[:size]))
@@ -70,3 +85,8 @@ def half_samples(
 def rows_of(owners: np.ndarray) -> Sequence[np.ndarray]:
     """For every owner 0..n-1, the rows (int64) that are theirs."""
     return [np.flatnonzero(owners == owner) for owner in range(int(owners.max()) + 1)]
+
+
+def records(table: pd.DataFrame, digits: int = 10) -> list[dict[str, Any]]:
+    """A table's rows as JSON knows them, to so many decimals; what isn't finite becomes None."""
+    return json.loads(table.to_json(orient="records", double_precision=digits))

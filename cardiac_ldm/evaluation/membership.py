@@ -4,13 +4,16 @@ Losses of real patients are private: what is computed from them has no noise and
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm, rankdata
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.intervals import records
 from cardiac_ldm.privacy.bounds import SIGNIFICANCE, check_finite
 
 
@@ -22,31 +25,30 @@ class Rate(NamedTuple):
     high: float
 
 
-def calibrated(losses: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Scores (n,) of membership from losses, corrected for how hard each patient is to models that never saw them.
+def attacks(losses: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
+    """Membership from the losses (n,) of members and (m,) of others, and from what these are below a reference model's.
 
-    (mean of references - loss) / their standard deviation: offline LiRA (Carlini et al., arXiv 2112.03570). Of one
-    reference, such as the public model, the difference alone (Watson et al., arXiv 2111.08440). The attack without
-    references is the score -loss.
+    The second takes off how hard each patient is for a model that none of them trained, such as the public one (Watson
+    et al., arXiv 2111.08440). references: its losses of the same patients.
 
-    Args:
-        losses: (n,) of the patients under the model that is attacked.
-        references: (k, n) of the same patients under models that none of them trained.
+    Returns:
+        n_members, n_others, and membership: a row an attack and measure, as JSON knows them.
 
     Raises:
-        ParameterError: the shapes don't fit, a loss is not finite, or all references give a patient the same loss.
+        ParameterError: losses are missing or not finite, or the references are of others.
     """
-    if losses.ndim != 1 or references.ndim != 2 or not len(references) or references.shape[1:] != losses.shape:
-        raise ParameterError(f"references: {references.shape} must be (k, n) for the losses' (n,) = {losses.shape}")
-    check_finite("losses", losses)
-    check_finite("references", references)
-    gap = references.mean(axis=0) - losses
-    if len(references) == 1:
-        return gap
-    spread = references.std(axis=0, ddof=1)
-    if not spread.all():
-        raise ParameterError(f"references: {(spread == 0).sum()} patients have the same loss under all; give one model")
-    return gap / spread
+    members, others = losses
+    scores = {"loss": (-members, -others)}
+    if references is not None:
+        if (given := [side.shape for side in references]) != (expected := [members.shape, others.shape]):
+            raise ParameterError(f"references: {given} must be of the same patients as the losses, {expected}")
+        scores["loss below the public model's"] = references[0] - members, references[1] - others
+    rows = [
+        {"attack": attack, "measure": measure} | rate._asdict()
+        for attack, sides in scores.items()
+        for measure, rate in membership(*sides).items()
+    ]
+    return {"n_members": len(members), "n_others": len(others), "membership": records(pd.DataFrame(rows))}
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> Rate:
@@ -55,9 +57,7 @@ def auc(members: np.ndarray, others: np.ndarray) -> Rate:
     Mann and Whitney's U over n m. The interval is Newcombe's (Stat. Med. 25:559, 2006, method 5), which also holds
     where the two separate. It assumes that patients are drawn independently and speaks of the one model attacked.
 
-    Args:
-        members: scores (n,), higher for those that are more probably members.
-        others: scores (m,).
+    members, others: scores (n,) and (m,), higher for those that are more probably members.
 
     Raises:
         ParameterError: scores are missing or not finite.

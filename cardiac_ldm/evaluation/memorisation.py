@@ -6,19 +6,20 @@ requests that repeat the attributes of the held-out patients hide copies, those 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange, reduce
 
-from cardiac_ldm.cohort import Patients, require_releasable
+from cardiac_ldm.cohort import Patients, Volumes, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.features import SLICES, slice_features
-from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, bootstrap, rows_of
-from cardiac_ldm.evaluation.metrics import groups_of
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, bootstrap, records, rows_of
+from cardiac_ldm.evaluation.measured import groups_of
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.device import device_of
 from cardiac_ldm.progress import tqdm
@@ -48,42 +49,37 @@ class Embedded:
         return int(self.owners.max(initial=-1)) + 1
 
 
-@dataclass(frozen=True)
-class Memorisation:
-    """What `memorisation` finds.
-
-    table: a row for every space, group of patients and statistic, with value, 95 % interval (low, high), what is to be
-    expected without memorisation (chance), one-sided p_value, n_requests, and the n_patients who are nearest to them.
-    pairs: space, request, patient, ratio, the most suspicious first.
-    """
-
-    table: pd.DataFrame
-    pairs: pd.DataFrame
-
-
-def embed_real(patients: Patients, autoencoder: Autoencoder, *, progress: bool = True) -> Embedded:
+def embed_real(patients: Patients, autoencoder: Autoencoder) -> Embedded:
     """Embed real patients as `embed` does, some at a time, and tell the groups they belong to.
 
     Raises:
         PrivacyError: they are private and not simulated.
     """
     require_releasable(patients, "who among private patients resembles a synthetic volume")
-    volumes = np.arange(len(patients.owners))
-    bar = tqdm(range(0, len(volumes), _BATCH), desc="embed", unit="batch", disable=not progress, leave=False)
-    parts = [_vectors(patients.images(volumes[start : start + _BATCH]), autoencoder) for start in bar]
-    groups = groups_of(patients.attributes, patients.owners, patients.groups)
-    return Embedded(_joined(parts), patients.owners, groups)
+    vectors = _vectors(patients.images, len(patients.owners), autoencoder)
+    return Embedded(vectors, patients.owners, groups_of(patients.attributes, patients.owners, patients.groups))
 
 
-def embed(images: np.ndarray, owners: np.ndarray, autoencoder: Autoencoder, *, progress: bool = True) -> Embedded:
-    """Embed images (n, 13, 96, 96) in [0, 1] of the requests (or patients) `owners` (n,); guards nobody.
+def embed(volumes: Volumes, autoencoder: Autoencoder) -> Embedded:
+    """Embed volumes; guards nobody.
 
     "image": pooled 4 x 4 in-plane, centred and scaled to length 1, so that distance^2 = 2 (1 - correlation). "latent":
     the autoencoder's standardised means. "feature": mean of EfficientNet's features over slices 3..9, scaled to length
     1: distance^2 = 2 (1 - cosine).
     """
-    bar = tqdm(range(0, len(images), _BATCH), desc="embed", unit="batch", disable=not progress, leave=False)
-    return Embedded(_joined([_vectors(images[start : start + _BATCH], autoencoder) for start in bar]), owners)
+    images = volumes.images
+    return Embedded(_vectors(lambda rows: images[rows], len(images), autoencoder), volumes.patient_index)
+
+
+def memorised(
+    volumes: Volumes, train: Embedded, held_out: Embedded, autoencoder: Autoencoder, *, resamples: int, seed: int
+) -> dict[str, Any]:
+    """`memorisation` of a synthetic cohort, as JSON knows it: its table, and the `suspicious` pairs."""
+    synthetic = embed(volumes, autoencoder)
+    table, pairs = memorisation(
+        synthetic, train, held_out, permutations=999, resamples=resamples, suspicious=6, seed=seed
+    )
+    return {"memorisation": records(table), "suspicious": records(pairs)}
 
 
 def patient_distances(
@@ -110,7 +106,7 @@ def memorisation(
     resamples: int,
     suspicious: int,
     seed: int,
-) -> Memorisation:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare, for every request, the nearest training with the nearest held-out patient, equally many of both.
 
     The nearest of more patients is nearer, so the seed draws as many of the larger set as the smaller one has. A
@@ -124,8 +120,13 @@ def memorisation(
     bootstrap over requests, those with the same nearest patient together, and say how large the effect is; p_value says
     whether there is one. Copies of k patients can't bring it much below 2^-k: where they are few, look at `pairs`.
 
-    pairs: the `suspicious` requests of smallest ratio in each space, and the training patient whom each is nearest to,
-    among ALL patients. A pure function: it guards nobody, and what it gives tells of the training patients.
+    A pure function: it guards nobody, and what it gives tells of the training patients.
+
+    Returns:
+        A row for every space, group of patients and statistic, with value, 95 % interval (low, high), what is to be
+        expected without memorisation (chance), one-sided p_value, n_requests, and the n_patients who are nearest to
+        them. And the `suspicious` requests of smallest ratio in each space, the most suspicious first, with the
+        training patient whom each is nearest to, among ALL patients: space, request, patient, ratio.
 
     Raises:
         ParameterError: fewer than 8 patients or requests, or arrays that don't fit or aren't finite.
@@ -158,26 +159,26 @@ def memorisation(
                     tested = _tested(values, sign, nearest[asked], resamples, seed)
                     rows.append(about | {"statistic": statistic} | tested)
     columns = ["space", "grouping", "group", "statistic", "value", "low", "high", "chance", "p_value"]
-    return Memorisation(
-        pd.DataFrame(rows)[[*columns, "n_requests", "n_patients"]],
-        pd.concat(pairs, ignore_index=True)[["space", "request", "patient", "ratio"]],
-    )
+    table = pd.DataFrame(rows)[[*columns, "n_requests", "n_patients"]]
+    return table, pd.concat(pairs, ignore_index=True)[["space", "request", "patient", "ratio"]]
 
 
 @torch.no_grad()
-def _vectors(images: np.ndarray, autoencoder: Autoencoder) -> dict[str, np.ndarray]:
-    pooled = reduce(images, "n d (h i) (w j) -> n (d h w)", "mean", i=_POOLING, j=_POOLING)
-    features, _ = slice_features(images, np.arange(len(images)), progress=False)
-    latents = autoencoder.encode(torch.from_numpy(images).to(device_of(autoencoder))).cpu()
-    return {
-        "image": _unit(pooled - pooled.mean(axis=1, keepdims=True)),
-        "latent": rearrange(latents, "n c d h w -> n (c d h w)").numpy(),
-        "feature": _unit(reduce(features, "(n s) f -> n f", "mean", s=SLICES.stop - SLICES.start)),
-    }
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {space: np.concatenate([part[space] for part in parts]) for space in parts[0]}
+def _vectors(
+    images: Callable[[np.ndarray], np.ndarray], n_volumes: int, autoencoder: Autoencoder
+) -> dict[str, np.ndarray]:
+    """The points (n_volumes, d) in every space; images: gives those of these rows."""
+    parts: dict[str, list[np.ndarray]] = {"image": [], "latent": [], "feature": []}
+    bar = tqdm(range(0, n_volumes, _BATCH), desc="embed", unit="batch", leave=False)
+    for start in bar:
+        some = images(np.arange(start, min(start + _BATCH, n_volumes)))
+        pooled = reduce(some, "n d (h i) (w j) -> n (d h w)", "mean", i=_POOLING, j=_POOLING)
+        parts["image"].append(_unit(pooled - pooled.mean(axis=1, keepdims=True)))
+        latents = autoencoder.encode(torch.from_numpy(some).to(device_of(autoencoder))).cpu()
+        parts["latent"].append(rearrange(latents, "n c d h w -> n (c d h w)").numpy())
+        features, _ = slice_features(some, np.arange(len(some)))
+        parts["feature"].append(_unit(reduce(features, "(n s) f -> n f", "mean", s=SLICES.stop - SLICES.start)))
+    return {space: np.concatenate(vectors) for space, vectors in parts.items()}
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -224,11 +225,10 @@ def _tested(values: np.ndarray, sign: int, nearest: np.ndarray, resamples: int, 
     def mean(chosen: np.ndarray) -> float:
         return float(observed[np.concatenate([blocks[i] for i in chosen])].mean())
 
-    estimate = Estimate(float(means[0]), math.nan, math.nan, len(blocks))
-    if len(blocks) >= MIN_PATIENTS:
-        estimate = bootstrap(mean, len(blocks), resamples=resamples, seed=seed)
+    estimate = bootstrap(mean, len(blocks), resamples=resamples, seed=seed)
     p_value = float((sign * means >= sign * means[0]).mean())
-    return asdict(estimate) | {"chance": float(means[1:].mean()), "p_value": p_value}
+    value = mean(np.arange(len(blocks)))  # given of fewer patients than an interval takes, too
+    return asdict(estimate) | {"value": value, "chance": float(means[1:].mean()), "p_value": p_value}
 
 
 def _suspicious_pairs(distances: np.ndarray, n_train: int, k: int) -> pd.DataFrame:

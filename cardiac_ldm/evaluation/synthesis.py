@@ -1,14 +1,12 @@
-"""Draw a synthetic cohort: volumes for the attributes that were asked for, and its file format."""
+"""Draw a synthetic cohort: volumes for the attributes that were requested."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Volumes
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.device import device_of
@@ -19,37 +17,6 @@ RELEASED = "cardiac_ldm: short axis, base first"
 """`descrip` of the NIfTI files in which synthetic volumes are given away: their affines say how the heart lies."""
 RELEASED_AXES = np.array([-1.0, -1.0, -1.0])
 """Their columns, rows and slices in RAS: to the patient's left, to the back, down from the base."""
-
-
-@dataclass(frozen=True)
-class SyntheticCohort:
-    """Synthetic volumes and what was asked for.
-
-    images: float32 (n, 13, 96, 96) in [0, 1]. attributes: float32 (n, 14), as asked. owners: int64 (n,), the request
-    (a synthetic patient, with an ED and an ES volume) to which each volume belongs. labels: uint8 (n, 13, 96, 96), what
-    the decoder meant by what it drew (0 background, 1 RV, 2 myocardium, 3 LV), or None if it has no anatomy head.
-    """
-
-    images: np.ndarray
-    attributes: np.ndarray
-    owners: np.ndarray
-    labels: np.ndarray | None = None
-
-    def save(self, path: Path) -> None:
-        """Write to one compressed file, images at 8 bits."""
-        temporary = path.with_suffix(".tmp.npz")
-        images = (self.images * 255).round().astype(np.uint8)
-        parts = {"images": images, "attributes": self.attributes, "owners": self.owners}
-        labels = {} if self.labels is None else {"labels": self.labels}
-        np.savez_compressed(temporary, **parts | labels)  # type: ignore[arg-type]
-        temporary.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "SyntheticCohort":
-        """Read what `save` wrote."""
-        with np.load(path) as stored:
-            images = stored["images"].astype(np.float32) / 255
-            return cls(images, stored["attributes"], stored["owners"], stored.get("labels"))
 
 
 @torch.no_grad()
@@ -64,7 +31,7 @@ def synthesise(
     seed: int,
     batch: int = 8,
     sampler: Sampler = sample_ddim,
-) -> SyntheticCohort:
+) -> Volumes:
     """Sample one volume for each row of `attributes` (n, 14), and its labels if the decoder gives any.
 
     The volumes of one request start from the same noise, which depends on the seed and the request alone; the noise of
@@ -86,7 +53,8 @@ def synthesise(
             drawn, meant = autoencoder.decode_labelled(latents, texture.to(device))
             volumes.append(drawn.cpu().numpy())
             labels += [] if meant is None else [meant.cpu().numpy()]
-    cohort = SyntheticCohort(np.concatenate(volumes), attributes, owners, np.concatenate(labels) if labels else None)
+    images, meant_labels = np.concatenate(volumes), np.concatenate(labels) if labels else None
+    cohort = Volumes("synthetic", images, attributes, owners, meant_labels)
     slices = np.arange(GRID.n_slices)
     for row, depth in enumerate(attributes[:, ATTRIBUTE_NAMES.index("DEPTH")]):
         if np.isfinite(depth):

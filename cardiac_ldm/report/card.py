@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Volumes
 from cardiac_ldm.errors import PrivacyError
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
 from cardiac_ldm.privacy import Ledger, Record, Standing
 from cardiac_ldm.report.page import write_page
 from cardiac_ldm.report.viewer import nifti
@@ -100,7 +99,7 @@ def joint_statement(together: Standing, private_data: str) -> str:
 
 
 def write_release(
-    cohort: SyntheticCohort,
+    cohort: Volumes,
     ledger: Ledger,
     folder: Path,
     evaluation: Path | None = None,
@@ -129,7 +128,7 @@ def write_release(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         names = []
-        for image, attributes, owner in zip(cohort.images, cohort.attributes, cohort.owners, strict=True):
+        for image, attributes, owner in zip(cohort.images, cohort.attributes, cohort.patient_index, strict=True):
             phase = "ED" if attributes[ATTRIBUTE_NAMES.index("ESED")] == 1 else "ES"
             names.append(f"synthetic{owner:05d}_{phase}.nii.gz")
             (unfinished / names[-1]).write_bytes(nifti(image))
@@ -138,7 +137,7 @@ def write_release(
         with (unfinished / "attributes.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["patient", "file", *ATTRIBUTE_NAMES])
-            for name, owner, attributes in zip(names, cohort.owners, cohort.attributes, strict=True):
+            for name, owner, attributes in zip(names, cohort.patient_index, cohort.attributes, strict=True):
                 known = ["" if np.isnan(value) else f"{value:.6g}" for value in attributes]
                 table.writerow([f"synthetic{owner:05d}", name, *known])
         ledger.model_copy(update={"together": together}).save(unfinished / "privacy.json")

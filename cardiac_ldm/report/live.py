@@ -1,13 +1,16 @@
-"""What an output must bring along to come to life in a live notebook; in the book, the book's own script does that."""
+"""How an output shows: in the book, whose own script draws it, and in a live notebook, where it brings that along."""
 
 import base64
 import gzip
+import json
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import plotly
+import plotly.io as pio
 from IPython.core.getipython import get_ipython
+from plotly.io.base_renderers import MimetypeRenderer
 
 ASSETS = Path(__file__).resolve().parents[2] / "book" / "assets"
 """The book's scripts; `vendor/` holds the libraries that the book's set-up fetched, plotly's comes with its package."""
@@ -57,3 +60,29 @@ drawFigures(".{kind}");
 @cache
 def _packed(path: Path) -> str:
     return base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
+
+
+def embed(kind: str, payload: str, height: int, poster: str = "") -> str:
+    """Return the HTML in which the book's script finds a figure.
+
+    kind: its class. payload: JSON. height: pixels to keep free. poster: HTML shown until it's drawn.
+    """
+    data = payload.replace("<", "\\u003c")  # nothing in the data may end the script element
+    script = f'<script type="application/json">{data}</script>'
+    return f'<div class="{kind}" style="min-height: {height}px">{script}{poster}</div>'
+
+
+CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+"""How plotly shows a figure: with no button that uploads it, which it has by default."""
+
+
+class BookRenderer(MimetypeRenderer):
+    """Shows a figure the way the book draws it, with plotly's own mimetype beside it for live notebooks."""
+
+    def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the figure as `text/html` and as plotly's JSON."""
+        figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
+        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
+        if front_end() == "classic":  # the one that doesn't know plotly's mimetype
+            html += loader("bk-plot")
+        return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}

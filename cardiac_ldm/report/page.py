@@ -10,16 +10,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
-from cardiac_ldm.report.figures import BLUE, captions, control_scatter, synthetic_wall
+from cardiac_ldm.cohort import Volumes
+from cardiac_ldm.report.figures import asked_and_measured, interval_dots
 from cardiac_ldm.report.tables import metrics_table, patients_name
+from cardiac_ldm.report.walls import captions, synthetic_wall
 
 PLOTTED = ("LVEDV", "LVESV", "RVEDV", "RVESV", "LVEF", "MYOEDTHICK")
 """Attributes that are plotted as asked for and as measured."""
@@ -65,7 +64,7 @@ $table
 
 
 def write_page(
-    metrics: Mapping[str, Any], anatomy: pd.DataFrame, cohort: SyntheticCohort, statement: str, folder: Path
+    metrics: Mapping[str, Any], anatomy: pd.DataFrame, cohort: Volumes, statement: str, folder: Path
 ) -> Path:
     """Write `quality.html`, and the `plotly.min.js` that it loads, into a release.
 
@@ -86,7 +85,7 @@ def write_page(
         "distances": _html("distances", _distances(floors, patients_name(metrics)))
         if floors
         else "<p>No distance was measured.</p>",
-        "control": _html("control", control_scatter(pairs)) if len(pairs) else "<p>No heart could be measured.</p>",
+        "control": _html("control", asked_and_measured(pairs)) if len(pairs) else "<p>No heart could be measured.</p>",
         "table": table,
     }
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
@@ -104,21 +103,11 @@ def _html(name: str, figure: go.Figure) -> str:
 
 def _distances(rows: Sequence[Mapping[str, Any]], patients: str) -> go.Figure:
     """Return one panel per distance: the synthetic cohort's, and the floor of patients called so."""
-    spacing = 0.5 / len(rows)
-    figure = make_subplots(len(rows), 1, subplot_titles=[row["metric"] for row in rows], vertical_spacing=spacing)
-    for number, row in enumerate(rows, 1):
-        value, low, high = np.array([[row[key] for key in keys] for keys in _SIDES], float).T
-        figure.add_scatter(
-            x=value,
-            y=["synthetic", patients],
-            error_x={"array": high - value, "arrayminus": value - low, "thickness": 1.5, "width": 0},
-            mode="markers",
-            marker={"size": 9, "color": [BLUE, "#6e7781"]},
-            hovertemplate="%{y}: %{x:.4g}<extra></extra>",
-            showlegend=False,
-            row=number,
-            col=1,
-        )
-    figure.update_xaxes(rangemode="tozero").update_yaxes(range=[1.5, -0.5])
-    figure.update_annotations(font={"size": 13, "weight": 600}, x=0, xanchor="left")
-    return figure.update_layout(height=50 + 115 * len(rows), margin={"l": 190, "b": 30})
+    table = pd.DataFrame(
+        {"metric": row["metric"], "arm": arm, "n_patients": row["n_patients"]}
+        | dict(zip(("value", "low", "high"), (row[side] for side in sides), strict=True))
+        for row in rows
+        for arm, sides in (("synthetic", _SIDES[0]), (patients, _SIDES[1]))
+    )
+    figure = interval_dots(table.astype(dict.fromkeys(_SIDES[0], float)), columns=1)
+    return figure.update_xaxes(rangemode="tozero")

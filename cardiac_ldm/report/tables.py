@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -51,6 +51,8 @@ CONTROL = (
 """What the chapter on evaluation shows, in this order, as far as it was measured."""
 
 RECONSTRUCTED = "reconstructions"
+TITLES = {a.name: f"{a.name} ({a.unit})" if a.unit else a.name for a in ATTRIBUTES}
+"""Attributes with their units."""
 
 
 def model_name(epsilon: float) -> str:
@@ -77,8 +79,7 @@ def attributes_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
             columns[name, label, f"{len(set(patients.owners[group == label]))} patients"] = [
                 _moments(column) for column in rows.T
             ]
-    units = [f"{a.name} ({a.unit})" if a.unit else a.name for a in ATTRIBUTES]
-    return pd.DataFrame(columns, index=pd.Index(units, name="attribute"))
+    return pd.DataFrame(columns, index=pd.Index(TITLES.values(), name="attribute"))
 
 
 def _moments(values: np.ndarray) -> str:
@@ -135,19 +136,26 @@ def losses_table(losses: Mapping[float, Mapping[str, float]]) -> pd.DataFrame:
 
 def metrics_table(metrics: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of one `metrics.json` about all patients, one string a cell: value [low, high], and the reference."""
-    rows = [
-        {
-            "metric": _title(row),
-            "unit": row["unit"],
-            "value [95 %]": _cell(row["value"], row["low"], row["high"]),
-            patients_name(metrics): _cell(row["reference"], row["reference_low"], row["reference_high"]),
-            "patients": row["n_patients"],
-            "better": row["better"].replace("near real", "near the patients'"),
-        }
-        for row in metrics["rows"]
-        if row["grouping"] is None
-    ]
-    return pd.DataFrame(rows).set_index("metric")
+    rows = _rows(metrics, grouped=False)
+    better = rows["better"].str.replace("near real", "near the patients'")
+    table = {"unit": rows["unit"], "value [95 %]": rows["cell"], patients_name(metrics): rows["theirs"]}
+    return pd.DataFrame(table | {"patients": rows["n_patients"], "better": better}).set_index(rows["metric"])
+
+
+def _rows(metrics: Mapping[str, Any], grouped: bool) -> pd.DataFrame:
+    """The rows of a `metrics.json` about groups or all patients: metrics with attributes, and numbers as cells."""
+    rows = pd.DataFrame(metrics["rows"])
+    rows = rows[rows["grouping"].notna() == grouped]
+    ours, theirs = ("value", "low", "high"), ("reference", "reference_low", "reference_high")
+    cells = {
+        name: list(map(_cell, *(rows[side] for side in sides))) for name, sides in (("cell", ours), ("theirs", theirs))
+    }
+    return rows.assign(metric=_titles(rows), **cells)
+
+
+def _titles(rows: pd.DataFrame) -> pd.Series:
+    """Metrics with the attribute that they're of, if any."""
+    return rows["metric"].str.cat(rows["attribute"].fillna("").astype(str), sep=" ").str.strip()
 
 
 def _cell(value: float | None, low: float | None, high: float | None) -> str:
@@ -160,46 +168,29 @@ def _cell(value: float | None, low: float | None, high: float | None) -> str:
 
 def models_table(evaluations: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> pd.DataFrame:
     """These metrics of several cohorts beside each other: name -> `metrics.json`; last, what patients reach."""
-    return (
-        _beside(evaluations, lambda row: None if row["grouping"] else (_title(row),))
-        .reindex(list(shown))
-        .dropna(how="all")
-    )
+    return _beside(evaluations, ["metric"]).reindex(list(shown)).dropna(how="all")
 
 
 def groups_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """What was measured of groups of patients: a row a group and metric, columns as in `models_table`."""
-    table = _beside(evaluations, lambda row: (row["grouping"], row["group"], _title(row)) if row["grouping"] else None)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["grouping", "group", "metric"])
-    return table
+    return _beside(evaluations, ["grouping", "group", "metric"])
 
 
-def _beside(
-    evaluations: Mapping[str, Mapping[str, Any]], place: Callable[[Mapping[str, Any]], tuple[str, ...] | None]
-) -> pd.DataFrame:
-    """A column a cohort and a row a place that rows of metrics have; last, the patients', by the first that has it."""
-    columns: dict[str, dict[Any, str]] = {name: {} for name in evaluations}
-    theirs: dict[Any, str] = {}
-    for name, metrics in evaluations.items():
-        for row in metrics["rows"]:
-            if (found := place(row)) is not None:
-                where = found if len(found) > 1 else found[0]
-                columns[name][where] = _cell(row["value"], row["low"], row["high"])
-                theirs.setdefault(where, _cell(row["reference"], row["reference_low"], row["reference_high"]))
-    last = patients_name(next(iter(evaluations.values())))
-    return pd.DataFrame(columns | {last: theirs}).fillna("")
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    return " ".join(filter(None, (row["metric"], row["attribute"])))
+def _beside(evaluations: Mapping[str, Mapping[str, Any]], index: list[str]) -> pd.DataFrame:
+    """A column a cohort and a row a place in the index; last, the patients', by the first cohort that has it."""
+    tables = {name: _rows(metrics, "group" in index) for name, metrics in evaluations.items()}
+    tables = {name: rows.drop_duplicates(index, keep="last").set_index(index) for name, rows in tables.items()}
+    theirs = pd.concat([table["theirs"] for table in tables.values()])
+    columns = {name: table["cell"] for name, table in tables.items()}
+    columns[patients_name(next(iter(evaluations.values())))] = theirs[~theirs.index.duplicated()]
+    return pd.concat(columns, axis=1).fillna("")
 
 
 def differences_table(tables: Mapping[str, pd.DataFrame], shown: Sequence[str]) -> pd.DataFrame:
     """Differences between pairs of models: what was compared -> `differences.csv`; a row a metric, a column a pair."""
     columns = {}
     for name, table in tables.items():
-        titled = table.metric.str.cat(table.attribute.fillna(""), sep=" ").str.strip()
-        cells = pd.Series(list(map(_cell, table.value, table.low, table.high)), index=titled)
+        cells = pd.Series(list(map(_cell, table.value, table.low, table.high)), index=_titles(table))
         columns[name] = cells.reindex(list(shown)).dropna()
     return pd.DataFrame(columns).rename_axis("metric")
 
@@ -222,24 +213,17 @@ def tradeoff_table(evaluations: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Rows with epsilon NaN hold what held-out patients reach. Metrics that are not defined for a run are left out.
     """
-    rows: list[dict[str, Any]] = []
-    for number, metrics in enumerate(evaluations):
-        for row in (row for row in metrics["rows"] if row["grouping"] is None):
-            known = {
-                "metric": _title(row),
-                "n_patients": row["n_patients"],
-                "run": metrics["model"],
-            }
-            ours = {key: row[key] for key in ("value", "low", "high")}
-            epsilon = float(metrics["epsilon"])
-            rows.append(known | {"epsilon": epsilon, "model": model_name(epsilon)} | ours)
-            if number == 0:
-                theirs = {
-                    key: row[f"reference{suffix}"]
-                    for key, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
-                }
-                rows.append(known | {"epsilon": math.nan, "model": patients_name(metrics)} | theirs)
-    return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
+    theirs = {"value": "reference", "low": "reference_low", "high": "reference_high"}
+    tables = []
+    for metrics in evaluations:
+        rows, epsilon = _rows(metrics, grouped=False).assign(run=metrics["model"]), float(metrics["epsilon"])
+        tables.append(rows.assign(epsilon=epsilon, model=model_name(epsilon)))
+        if len(tables) == 1:
+            numbers = {name: rows[column] for name, column in theirs.items()}
+            tables.append(rows.assign(epsilon=math.nan, model=patients_name(metrics), **numbers))
+    columns = ["metric", "n_patients", "run", "epsilon", "model", *theirs]
+    table = pd.concat([rows[columns] for rows in tables], ignore_index=True)
+    return table.astype(dict.fromkeys(theirs, float)).dropna(subset=["value"])
 
 
 def source(run: str, metrics: Mapping[str, Any]) -> HTML:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES
-from cardiac_ldm.report.figures import embed, mosaic, png
-from cardiac_ldm.report.live import front_end, loader
+from cardiac_ldm.report.live import embed, front_end, loader
+from cardiac_ldm.report.walls import mosaic, png
 
 
 @dataclass(frozen=True, repr=False)

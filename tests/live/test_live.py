@@ -45,10 +45,10 @@ from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 patient = place_on_grid(read_patient(load_manifest("phantom_public"), None, "p000000"))"""
 CELLS = [
-    f"{PATIENT}\nfrom cardiac_ldm.report import figures, viewer",
+    f"{PATIENT}\nfrom cardiac_ldm.report import viewer, walls",
     "viewer.view(patient.images[0], patient.labels[0])",
     'viewer.show_synthetic(patient.images[:2], ["ED", "ES"])',
-    'figures.synthetic_wall(patient.images[:2], ["ED", "ES"])',
+    'walls.synthetic_wall(patient.images[:2], ["ED", "ES"])',
 ]
 SERVERS = {
     "lab": ["jupyterlab", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],

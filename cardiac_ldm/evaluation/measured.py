@@ -1,0 +1,112 @@
+"""What the instruments read from a cohort, synthetic or real, once: features, similarity, anatomy and groups."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, Volumes
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.evaluation.control import read_anatomy
+from cardiac_ldm.evaluation.diversity import similarity_of_pairs
+from cardiac_ldm.evaluation.features import AnatomyEncoder, slice_features
+from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
+from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
+
+AGES = (50, 65)
+"""Years at which the age bands meet: fixed and public."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the instruments read from one cohort, synthetic or real; intervals are taken from it. Picklable.
+
+    features: encoder -> float32 (slices, d); feature_owners: int64 (slices,); similarity: float64 (patients, patients),
+    NaN where not drawn; anatomy: table of owner, attribute, asked, measured; groups: a row a patient, missing where
+    unknown.
+    """
+
+    name: str
+    n_patients: int
+    features: Mapping[str, np.ndarray]
+    feature_owners: np.ndarray
+    similarity: np.ndarray
+    anatomy: pd.DataFrame
+    groups: pd.DataFrame
+
+
+def groups_of(attributes: np.ndarray, owners: np.ndarray, diseases: Sequence[str | None] | None = None) -> pd.DataFrame:
+    """Sex, age band and disease of patients or requests 0..m-1 = owners (n,) with attributes (n, 14); None if unknown.
+
+    diseases: one a patient.
+    """
+    first = np.unique(owners, return_index=True)[1]
+    age, sex = (attributes[first, ATTRIBUTE_NAMES.index(name)] for name in ("AGE", "SEX"))
+    bands = (f"under {AGES[0]}", f"{AGES[0]} to {AGES[1] - 1}", f"{AGES[1]} and over")
+    return pd.DataFrame(
+        {
+            "sex": [{0.0: "female", 1.0: "male"}.get(value) for value in sex],
+            "age": [bands[np.searchsorted(AGES, value, side="right")] if np.isfinite(value) else None for value in age],
+            "disease": list(diseases) if diseases is not None else [None] * len(first),
+        },
+        dtype=object,
+    )
+
+
+def measure(
+    volumes: Volumes,
+    segmenter: Segmenter,
+    classifier: PhaseClassifier,
+    *,
+    seed: int,
+    diseases: Sequence[str | None] | None = None,
+    inception: nn.Module | None = None,
+) -> Measured:
+    """Read volumes of patients or requests 0..m-1.
+
+    Slices are encoded by EfficientNet-Lite0, by the segmenter's way down and, if it's given, by Inception-v3.
+
+    Raises:
+        ParameterError: fewer than 8 requests, one without a volume, or a phase not given.
+    """
+    name, owners = volumes.name, volumes.patient_index
+    n_patients = volumes.n_patients
+    if n_patients < MIN_PATIENTS or n_patients != owners.max() + 1:
+        last = owners.max() if n_patients else "none"
+        raise ParameterError(
+            f"{name}: {n_patients} patients with volumes, numbered to {last}; at least {MIN_PATIENTS}, from 0 on"
+        )
+    encoders: dict[str, nn.Module | None] = {"EffNet": None, "anatomy": AnatomyEncoder(segmenter)}
+    if inception is not None:
+        encoders["Inception"] = inception
+    read = {encoder: slice_features(volumes.images, owners, encoder=network) for encoder, network in encoders.items()}
+    return Measured(
+        name,
+        n_patients,
+        {encoder: features for encoder, (features, _) in read.items()},
+        read["EffNet"][1],
+        similarity_of_pairs(volumes, seed=seed),
+        read_anatomy(volumes, segmenter, classifier),
+        groups_of(volumes.attributes, owners, diseases),
+    )
+
+
+def measure_real(
+    patients: Patients,
+    segmenter: Segmenter,
+    classifier: PhaseClassifier,
+    *,
+    seed: int,
+    inception: nn.Module | None = None,
+) -> Measured:
+    """Read real patients, once for all models that are compared with them.
+
+    Raises:
+        PrivacyError: they are private and not simulated.
+    """
+    volumes = Volumes.of(patients, "statistics of private patients, with no noise, through the metrics")
+    settings: dict[str, Any] = {"seed": seed, "inception": inception}
+    return measure(volumes, segmenter, classifier, diseases=patients.groups, **settings)
