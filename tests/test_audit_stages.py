@@ -98,7 +98,7 @@ def test_an_attack_tells_members_from_as_many_others_by_their_losses(
 ) -> None:
     public = study.attacked(0)
 
-    def losses(model: object, name: str, latents: np.ndarray, patients: Patients, draws: int) -> np.ndarray:
+    def losses(model: object, latents: np.ndarray, patients: Patients, draws: int) -> np.ndarray:
         assert len(latents) == len(patients.owners)
         return np.arange(len(patients)) - 2.5 * (patients.split == "train")
 
