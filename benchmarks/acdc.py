@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cardiac_ldm.cohort import Manifest, Patients, load_manifest, prepare
 from cardiac_ldm.errors import CohortError
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 
 RUNS = Path(os.environ.get("CARDIAC_LDM_RUNS", ROOT / "runs"))
 

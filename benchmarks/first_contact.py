@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import RESULTS, keep
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 
 SET_UP = "set-up"
 COMMANDS = {

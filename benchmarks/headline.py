@@ -14,7 +14,8 @@ from cardiac_ldm.errors import StudyError
 from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.report.figures import tradeoff
 from cardiac_ldm.report.tables import model_name, tradeoff_table
-from cardiac_ldm.study import ROOT, Study
+from cardiac_ldm.study import Study
+from cardiac_ldm.trained import ROOT
 
 PICTURE = ROOT / "book" / "assets" / "headline.svg"
 INTERVAL = {"value": "", "low": "_low", "high": "_high"}

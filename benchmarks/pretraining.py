@@ -86,9 +86,7 @@ def trained(study: Study, profile: Profile, patients: Patients) -> Denoiser:
     return model.eval()
 
 
-def judge(
-    study: Study, model: Denoiser, patients: Patients, **sampling: float
-) -> dict[str, Any]:
+def judge(study: Study, model: Denoiser, patients: Patients, **sampling: float) -> dict[str, Any]:
     """All that is measured on what a model draws for these patients."""
     sampled = study.profile.sampling.model_dump() | sampling
     drawn = synthesise(study.load_autoencoder(), model, patients.attributes, patients.owners, seed=0, **sampled)

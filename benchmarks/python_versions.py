@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from benchmarks import keep
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 
 PYTHONS = ("3.11.5", "3.12", "3.13", "3.14")
 SYSTEMS = {

@@ -11,21 +11,13 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.models.diffusion import TIMESTEPS
-from cardiac_ldm.settings import Count, Positive, Settings, Weight
+from cardiac_ldm.settings import Count, Settings, TrainingSettings, Weight
 from cardiac_ldm.training.autoencoder import AutoencoderSettings
 from cardiac_ldm.training.finetune import FinetuneSettings
 from cardiac_ldm.training.pretrain import DenoiserSettings, PretrainSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 Role = Literal["public", "private"]
-
-
-class TrainingSettings(Settings):
-    """Length of a supervised training."""
-
-    steps: Count
-    batch: Count
-    learning_rate: Positive
 
 
 class AnatomySettings(Settings):

@@ -22,8 +22,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 from torch import nn
 
-from cardiac_ldm.cohort import Cohort
-from cardiac_ldm.evaluation.synthesis import SyntheticCohort
+from cardiac_ldm.cohort import Volumes
 from cardiac_ldm.models.device import is_first_process, shared_decision, wait_for_all
 from cardiac_ldm.privacy import Ledger
 from cardiac_ldm.progress import awaited
@@ -54,9 +53,9 @@ class Run:
         return Ledger.load(self.folder / "privacy.json")
 
     @property
-    def volumes(self) -> SyntheticCohort:
+    def volumes(self) -> Volumes:
         """The synthetic cohort that the stage drew."""
-        return SyntheticCohort.load(self.folder / "synthetic.npz")
+        return Volumes.load(self.folder / "synthetic.npz")
 
     @property
     def state(self) -> Path:
@@ -83,7 +82,7 @@ class Run:
                 save_weights(content, self.folder / f"{name}.safetensors")
             elif isinstance(content, pd.DataFrame):
                 content.to_csv(self.folder / f"{name}.csv", index=False)
-            elif isinstance(content, SyntheticCohort):
+            elif isinstance(content, Volumes):
                 content.save(self.folder / "synthetic.npz")
             else:
                 (self.folder / f"{name}.pkl").write_bytes(pickle.dumps(content))
@@ -98,7 +97,7 @@ class Stage:
         name: of its folders.
         version: raised where its code computes something else.
         settings: names in the profile.
-        needs: names in the study: cohorts and stages. Those that take a budget are given the stage's own.
+        needs: names in the study: cohorts and stages. Those that take arguments are given each of the stage's own.
         title: what progress calls it.
         together: torchrun's processes do it side by side; the first one alone writes.
     """
@@ -136,7 +135,7 @@ class Stage:
         upstream = [need.key for need in arguments if isinstance(need, Run)]
         for name in self.needs:
             need = getattr(study, name)
-            upstream += [need.key] if isinstance(need, Run | Cohort) else [need(argument).key for argument in given]
+            upstream += [need.key] if hasattr(need, "key") else [need(argument).key for argument in arguments]
         settings = {name: plain(attrgetter(name)(study.profile)) for name in self.settings}
         described = {"stage": self.name, "version": self.version, "settings": settings, "seed": study.seed}
         return described | {"arguments": [plain(argument) for argument in given], "upstream": upstream}

@@ -25,3 +25,11 @@ class PublicTraining(Settings):
     """
 
     precision: Precision = Field("fp32", exclude_if=lambda precision: precision == "fp32")
+
+
+class TrainingSettings(Settings):
+    """Length of a supervised training."""
+
+    steps: Count
+    batch: Count
+    learning_rate: Positive

@@ -369,20 +369,25 @@ def test_a_model_that_draws_no_heart_beyond_the_public_ones_shows():
 def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_path, monkeypatch):
     drawn = []
 
-    def read(self, model, attributes, owners):
-        drawn.append(tuple(owners))
-        both = np.repeat(attributes, 2, axis=0) if len(set(owners)) == len(owners) else attributes
-        return obedient(both, np.repeat(np.unique(owners), 2))
+    def reader(self, run, epsilon):
+        public_ledger("squares").save(run.folder / "privacy.json")
+
+        def read(attributes, owners):
+            drawn.append(tuple(owners))
+            both = np.repeat(attributes, 2, axis=0) if len(set(owners)) == len(owners) else attributes
+            return obedient(both, np.repeat(np.unique(owners), 2))
+
+        return read
 
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path))
     study = Study(Parameters(profile=str(Path(__file__).parent / "tiny.yaml")))
     public_ledger("squares").save(tmp_path / "privacy.json")
     split = patients()
     split.attributes, split.owners = requests()
-    study.reference, study.anatomy = split, Run("anatomy", "b", tmp_path)
-    study.public = SimpleNamespace(key="c", split=lambda name: split)  # type: ignore[assignment]
+    study.public = study.reference_cohort = SimpleNamespace(key="c", split=lambda name: split)  # type: ignore[assignment]
+    monkeypatch.setattr(Study, "anatomy", Run("anatomy", "b", tmp_path))
     monkeypatch.setattr(Study, "finetuned", lambda self, epsilon: Run("finetune", "a", tmp_path))
-    monkeypatch.setattr(Study, "_read", read)
+    monkeypatch.setattr(Study, "_reader", reader)
 
     run = study.counterfactual(1)
     assert len(drawn) == 1 + len(MOVES)

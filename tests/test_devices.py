@@ -20,11 +20,12 @@ from cardiac_ldm.evaluation.control import read_anatomy, volume_dice
 from cardiac_ldm.evaluation.features import AnatomyEncoder, slice_features
 from cardiac_ldm.evaluation.memorisation import embed
 from cardiac_ldm.evaluation.synthesis import synthesise
-from cardiac_ldm.evaluation.utility import Budget, LabelledVolumes, _fit_phase_classifier, _fit_segmenter, _phases
+from cardiac_ldm.evaluation.utility import _fit_phase_classifier, _fit_segmenter, _phases, labelled_volumes
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import compute_device, device_of
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.profile import Profile
+from cardiac_ldm.settings import TrainingSettings
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import HeartSettings, VQRegularisation, reconstruct, train_autoencoder
 from cardiac_ldm.training.finetune import denoising
@@ -33,6 +34,7 @@ from tests.conftest import TINY, store_patients
 
 PROFILE = Profile.load(str(TINY))
 GPU = torch.device("meta")
+BUDGET = TrainingSettings(steps=1, batch=2, learning_rate=1e-3)
 ONE_STEP = {"steps": 1, "batch": 2, "learning_rate": 1e-3, "seed": 0}
 
 
@@ -187,15 +189,15 @@ def test_evaluation_computes_on_the_gpu(gpu: None, public: Patients, monkeypatch
     monkeypatch.setattr("cardiac_ldm.evaluation.control.DiceMetric", DiceOfNumbers)
     segmenter, classifier = Segmenter().to(GPU).eval(), PhaseClassifier().to(GPU).eval()
     denoiser, autoencoder = PROFILE.denoiser.build(2).to(GPU), PROFILE.autoencoder.build().to(GPU).eval()
-    images, volumes = public.images(np.arange(8)), LabelledVolumes.of(public)
+    images, volumes = public.images(np.arange(8)), labelled_volumes(public)
     latents = np.zeros((8, 2, 13, 12, 12), np.float32)
     assert held_out_loss(denoiser, latents, public).shape == (4,)
-    assert len(read_anatomy(images, public.attributes, public.owners, segmenter, classifier, progress=False))
+    assert len(read_anatomy(volumes, segmenter, classifier))
     assert len(volume_dice(segmenter, images, public.labels(np.arange(8)))) == 8
     for encoder in (None, AnatomyEncoder(segmenter)):
         assert len(slice_features(images, public.owners, encoder=encoder)[0]) == 8 * 7
-    assert len(embed(images, public.owners, autoencoder).vectors["latent"]) == 8
+    assert len(embed(volumes, autoencoder).vectors["latent"]) == 8
     assert volumes.labels is not None
-    trained = _fit_segmenter(images, volumes.labels, Budget(1, 2, 1e-3), 0, False)
+    trained = _fit_segmenter(images, volumes.labels, BUDGET, 0)
     assert device_of(trained) == GPU
-    assert len(_phases(_fit_phase_classifier(volumes, Budget(1, 2, 1e-3), 0, False), images)) == 8
+    assert len(_phases(_fit_phase_classifier(volumes, BUDGET, 0), images)) == 8

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd, epsilon_pld
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.training import finetune as room

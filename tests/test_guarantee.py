@@ -34,7 +34,8 @@ from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon
 from cardiac_ldm.privacy.__main__ import main
 from cardiac_ldm.privacy.accounting import merged
 from cardiac_ldm.report.card import privacy_statement, write_release
-from cardiac_ldm.study import ROOT, Study
+from cardiac_ldm.study import Study
+from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training import private as loop
 from cardiac_ldm.training.private import PrivateSettings, train_privately
 from tests import miniatures

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, Volumes
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation.measured import measure_real
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter

@@ -33,7 +33,7 @@ from cardiac_ldm.parameters import (
     FinetuneParameters,
     Parameters,
 )
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 
 NOTEBOOK = "notebooks/03_dp_finetune.ipynb"

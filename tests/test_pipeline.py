@@ -14,7 +14,8 @@ import yaml
 from cardiac_ldm.parameters import FinetuneParameters
 from cardiac_ldm.privacy import Ledger, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
-from cardiac_ldm.study import ROOT, Study
+from cardiac_ldm.study import Study
+from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -3,7 +3,7 @@
 import re
 
 from cardiac_ldm.parameters import EvaluateParameters, FinetuneParameters
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 
 README = (ROOT / "README.md").read_text()
 

@@ -18,13 +18,14 @@ from cardiac_ldm.cohort import prepare
 
 VERSION = 1
 from cardiac_ldm.runs import Run, Stage, stage
-from cardiac_ldm.study import ROOT, Study
+from cardiac_ldm.study import Study
+from cardiac_ldm.trained import ROOT, Trained
 
 ACCEPTED = Path(__file__).with_name("stages.json")
 FOLLOWED = ("cohort", "models", "privacy", "training", "evaluation")
 COHORTS = ("public_as_given", "public", "private", "reference_cohort", "audited_cohort")
 """Whose keys say all that they depend on, the segmenter included."""
-STAGES = {declared.name: declared for declared in vars(Study).values() if isinstance(declared, Stage)}
+STAGES = {found.name: found for _, found in inspect.getmembers_static(Study) if isinstance(found, Stage)}
 
 
 class _Plain(ast.NodeTransformer):
@@ -51,7 +52,7 @@ def called(thing: Any, parsed: ast.AST, rooms: tuple[str, ...]) -> Iterator[Any]
         if isinstance(node, ast.Name):
             found = names.get(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            of_study = node.value.id == "self" and thing.__module__ == Study.__module__
+            of_study = node.value.id == "self" and thing.__module__ in (Study.__module__, Trained.__module__)
             owner = Study if of_study else names.get(node.value.id)
             if owner is Study or isinstance(owner, ModuleType):
                 found = inspect.getattr_static(owner, node.attr, None)
@@ -60,7 +61,7 @@ def called(thing: Any, parsed: ast.AST, rooms: tuple[str, ...]) -> Iterator[Any]
         found = getattr(found, "func", getattr(found, "fget", getattr(found, "__wrapped__", found)))
         if isinstance(found, FunctionType | type) and found.__module__.startswith("cardiac_ldm."):
             room = found.__module__.split(".")[1]
-            if room in rooms or (room == "study" and found is not Study):
+            if room in rooms or (room in ("study", "trained") and found not in (Study, Trained)):
                 yield found
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from cardiac_ldm.cohort import Manifest, Patient, Volumes
+from cardiac_ldm.cohort import Manifest, Patient
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.parameters import CompareParameters, FinetuneParameters, ModelParameters, Parameters

@@ -16,7 +16,6 @@ from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.evaluation import utility as module
 from cardiac_ldm.evaluation.utility import (
     PENALTIES,
-    Budget,
     Utility,
     compare_arms,
     labelled_volumes,
@@ -25,12 +24,13 @@ from cardiac_ldm.evaluation.utility import (
     training_patients,
     utility,
 )
+from cardiac_ldm.settings import TrainingSettings
 from tests.miniatures import PHASES, heart
 
 ESED, LVEDV = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "LVEDV"))
 SHORT: Any = {
-    "segmenter": Budget(1, 1, 1e-3),
-    "phase": Budget(1, 1, 1e-3),
+    "segmenter": TrainingSettings(steps=1, batch=1, learning_rate=1e-3),
+    "phase": TrainingSettings(steps=1, batch=1, learning_rate=1e-3),
     "resamples": 20,
     "seed": 0,
 }
@@ -75,7 +75,10 @@ def real():
 
 @pytest.fixture(scope="module")
 def trained(real):
-    budgets = {"segmenter": Budget(16, 2, 1e-2), "phase": Budget(80, 4, 3e-3)}
+    budgets = {
+        "segmenter": TrainingSettings(steps=16, batch=2, learning_rate=1e-2),
+        "phase": TrainingSettings(steps=80, batch=4, learning_rate=3e-3),
+    }
     return reached(hearts(14), real, **budgets)
 
 

@@ -24,7 +24,7 @@ from benchmarks import RESULTS
 from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
 from cardiac_ldm.errors import ParameterError, StudyError
 from cardiac_ldm.privacy import PrivatePlan, Randomness
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 from workflow import clean
 from workflow.publish import publish

@@ -17,6 +17,7 @@ from cardiac_ldm.privacy import Ledger, Randomness
 from cardiac_ldm.privacy.bounds import BOUNDS
 from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
 from cardiac_ldm.training.finetune import FinetuneSettings, denoising
+from cardiac_ldm.training.pretrain import Latents
 from cardiac_ldm.training.private import train_privately
 
 _PLACES, _KNOWN, _STEPS = 600, 16, 8
@@ -37,7 +38,7 @@ def audit_mechanism(ledger: Ledger, seed: int) -> dict[str, Any]:
 def audit_training(
     denoiser: Denoiser,
     patients: Patients,
-    latents: np.ndarray,
+    latents: np.ndarray | Latents,
     epsilon: float,
     recipe: FinetuneSettings,
     randomness: Randomness,

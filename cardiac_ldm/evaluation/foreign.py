@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,14 @@ from cardiac_ldm.evaluation.synthesis import RELEASED
 
 TABLE = "attributes.csv"
 _COLUMNS = ("file", *ATTRIBUTE_NAMES)
+
+
+def content_of(folder: Path) -> str:
+    """Hash of all files in a folder, and of their paths in it."""
+    content = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        content.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return content.hexdigest()
 
 
 def read_folder(folder: Path) -> Volumes:

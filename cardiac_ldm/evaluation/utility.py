@@ -27,6 +27,7 @@ from cardiac_ldm.evaluation.features import SLICES, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, bootstrap
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import compute_device, device_of
+from cardiac_ldm.settings import TrainingSettings
 from cardiac_ldm.training.anatomy import _seeded, _train, augment
 
 Network = TypeVar("Network", Segmenter, PhaseClassifier)
@@ -35,15 +36,6 @@ _ESED, _LVEDV = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "LVEDV"))
 _PURPOSE = "a measure of utility"
 PENALTIES = np.logspace(-4, 4, 17)
 """Of the ridge regression, as multiples of the number of features."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Length of a training, alike for all arms."""
-
-    steps: int
-    batch: int
-    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,8 @@ def utility(
     arms: Sequence[Volumes],
     test: Volumes,
     *,
-    segmenter: Budget,
-    phase: Budget,
+    segmenter: TrainingSettings,
+    phase: TrainingSettings,
     resamples: int,
     seed: int,
 ) -> list[Utility]:
@@ -174,7 +166,7 @@ def _features(volumes: Volumes) -> np.ndarray:
     return reduce(features, "(n s) f -> n f", "mean", s=SLICES.stop - SLICES.start)
 
 
-def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: Budget, seed: int) -> Segmenter:
+def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: TrainingSettings, seed: int) -> Segmenter:
     images, labels = (torch.from_numpy(array).to(compute_device()) for array in (volumes, truths))
     dice = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
 
@@ -185,7 +177,7 @@ def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: Budget, seed
     return _trained(Segmenter, loss, len(images), budget, seed)
 
 
-def _fit_phase_classifier(train: Volumes, budget: Budget, seed: int) -> PhaseClassifier:
+def _fit_phase_classifier(train: Volumes, budget: TrainingSettings, seed: int) -> PhaseClassifier:
     images, phases = (torch.from_numpy(x).to(compute_device()) for x in (train.images, train.attributes[:, _ESED]))
     known = torch.from_numpy(_phased(train))
 
@@ -197,7 +189,11 @@ def _fit_phase_classifier(train: Volumes, budget: Budget, seed: int) -> PhaseCla
 
 
 def _trained(
-    build: type[Network], loss: Callable[[Network, Tensor, torch.Generator], Tensor], n: int, budget: Budget, seed: int
+    build: type[Network],
+    loss: Callable[[Network, Tensor, torch.Generator], Tensor],
+    n: int,
+    budget: TrainingSettings,
+    seed: int,
 ) -> Network:
     network = _seeded(build, seed)
     return _train(network, loss, n, budget.steps, budget.batch, budget.learning_rate, seed, progress=True)[0]

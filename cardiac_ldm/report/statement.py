@@ -23,9 +23,9 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
     return (
         f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Training compared "
         f"{ledger.private_data} with the same patients less any one of them, with all volumes. The probability of any "
-        f"outcome of this model with a patient is at most e^ε = {math.exp(ledger.epsilon):.3g} times that without, plus "
-        f"δ = {ledger.delta:g}, and the other way round. Somebody who holds a patient's membership for as likely as "
-        "not, and knows everybody else's data, guesses it right from this model in at most "
+        f"outcome of this model with a patient is at most e^ε = {math.exp(ledger.epsilon):.3g} times that without, "
+        f"plus δ = {ledger.delta:g}, and the other way round. Somebody who holds a patient's membership for as likely "
+        "as not, and knows everybody else's data, guesses it right from this model in at most "
         f"{_right(ledger.epsilon, ledger.delta):.1%} of cases{several}; a coin has 50 %.\n\n"
         + ("" if ledger.simulated else _decisions(ledger, together))
         + _table(ledger, together)

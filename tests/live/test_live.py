@@ -36,7 +36,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from cardiac_ldm.cohort import GRID
 from cardiac_ldm.report.live import ASSETS, NIIVUE
 from cardiac_ldm.report.viewer import nifti
-from cardiac_ldm.study import ROOT
+from cardiac_ldm.trained import ROOT
 
 CHROMIUM = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 PATIENT = """

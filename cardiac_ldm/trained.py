@@ -1,0 +1,263 @@
+"""The models of a study: its cohorts, what is trained on public patients, and what on private ones."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.models.anatomy import HeartFinder
+from cardiac_ldm.models.autoencoder import Autoencoder
+from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.models.device import is_first_process
+from cardiac_ldm.parameters import CohortParameters, Parameters
+from cardiac_ldm.privacy import Randomness, Record, Standing, public_ledger
+from cardiac_ldm.profile import Profile, Role
+from cardiac_ldm.progress import awaited
+from cardiac_ldm.runs import Run, Stage, place, plain, stage
+from cardiac_ldm.spending import Spending
+from cardiac_ldm.training import shipped
+from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
+from cardiac_ldm.training.autoencoder import train_autoencoder
+from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.pretrain import Latents, pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+Metrics = Mapping[str, Any]
+
+
+class Trained:
+    """The cohorts and the models of one study; asking for a stage runs what it lacks first, saying so."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters, self.seed = parameters, parameters.seed
+        self.profile = Profile.load(parameters.profile)
+        self.runs = Path(os.environ.get("CARDIAC_LDM_RUNS", ROOT / "runs"))
+
+    # --- Cohorts ---
+
+    @cached_property
+    def public_as_given(self) -> Cohort:
+        """The prepared public cohort, from whose labels the segmenter and the phase classifier learn."""
+        return self._cohort("public")
+
+    @cached_property
+    def public(self) -> Cohort:
+        """The prepared public cohort."""
+        given = self.public_as_given
+        return given if _labelled(given) else self._with_hearts_found("public")
+
+    @cached_property
+    def private(self) -> Cohort:
+        """The prepared private cohort."""
+        return self._with_hearts_found("private")
+
+    @cached_property
+    def reference_cohort(self) -> Cohort:
+        """The private cohort where it's simulated.
+
+        Held-out patients of a real private cohort are not covered by the guarantee, so public ones stand in for them.
+        """
+        return self.private if load_manifest(self.parameters.cohort_private).simulated else self.public
+
+    @property
+    def reference(self) -> Patients:
+        """The held-out patients whose attributes are asked for and against whom models are measured."""
+        return self.reference_cohort.split("test")
+
+    def beside(self, parameters: CohortParameters) -> list[Cohort]:
+        """The cohort to hold beside the study's own; none where none is named."""
+        if not parameters.cohort_beside:
+            return []
+        root = Path(parameters.data_root_beside) if parameters.data_root_beside else None
+        return [prepare(load_manifest(parameters.cohort_beside), store=self.runs / "cohorts", data_root=root)]
+
+    def _with_hearts_found(self, role: Role) -> Cohort:
+        """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
+        declared: Stage = type(self).anatomy
+        run = self.shipped(declared)
+        if run is None:
+            if not self.public_as_given.split("train").labelled.any():
+                return self._cohort(role)
+            run = declared.planned(self)
+            if not run.done and _labelled(given := self._cohort(role)):
+                return given
+            run = self.anatomy
+        return self._cohort(role, HeartFinder(run.folder / "segmenter.safetensors", run.key))
+
+    @awaited("cohorts")
+    def _cohort(self, role: Role, localiser: HeartFinder | None = None) -> Cohort:
+        manifest, data_root = self.parameters.manifest(role), getattr(self.parameters, f"data_root_{role}")
+        root = Path(data_root) if data_root else None
+        limits = self.profile.patients[role].model_dump()
+        store = self.runs / "cohorts"
+        return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=True)
+
+    # --- Public models ---
+
+    @stage("autoencoder", 1, settings=("autoencoder",), needs=("public",), together=True)
+    def autoencoder(self, run: Run) -> Metrics:
+        """The autoencoder, trained on public patients."""
+        model, losses = train_autoencoder(self.public.split("train"), self.profile.autoencoder, self.seed, run.state)
+        self._leave_public(run, weights=model)
+        return {"losses": losses}
+
+    @stage(
+        "anatomy",
+        1,
+        settings=("anatomy",),
+        needs=("public_as_given",),
+        title="segmenter and phase classifier",
+        together=True,
+    )
+    def anatomy(self, run: Run) -> Metrics:
+        """The segmenter and the phase classifier, trained on public labels."""
+        patients, settings = self.public_as_given.split("train"), self.profile.anatomy
+        given: dict[str, Any] = settings.segmenter.model_dump() | {"state": run.folder / "segmenter.pt"}
+        segmenter, dice = train_segmenter(patients, seed=self.seed, **given)
+        given = settings.phase.model_dump() | {"state": run.folder / "phase.pt"}
+        phase, entropy = train_phase_classifier(patients, seed=self.seed, **given)
+        self._leave_public(run, segmenter=segmenter, phase=phase)
+        return {"segmenter": dice, "phase": entropy}
+
+    @stage("pretrain", 1, settings=("pretrain", "denoiser"), needs=("autoencoder",), title="pretraining", together=True)
+    def pretrained(self, run: Run) -> Metrics:
+        """The denoiser, pre-trained on public patients; the model of epsilon 0."""
+        patients, settings = self.public.split("train"), self.profile.pretrain
+        latents = self.latents(patients, self.public)[:]
+        model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, run.state)
+        self._leave_public(run, weights=model)
+        return {"losses": losses}
+
+    def _leave_public(self, run: Run, **models: Any) -> None:  # noqa: ANN401
+        if not is_first_process():
+            return
+        run.leave(**models)
+        files = run.folder.glob("*.safetensors")
+        public_ledger(self.public_as_given.manifest.name).bound(*files).save(run.folder / "privacy.json")
+
+    def described(self, name: str) -> dict[str, object]:
+        """What the weights of a public stage depend on, as shipped ones say it."""
+        profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
+        settings = {
+            "anatomy": [profile.anatomy],
+            "autoencoder": [profile.autoencoder],
+            "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],
+        }
+        train = profile.patients["public"].train
+        cohort = {"name": manifest.name, "reader": plain(manifest.reader), "train": train}
+        return {"settings": [plain(part) for part in settings[name]], "cohort": cohort, "seed": self.seed}
+
+    def shipped(self, declared: Stage) -> Run | None:
+        """The run of a public stage that came with the library, if it's the one that is asked for."""
+        if declared.name not in ("anatomy", "autoencoder", "pretrain"):
+            return None
+        found = shipped.find(declared.name, self.described(declared.name))
+        return found and Run(declared.name, *found)
+
+    # --- Private models ---
+
+    def finetuned(self, epsilon: float) -> Run:
+        """The denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
+
+        Real patients are charged in their record, once for each run, before its first step.
+
+        Raises:
+            PrivacyError: what is asked for, here or by the study's other budgets, isn't to be had of real patients.
+        """
+        if epsilon == 0:
+            return self.pretrained
+        epsilon, patients = float(epsilon), self.private.split("train")
+        self.profile.finetune.check(epsilon, patients.name, len(patients), patients.secret)
+        if not patients.secret:
+            return self.trained_privately(epsilon)
+        spending, agreed = self._spending, getattr(self.parameters, "spend", False)
+        spending.agree([epsilon, *self.parameters.budgets], self._of_real_patients, agreed)
+        declared, run = type(self).trained_privately, self._of_real_patients(epsilon)
+        spending.begin(run)
+        run = declared.complete(self, run, epsilon, described=self._described_real(epsilon))
+        if is_first_process():
+            Record().vouch(run.ledger)
+        return run
+
+    @stage("finetune", 3, settings=("finetune",), needs=("pretrained", "private"), title="fine-tuning", together=True)
+    def trained_privately(self, run: Run, epsilon: float) -> Metrics:
+        """A private training, on simulated or on real patients."""
+        patients, settings = self.private.split("train"), self.profile.finetune
+        seed = None if patients.secret else self.seed
+        randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
+        plan, public_data = (
+            settings.plan(epsilon, settings.delta, patients.places),
+            load_manifest(self.parameters.cohort_public).name,
+        )
+        if patients.secret and is_first_process():
+            words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
+            ledger = plan.ledger(randomness, stage="denoiser", **words, public_data=public_data)
+            self._spending.charge(ledger, run.folder)
+        latents = self.latents(patients, self.private)
+        if patients.secret:
+            _ = latents[:]  # else what had been encoded would tell who was in the lots
+        model = self.denoiser(self.pretrained)
+        left = finetune(
+            model,
+            patients,
+            latents,
+            plan,
+            settings,
+            randomness,
+            run.folder,
+            public_data,
+        )
+        if patients.secret and is_first_process():
+            Record().finish(left)
+        return {"epsilon": plain(epsilon)}
+
+    @property
+    def _spending(self) -> Spending:
+        return Spending(self.private.split("train"), self.profile.finetune, self.runs)
+
+    def _described_real(self, epsilon: float) -> dict[str, object]:
+        """What a model of real patients depends on: no seed, no version.
+
+        So it's trained again, and they are charged again, only where something else is asked for.
+        """
+        profile, places = self.profile, self.private.split("train").places
+        settings = [plain(part) for part in (profile.finetune, profile.denoiser, profile.autoencoder, epsilon)]
+        public = [run.ledger.weights for run in (self.pretrained, self.autoencoder)]
+        return {"stage": "finetune", "settings": [*settings, public, self._spending.who, places]}
+
+    def _of_real_patients(self, epsilon: float) -> Run:
+        return place(self.runs, "finetune", self._described_real(epsilon))
+
+    def would_spend(self, budgets: tuple[float, ...]) -> str | None:
+        """What the models of all these budgets would spend of real private patients; None where they are there."""
+        return self._spending.planned(budgets, self._of_real_patients)
+
+    def together(self) -> Standing | None:
+        """What all private models of this study's private patients spent together; None where there is none."""
+        return self._spending.together()
+
+    # --- What stages left ---
+
+    def load_autoencoder(self) -> Autoencoder:
+        """The public autoencoder."""
+        _ = self.autoencoder.ledger
+        return self.autoencoder.load(self.profile.autoencoder.build())
+
+    def denoiser(self, run: Run) -> Denoiser:
+        """The denoiser of a run, which must have its ledger, and be what that was written for."""
+        _ = run.ledger
+        return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
+
+    def latents(self, patients: Patients, cohort: Cohort) -> Latents:
+        """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""
+        path = self.runs / "latents" / f"{patients.name}-{patients.split}-{cohort.key}-{self.autoencoder.key}.zarr"
+        latents = Latents(self.load_autoencoder(), patients, path)
+        if patients.secret:
+            path.chmod(0o700)
+        return latents
+
+
+def _labelled(cohort: Cohort) -> bool:
+    return all(cohort.split(name).labelled.all() for name in cohort.splits)
