@@ -1,15 +1,9 @@
 """Cohorts: from a manifest to prepared patients, with their attributes and the guards on private ones."""
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES, Attribute, measure_attributes
+from cardiac_ldm.cohort.guards import require_labelled, require_public, require_releasable
 from cardiac_ldm.cohort.manifest import Manifest, load_manifest
-from cardiac_ldm.cohort.patients import (
-    Cohort,
-    PatientRecord,
-    Patients,
-    require_labelled,
-    require_public,
-    require_releasable,
-)
+from cardiac_ldm.cohort.patients import Cohort, PatientRecord, Patients
 from cardiac_ldm.cohort.prepare import prepare
 from cardiac_ldm.cohort.volumes import GRID, Patient, Volume
 

@@ -10,10 +10,11 @@ from itertools import permutations
 
 import numpy as np
 from scipy import ndimage
+from scipy.cluster import hierarchy
 
 from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible, measure_attributes
-from cardiac_ldm.cohort.handedness import handedness
-from cardiac_ldm.cohort.volumes import Patient, Volume
+from cardiac_ldm.cohort.orientation import handedness
+from cardiac_ldm.cohort.volumes import Patient, Volume, labels_by_phase
 
 ENCLOSED, OPEN = 0.9, 0.75
 """Share of the LV cavity's edge that is wall: sound 0.98 or more; below OPEN it's refused, below ENCLOSED doubted."""
@@ -42,7 +43,8 @@ EF_POINTS = 10.0
 """An ejection fraction against the volumes beside it, in points of a hundred: rounding makes 2."""
 _OF_LABELS = ("values", "open", "rim", "pieces", "contrast", "no RV")
 """Codes of findings that, of a segmenter's labels, tell of the segmenter alone."""
-_CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+"""A voxel and its neighbours in-plane."""
 _NAMES = {RV: "RV", MYOCARDIUM: "wall", LV: "LV"}
 _REFLECTIONS = {
     "mirrored left to right": 180,
@@ -120,9 +122,8 @@ def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         file, n = sources.images[v.phase], len(v.image)
         if modulus := wrapped(v.image):
             cast = f"numpy.uint{int(modulus).bit_length() - 1}" if modulus in (2**8, 2**16) else "an unsigned integer"
-            yield Finding(
-                "wrapped", file, f"its negative values run on above the largest: they're wrapped; cast it to {cast}"
-            )
+            says = f"its negative values run on above the largest: they're wrapped; cast it to {cast}"
+            yield Finding("wrapped", file, says)
             continue
         spread = v.image.std(axis=(1, 2))
         flat = spread < FLAT * np.median(spread)
@@ -132,24 +133,21 @@ def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         inner = (np.arange(n) > full[0]) & (np.arange(n) < full[-1])
         if v.labels is not None:
             inner |= v.labels.any(axis=(1, 2))
-        if (flat & inner).any():
-            where = sources.at(np.flatnonzero(flat & inner), n)
-            yield Finding("black", file, f"slice {where} (from 0) is black inside the stack; export it again")
-        if (flat & ~inner).any():
-            where = sources.at(np.flatnonzero(flat & ~inner), n)
-            yield Finding("black", file, f"slice {where} (from 0) is black at the stack's end; is it padding?", True)
+        if len(where := np.flatnonzero(flat & inner)):
+            says = f"slice {sources.at(where, n)} (from 0) is black inside the stack; export it again"
+            yield Finding("black", file, says)
+        if len(where := np.flatnonzero(flat & ~inner)):
+            says = f"slice {sources.at(where, n)} (from 0) is black at the stack's end; is it padding?"
+            yield Finding("black", file, says, doubt=True)
         alike = _correlations(v.image)[np.ix_(full, full)]
-        pairs = np.triu_indices(len(full), 1)
-        if len(full) > 3 and alike[pairs].mean() > SAME_SLICE:
+        if len(full) > 3 and alike[np.triu_indices(len(full), 1)].mean() > SAME_SLICE:
+            says = f"its {n} slices are nearly the same picture: they seem to be the frames of one slice's cine"
+            yield Finding("cine", file, f"{says} (x, y, t); give the stack (x, y, z) of one phase")
             whole = False
-            says = (
-                f"its {n} slices are nearly the same picture: they seem to be the frames of one slice's cine (x, y, t)"
-            )
-            yield Finding("cine", file, f"{says}; give the stack (x, y, z) of one phase")
         elif (twice := np.argwhere(np.triu(alike, 1) > REPEATED)).size:
+            met = "; ".join(sources.at(sorted(full[pair]), n).replace(", ", " and ") for pair in twice[:4])
+            yield Finding("repeated", file, f"slices {met} (from 0) are the same picture; export it again")
             whole = False
-            where = "; ".join(sources.at(sorted(full[pair]), n).replace(", ", " and ") for pair in twice[:4])
-            yield Finding("repeated", file, f"slices {where} (from 0) are the same picture; export it again")
         whole &= not flat.any()
     if whole:
         yield from _order(volumes, sources, "images")
@@ -200,12 +198,12 @@ def _order(volumes: Sequence[Volume], sources: Sources, of: str) -> Iterator[Fin
     best = _smoothest(apart)
     if _length(apart, range(len(shown))) > OUT_OF_ORDER[of] * _length(apart, best):
         files = sources.images if of == "images" else sources.labels
-        way = sources.at(shown[best], n)
+        says = f"from one end they'd be {sources.at(shown[best], n)} (from 0)"
         yield Finding(
             "order",
             files[stacks[0].phase],
-            f"its slices aren't in the order in which they lie in the body: from one end they'd be {way} (from 0); "
-            "bring them into that order, images and labels alike",
+            f"its slices aren't in the order in which they lie in the body: {says}; bring them into that order, images "
+            "and labels alike",
         )
 
 
@@ -221,29 +219,14 @@ def _length(apart: np.ndarray, way: Sequence[int]) -> float:
 
 
 def _smoothest(apart: np.ndarray) -> list[int]:
-    """A short way through all slices: the nearest next one from every start, then reversals as long as they shorten."""
-    n, ways = len(apart), []
-    for start in range(n):
-        way, left = [start], set(range(n)) - {start}
-        while left:
-            way.append(min(left, key=lambda k: float(apart[way[-1], k])))
-            left.remove(way[-1])
-        ways.append(way)
-    best = min(ways, key=lambda way: _length(apart, way))
-    shorter = n <= 40
-    while shorter:
-        shorter = False
-        for i in range(n - 1):
-            for j in range(i + 1, n):
-                before = apart[best[i - 1], [best[i], best[j]]] if i else (0.0, 0.0)
-                after = apart[[best[j], best[i]], best[j + 1]] if j + 1 < n else (0.0, 0.0)
-                if before[1] + after[1] < before[0] + after[0] - 1e-6:
-                    best, shorter = [*best[:i], *best[i : j + 1][::-1], *best[j + 1 :]], True
+    """A short way through all slices: that of a tree of nearest neighbours (Bar-Joseph et al., 2001)."""
+    pairs = np.maximum(apart[np.triu_indices(len(apart), 1)], 0)
+    best = hierarchy.leaves_list(hierarchy.optimal_leaf_ordering(hierarchy.average(pairs), pairs)).tolist()
     return best if best[0] < best[-1] else best[::-1]
 
 
 def _around(inside: np.ndarray) -> np.ndarray:
-    return np.asarray(ndimage.binary_dilation(inside, _CROSS) & ~inside)
+    return np.asarray(ndimage.binary_dilation(inside, CROSS) & ~inside)
 
 
 def enclosed(labels: np.ndarray, structure: int = LV, by: int = MYOCARDIUM) -> float:
@@ -254,14 +237,9 @@ def enclosed(labels: np.ndarray, structure: int = LV, by: int = MYOCARDIUM) -> f
 
 def fitting_map(labels: np.ndarray) -> dict[int, int] | None:
     """The exchange of values after which the wall encloses the LV alone; None where there's none."""
-    for values in permutations((RV, MYOCARDIUM, LV)):
-        exchange = dict(zip((RV, MYOCARDIUM, LV), values, strict=True))
-        theirs = {ours: value for value, ours in exchange.items()}
-        if (
-            enclosed(labels, theirs[LV], theirs[MYOCARDIUM]) > 0.95
-            and enclosed(labels, theirs[RV], theirs[MYOCARDIUM]) < OPEN
-        ):
-            return exchange
+    for rv, wall, lv in permutations((RV, MYOCARDIUM, LV)):
+        if enclosed(labels, lv, wall) > 0.95 and enclosed(labels, rv, wall) < OPEN:
+            return {rv: RV, wall: MYOCARDIUM, lv: LV}
     return None
 
 
@@ -274,13 +252,10 @@ def _labels(v: Volume, labels: np.ndarray, sources: Sources) -> Iterator[Finding
         values = sources.values or {k: k for k in _NAMES}
         fits = {value: exchange[ours] for value, ours in values.items() if ours}
         surrounded = next(_NAMES[value] for value, ours in exchange.items() if ours == LV)
-        yield Finding(
-            "values",
-            file,
-            f"the wall surrounds what is labelled {surrounded}, not LV; map the label values: {fits} would fit"
-            if exchange[MYOCARDIUM] == MYOCARDIUM
-            else f"what is labelled wall doesn't surround the LV; map the label values: {fits} would fit",
-        )
+        says = f"the wall surrounds what is labelled {surrounded}, not LV"
+        if exchange[MYOCARDIUM] != MYOCARDIUM:
+            says = "what is labelled wall doesn't surround the LV"
+        yield Finding("values", file, f"{says}; map the label values: {fits} would fit")
         return
     if share < ENCLOSED:
         says = f"the wall surrounds {share:.0%} of the LV cavity's edge; {_BY_NEAREST}, or complete the wall"
@@ -288,19 +263,17 @@ def _labels(v: Volume, labels: np.ndarray, sources: Sources) -> Iterator[Finding
     around = _around(labels >= MYOCARDIUM)
     edges = around.sum(axis=(1, 2))
     beside = (around & (labels == RV)).sum(axis=(1, 2)) / np.maximum(edges, 1) * (edges > 20)
-    if (worst := int(beside.argmax())) >= 0 and beside[worst] > RIM:
-        where = sources.at([worst], len(labels))
-        yield Finding(
-            "rim", file, f"in slice {where} (from 0) RV lies round {beside[worst]:.0%} of the wall; {_BY_NEAREST}"
-        )
+    if beside.max() > RIM:
+        where = sources.at([int(beside.argmax())], len(labels))
+        says = f"in slice {where} (from 0) RV lies round {beside.max():.0%} of the wall; {_BY_NEAREST}"
+        yield Finding("rim", file, says)
     for structure, name in _NAMES.items():
         if (apart := _scattered(labels == structure)) > FRAGMENTS:
             yield Finding("pieces", file, f"{apart:.0%} of the {name} lies apart from the rest; look at it", True)
     wall, cavity = (image[labels == k] for k in (MYOCARDIUM, LV))
     if share >= ENCLOSED and len(wall) and cavity.mean() - wall.mean() < CONTRAST * v.image.std():
-        yield Finding(
-            "contrast", file, "the LV cavity isn't brighter than the wall; are they this image's labels?", True
-        )
+        says = "the LV cavity isn't brighter than the wall; are they this image's labels?"
+        yield Finding("contrast", file, says, doubt=True)
 
 
 def _scattered(mask: np.ndarray) -> float:
@@ -314,7 +287,7 @@ def _scattered(mask: np.ndarray) -> float:
 
 def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
     """Where the RV lies beside the LV, and whether the heart is its own mirror image."""
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+    labels = labels_by_phase(volumes)
     with_rv = [phase for phase, one in labels.items() if (one == RV).any()]
     if not with_rv:
         return
@@ -338,7 +311,7 @@ def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
 
 
 def _sizes(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+    labels = labels_by_phase(volumes)
     if not labels:
         return
     measured = measure_attributes(labels, volumes[0].spacing_mm)
@@ -368,7 +341,7 @@ def _table(volumes: Sequence[Volume], said: Mapping[str, float], sources: Source
                 f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {100 * (1 - empty / full):.0f} %"
             )
             yield Finding("table", sources.table, f"{says}; correct them")
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+    labels = labels_by_phase(volumes)
     if not labels or not trusted:
         return
     measured = measure_attributes(labels, volumes[0].spacing_mm)
