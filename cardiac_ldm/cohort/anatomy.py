@@ -10,10 +10,9 @@ from itertools import permutations
 
 import numpy as np
 from scipy import ndimage
-from scipy.cluster import hierarchy
 
 from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible, measure_attributes
-from cardiac_ldm.cohort.orientation import handedness
+from cardiac_ldm.cohort.orientation import correlations, handedness, slice_order, unlike
 from cardiac_ldm.cohort.volumes import Patient, Volume, labels_by_phase
 
 ENCLOSED, OPEN = 0.9, 0.75
@@ -98,11 +97,8 @@ def examine_labels(volumes: Sequence[Volume], said: Mapping[str, float], sources
     found = [finding for v in volumes if v.labels is not None for finding in _labels(v, v.labels, sources)]
     if all(finding.doubt for finding in found):  # sizes and sides of labels that are something else mean nothing
         found += [*_sides(volumes, sources), *_sizes(volumes, sources)]
-    return [
-        *found,
-        *_order(volumes, sources, "labels"),
-        *_table(volumes, said, sources, trusted=all(f.doubt for f in found)),
-    ]
+    trusted = all(finding.doubt for finding in found)
+    return [*found, *_order(volumes, sources, "labels"), *_table(volumes, said, sources, trusted)]
 
 
 def segmented(patient: Patient, seen: Mapping[str, np.ndarray]) -> list[str]:
@@ -139,7 +135,7 @@ def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         if len(where := np.flatnonzero(flat & ~inner)):
             says = f"slice {sources.at(where, n)} (from 0) is black at the stack's end; is it padding?"
             yield Finding("black", file, says, doubt=True)
-        alike = _correlations(v.image)[np.ix_(full, full)]
+        alike = correlations(v.image)[np.ix_(full, full)]
         if len(full) > 3 and alike[np.triu_indices(len(full), 1)].mean() > SAME_SLICE:
             says = f"its {n} slices are nearly the same picture: they seem to be the frames of one slice's cine"
             yield Finding("cine", file, f"{says} (x, y, t); give the stack (x, y, z) of one phase")
@@ -171,16 +167,6 @@ def _roughness(image: np.ndarray) -> float:
     return float(sum(np.abs(np.diff(image, axis=axis)).sum(dtype=np.float64) for axis in (1, 2)))
 
 
-def _correlations(image: np.ndarray) -> np.ndarray:
-    """Correlations (n, n) of a stack's slices at half their resolution; 0 for a slice without contrast."""
-    n, rows, columns = image.shape
-    halved = image[:, : rows // 2 * 2, : columns // 2 * 2].reshape(n, rows // 2, 2, columns // 2, 2).mean(axis=(2, 4))
-    flat = halved.reshape(n, -1)
-    centred = flat - flat.mean(axis=1, keepdims=True)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
-    return np.asarray(unit @ unit.T)
-
-
 def _order(volumes: Sequence[Volume], sources: Sources, of: str) -> Iterator[Finding]:
     """Whether neighbours in the stack are the slices that look most alike."""
     stacks = [v for v in volumes if of == "images" or v.labels is not None]
@@ -188,41 +174,19 @@ def _order(volumes: Sequence[Volume], sources: Sources, of: str) -> Iterator[Fin
     if not stacks:
         return
     if of == "images":
-        shown, apart = np.arange(n), 1 - np.mean([_correlations(v.image) for v in stacks], axis=0)
+        shown, apart = np.arange(n), 1 - np.mean([correlations(v.image) for v in stacks], axis=0)
     else:
         labels = np.stack([v.labels for v in stacks if v.labels is not None])
         shown = np.flatnonzero(labels.any(axis=(0, 2, 3)))
-        apart = np.mean([_unlike(one[shown]) for one in labels], axis=0)
+        apart = np.mean([unlike(one[shown]) for one in labels], axis=0)
     if len(shown) < 5:
         return
-    best = _smoothest(apart)
-    if _length(apart, range(len(shown))) > OUT_OF_ORDER[of] * _length(apart, best):
-        files = sources.images if of == "images" else sources.labels
-        says = f"from one end they'd be {sources.at(shown[best], n)} (from 0)"
-        yield Finding(
-            "order",
-            files[stacks[0].phase],
-            f"its slices aren't in the order in which they lie in the body: {says}; bring them into that order, images "
-            "and labels alike",
-        )
-
-
-def _unlike(labels: np.ndarray) -> np.ndarray:
-    """1 less the Dice overlap of every two slices (n, n)."""
-    parts = [(labels == k).reshape(len(labels), -1).astype(np.float32) for k in (RV, MYOCARDIUM, LV)]
-    sizes = np.sum([part.sum(axis=1) for part in parts], axis=0)
-    return np.asarray(1 - 2 * np.sum([p @ p.T for p in parts], axis=0) / np.maximum(sizes[:, None] + sizes, 1))
-
-
-def _length(apart: np.ndarray, way: Sequence[int]) -> float:
-    return float(apart[list(way)[:-1], list(way)[1:]].sum())
-
-
-def _smoothest(apart: np.ndarray) -> list[int]:
-    """A short way through all slices: that of a tree of nearest neighbours (Bar-Joseph et al., 2001)."""
-    pairs = np.maximum(apart[np.triu_indices(len(apart), 1)], 0)
-    best = hierarchy.leaves_list(hierarchy.optimal_leaf_ordering(hierarchy.average(pairs), pairs)).tolist()
-    return best if best[0] < best[-1] else best[::-1]
+    best, rougher = slice_order(apart)
+    if rougher > OUT_OF_ORDER[of]:
+        file = (sources.images if of == "images" else sources.labels)[stacks[0].phase]
+        way = f"from one end they'd be {sources.at(shown[best], n)} (from 0)"
+        says = f"its slices aren't in the order in which they lie in the body: {way}"
+        yield Finding("order", file, f"{says}; bring them into that order, images and labels alike")
 
 
 def _around(inside: np.ndarray) -> np.ndarray:
@@ -333,13 +297,14 @@ def _table(volumes: Sequence[Volume], said: Mapping[str, float], sources: Source
     """The table against itself, and against labels that may be trusted."""
     for side in ("LV", "RV"):
         full, empty, ef = (said.get(f"{side}{end}") for end in ("EDV", "ESV", "EF"))
-        if full and empty and empty > full:
-            says = f"{side}ESV, {empty:g} mL, is more than {side}EDV, {full:g} mL; correct them"
-            yield Finding("table", sources.table, says)
-        elif full and empty and ef and abs(ef - 100 * (1 - empty / full)) > EF_POINTS:
-            says = (
-                f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {100 * (1 - empty / full):.0f} %"
-            )
+        if not (full and empty):
+            continue
+        makes = 100 * (1 - empty / full)
+        if empty > full:
+            says = f"{side}ESV, {empty:g} mL, is more than {side}EDV, {full:g} mL"
+            yield Finding("table", sources.table, f"{says}; correct them")
+        elif ef and abs(ef - makes) > EF_POINTS:
+            says = f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {makes:.0f} %"
             yield Finding("table", sources.table, f"{says}; correct them")
     labels = labels_by_phase(volumes)
     if not labels or not trusted:

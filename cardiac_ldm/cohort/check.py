@@ -5,7 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,14 +40,14 @@ class Summary:
 
     problems: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
-    pictures: tuple[tuple[str, str], ...] = ()
     repairs: tuple[str, ...] = ()
-    files: tuple[tuple[str, str], ...] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     group: str | None = None
     labelled: tuple[bool, ...] = ()
     shape: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
-    attributes: tuple[tuple[str, float], ...] = ()
+    attributes: Mapping[str, float] = field(default_factory=dict)
 
 
 def summarise(
@@ -68,16 +68,16 @@ def summarise(
     labels = labels_by_phase(volumes)
     known = (known_attributes(labels, volumes[0].spacing_mm) if labels else {}) | dict(patient.attributes)
     return Summary(
-        problems=problems,
-        doubts=doubts,
-        pictures=tuple((v.phase, _thumbnail(v)) for v in volumes) if pictured else (),
-        repairs=patient.repairs,
-        files=tuple((name, digest) for name, digest in patient.files.items() if ".nii" in name),
+        problems,
+        doubts,
+        patient.repairs,
+        pictures={v.phase: _thumbnail(v) for v in volumes} if pictured else {},
+        files={name: digest for name, digest in patient.files.items() if ".nii" in name},
         group=patient.group,
         labelled=tuple(v.labels is not None for v in volumes),
         shape=volumes[0].image.shape,
         spacing_mm=volumes[0].spacing_mm,
-        attributes=tuple((name, value) for name, value in known.items() if value == value),
+        attributes={name: value for name, value in known.items() if value == value},
     )
 
 
@@ -132,7 +132,7 @@ def _shared(summaries: Mapping[str, Summary]) -> list[tuple[tuple[str, ...], str
     """Patients with the very same image, and its names."""
     owners: dict[str, dict[str, str]] = defaultdict(dict)
     for patient, summary in summaries.items():
-        for name, digest in summary.files:
+        for name, digest in summary.files.items():
             owners[digest][patient] = name
     return [(tuple(o), " = ".join(o.values())) for o in owners.values() if len(o) > 1]
 
@@ -153,7 +153,7 @@ def _counted(summaries: list[Summary]) -> dict[str, int | str]:
         rows["slices"] = _range(s.shape[0] for s in sound)
         rows |= {f"spacing {axis} (mm)": _range(s.spacing_mm[i] for s in sound) for i, axis in enumerate("zyx")}
     for attribute in ATTRIBUTES:
-        if values := [value for s in sound for name, value in s.attributes if name == attribute.name]:
+        if values := [s.attributes[attribute.name] for s in sound if attribute.name in s.attributes]:
             rows[f"{attribute.name} {attribute.unit}".strip()] = f"{_range(values)} (of {len(values)})"
     return rows
 
@@ -177,14 +177,14 @@ def _thumbnail(v: Volume) -> str:
     """All slices of a volume in a row, round the heart where there are labels, these as outlines; a PNG data URI."""
     low, high = np.percentile(v.image, (1, 99))
     labels = np.zeros(v.image.shape, np.uint8) if v.labels is None else v.labels
-    field = [slice(None)]
+    shown = [slice(None)]
     for where, mm in zip(np.nonzero(labels.any(axis=0)), v.spacing_mm[1:], strict=True) if labels.any() else ():
         margin = round(_MARGIN_MM / mm)
-        field.append(slice(max(int(where.min()) - margin, 0), int(where.max()) + margin))
-    grey = np.clip((v.image[tuple(field)] - low) / max(high - low, 1e-9), 0, 1)
+        shown.append(slice(max(int(where.min()) - margin, 0), int(where.max()) + margin))
+    grey = np.clip((v.image[tuple(shown)] - low) / max(high - low, 1e-9), 0, 1)
     picture = np.repeat(np.round(255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
     for structure, colour in _COLOURS.items():
-        inside = labels[tuple(field)] == structure
+        inside = labels[tuple(shown)] == structure
         picture[inside & ~binary_erosion(inside, CROSS)] = colour
     every = max(1, round(max(picture.shape[1:3]) / _TILE))
     return str(image_array_to_data_uri(np.concatenate(picture[:, ::every, ::every], axis=1), "pypng", compression=6))
@@ -205,7 +205,7 @@ def _write_page(path: Path, manifest: Manifest, summaries: Mapping[str, Summary]
         page += f"<h2>{html.escape(patient)}</h2>"
         for kind, lines in (("wrong", summary.problems), ("doubt", summary.doubts)):
             page += "".join(f"<p class={kind}>{html.escape(line)}</p>" for line in lines)
-        page += "".join(f'<p>{phase}<br><img alt="{phase}" src="{uri}"></p>' for phase, uri in summary.pictures)
+        page += "".join(f'<p>{phase}<br><img alt="{phase}" src="{uri}"></p>' for phase, uri in summary.pictures.items())
     temporary = path.with_name(f".{path.name}.tmp")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(page)

@@ -1,11 +1,12 @@
-"""How a stack lies: what of it is stored the other way round, and whether the heart is its own mirror image."""
+"""How a stack lies: what is stored the other way round, in which order slices run, whether the heart is mirrored."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from einops import reduce
 
-from cardiac_ldm.cohort.attributes import LV, RV
+from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV
 from cardiac_ldm.cohort.volumes import Volume
 
 SAID = ("slices ran from apex to base", "rows up", "columns left")
@@ -48,6 +49,51 @@ def flipped(volumes: Sequence[Volume], axes: Sequence[int]) -> tuple[Volume, ...
         return np.ascontiguousarray(np.flip(array, tuple(axes)))
 
     return tuple(replace(v, image=flip(v.image), labels=None if v.labels is None else flip(v.labels)) for v in volumes)
+
+
+def correlations(image: np.ndarray) -> np.ndarray:
+    """Correlations (n, n) of a stack's slices at half their resolution; 0 for a slice without contrast."""
+    rows, columns = (n // 2 * 2 for n in image.shape[1:])
+    flat = reduce(image[:, :rows, :columns], "n (h i) (w j) -> n (h w)", "mean", i=2, j=2)
+    centred = flat - flat.mean(axis=1, keepdims=True)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+    return np.asarray(unit @ unit.T)
+
+
+def unlike(labels: np.ndarray) -> np.ndarray:
+    """1 less the Dice overlap of every two slices (n, n)."""
+    parts = [(labels == k).reshape(len(labels), -1).astype(np.float32) for k in (RV, MYOCARDIUM, LV)]
+    sizes = np.sum([part.sum(axis=1) for part in parts], axis=0)
+    return np.asarray(1 - 2 * np.sum([p @ p.T for p in parts], axis=0) / np.maximum(sizes[:, None] + sizes, 1))
+
+
+def slice_order(apart: np.ndarray) -> tuple[list[int], float]:
+    """A short way through all slices, and how much rougher (1 or more) the stored order is; apart: (n, n).
+
+    The nearest next one from every start, then reversals as long as they shorten the best of these ways.
+    """
+
+    def length(way: Sequence[int]) -> float:
+        return float(apart[list(way)[:-1], list(way)[1:]].sum())
+
+    n, ways = len(apart), []
+    for start in range(n):
+        way, left = [start], set(range(n)) - {start}
+        while left:
+            way.append(min(left, key=lambda k: float(apart[way[-1], k])))
+            left.remove(way[-1])
+        ways.append(way)
+    best = min(ways, key=length)
+    shorter = n <= 40
+    while shorter:
+        shorter = False
+        for i in range(n - 1):
+            for j in range(i + 1, n):
+                before = apart[best[i - 1], [best[i], best[j]]] if i else (0.0, 0.0)
+                after = apart[[best[j], best[i]], best[j + 1]] if j + 1 < n else (0.0, 0.0)
+                if before[1] + after[1] < before[0] + after[0] - 1e-6:
+                    best, shorter = [*best[:i], *best[i : j + 1][::-1], *best[j + 1 :]], True
+    return best if best[0] < best[-1] else best[::-1], length(range(n)) / max(length(best), 1e-9)
 
 
 def handedness(volumes: Iterable[Volume]) -> float:
