@@ -23,7 +23,7 @@ from benchmarks import keep
 from cardiac_ldm.cohort import Patient, Volume, load_manifest
 from cardiac_ldm.cohort.anatomy import Sources, examine
 from cardiac_ldm.cohort.attributes import measure_attributes
-from cardiac_ldm.cohort.handedness import features
+from cardiac_ldm.cohort.orientation import features
 from cardiac_ldm.cohort.phantom import simulate
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError

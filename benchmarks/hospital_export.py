@@ -17,8 +17,10 @@ import nibabel as nib
 import numpy as np
 
 from benchmarks import RESULTS
-from cardiac_ldm.cohort.check import main as command
+from cardiac_ldm.cohort.__main__ import main as command
+from cardiac_ldm.cohort.grid import Localiser
 from cardiac_ldm.cohort.phantom import simulate
+from cardiac_ldm.training.shipped import ShippedFinder
 
 PATIENTS = 30
 SHUFFLED, MIRRORED, TWICE, WITHDRAWN = "P04", "P06", "P10", "P20"
@@ -84,8 +86,8 @@ def withdraw(manifest: Path) -> str:
     return f"{WITHDRAWN} withdrew: my_hospital.yaml now says `exclude: [{WITHDRAWN}]`"
 
 
-def journey(place: Path) -> list[str]:
-    """Export, look, check, mend, check again; the lines of the transcript."""
+def journey(place: Path, localiser: Localiser | None) -> list[str]:
+    """Export, look, check, mend, check again; the lines of the transcript. localiser: as the command has it."""
     folder, manifest = place / "my_hospital", place / "my_hospital.yaml"
     export(folder)
     said: list[str] = []
@@ -93,7 +95,7 @@ def journey(place: Path) -> list[str]:
     def run(*arguments: str) -> str:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            code = command(arguments)
+            code = command(arguments, localiser)
         text = printed.getvalue().replace(f"{os.path.realpath(place)}/", "").replace(f"{place}/", "")
         shown = " ".join(argument.replace(f"{place}/", "") for argument in arguments)
         said.append(f"$ python -m cardiac_ldm.cohort {shown}\n{text.rstrip()}\n(exit code {code})")
@@ -110,7 +112,7 @@ def journey(place: Path) -> list[str]:
 def main() -> None:
     """Write results/hospital_export.txt."""
     with tempfile.TemporaryDirectory() as place:
-        text = "\n\n".join(journey(Path(place))) + "\n"
+        text = "\n\n".join(journey(Path(place), ShippedFinder())) + "\n"
     (RESULTS / "hospital_export.txt").write_text(text)
     print(text)
 

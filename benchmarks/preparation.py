@@ -23,13 +23,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-import zarr
-from zarr.codecs import BloscCodec, ZstdCodec
 
 from benchmarks import RESULTS, keep
 from cardiac_ldm.cohort import GRID, Patient, load_manifest, prepare
 from cardiac_ldm.cohort.grid import labels_of, place_on_grid
-from cardiac_ldm.cohort.patients import open_split, write_patient
+from cardiac_ldm.cohort.patients import write_patient
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.models.anatomy import HeartFinder
 from cardiac_ldm.training.anatomy import train_segmenter
@@ -109,9 +107,8 @@ def costs() -> list[dict[str, Any]]:
         placed, more = _timed(place_on_grid, patients)
         rows += [{"step": step, "milliseconds": milliseconds / 2}, {"step": then, "milliseconds": more / 2}]
     with tempfile.TemporaryDirectory() as folder:
-        arrays = open_split(Path(folder) / "train", len(placed))
         numbered = list(enumerate(placed))
-        milliseconds = _timed(lambda one: write_patient(arrays, *one), numbered)[1]
+        milliseconds = _timed(lambda one: write_patient(Path(folder), "train", *one), numbered)[1]
     return [*rows, {"step": "write", "milliseconds": milliseconds / 2}]
 
 
@@ -121,57 +118,6 @@ def _timed(work: Callable[[Any], Any], items: Any) -> tuple[list[Any], float]:  
     start = time.process_time()
     results = [work(item) for item in items]
     return results, 1000 * (time.process_time() - start) / len(items)
-
-
-def stores() -> list[dict[str, Any]]:
-    """Ways to keep the images of patients with two volumes each: core milliseconds a volume and space."""
-    manifest, rows = load_manifest("acdc"), []
-    ids = manifest.patient_ids("train")[:SHOWN]
-    images = np.stack([place_on_grid(read_patient(manifest, manifest.data_root(), i)).images for i in ids])
-    codecs = {
-        "Zstandard (ours)": "auto",
-        "Zstandard, fastest": ZstdCodec(level=-5),
-        "bits shuffled, Zstandard": BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=2),
-        "bits shuffled, LZ4": BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2),
-        "none": None,
-    }
-    ways = [(3, "float16", codec) for codec in codecs] + [(n, "float16", "Zstandard (ours)") for n in (2, 12)]
-    for chunk, dtype, codec in [*ways, (3, "float32", "Zstandard (ours)")]:
-        with tempfile.TemporaryDirectory() as folder:
-            stride = min(chunk, 3)
-            array = zarr.open_group(folder, mode="w", zarr_format=3).create_array(
-                "images",
-                shape=(len(images) * stride, *GRID.shape),
-                chunks=(chunk, *GRID.shape),
-                dtype=dtype,
-                compressors=codecs[codec],  # type: ignore[arg-type]
-            )
-            padded = np.zeros((len(images), stride, *GRID.shape), dtype)
-            padded[:, :2] = images
-            per_chunk = padded.reshape(-1, chunk, *GRID.shape)
-            _, write = _timed(partial(_put, array), list(enumerate(per_chunk)))
-            _, read = _timed(partial(_get, array, stride), range(len(images)))
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        rows.append(
-            {
-                "volumes_a_chunk": chunk,
-                "dtype": dtype,
-                "codec": codec,
-                "write": write * len(per_chunk) / (2 * len(images)),
-                "read": read / 2,
-                "kilobytes": size / (2 * len(images)) / 1024,
-            }
-        )
-    return rows
-
-
-def _put(array: zarr.Array[Any], numbered: tuple[int, np.ndarray]) -> None:
-    number, chunk = numbered
-    array[number * len(chunk) : (number + 1) * len(chunk)] = chunk
-
-
-def _get(array: zarr.Array[Any], stride: int, number: int) -> object:
-    return array[number * stride : number * stride + 2]
 
 
 def localisation() -> list[dict[str, Any]]:
@@ -273,7 +219,6 @@ def main(wanted: list[str]) -> None:
         "acdc": lambda: whole("acdc", {}),
         "memory": memory,
         "costs": costs,
-        "stores": stores,
         "localisation": localisation,
         "biobank": lambda: biobank(kept),
     }

@@ -140,7 +140,7 @@ class Trained:
     def described(self, name: str) -> dict[str, object]:
         """What the weights of a public stage depend on, as shipped ones say it."""
         profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
-        settings = {
+        settings: dict[str, list[object]] = {
             "anatomy": [profile.anatomy],
             "autoencoder": [profile.autoencoder],
             "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],

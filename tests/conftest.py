@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cardiac_ldm.cohort import Cohort, PatientRecord, load_manifest
-from cardiac_ldm.cohort.patients import open_split, write_patient
+from cardiac_ldm.cohort.patients import table_row, write_patient
 from cardiac_ldm.parameters import FinetuneParameters, Parameters
 from cardiac_ldm.study import Study
 
@@ -23,9 +23,11 @@ TINY = Path(__file__).parent / "tiny.yaml"
 
 def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]) -> None:
     """Write made-up patients as the train split of a prepared cohort at path."""
-    arrays = open_split(path / "train", n_patients)
-    rows = [write_patient(arrays, number, record) for number, record in enumerate(records)]
-    (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = []
+    for number, record in enumerate(records):
+        write_patient(path, "train", number, record)
+        rows.append(json.dumps(table_row(record)) + "\n")
+    (path / "train.jsonl").write_text("".join(rows))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Patient, load_manifest
 from cardiac_ldm.cohort.anatomy import Sources, examine, segmented, wrapped
 from cardiac_ldm.cohort.attributes import measure_attributes
 from cardiac_ldm.cohort.grid import place_on_grid
-from cardiac_ldm.cohort.handedness import features, handedness
+from cardiac_ldm.cohort.orientation import features, handedness
 from cardiac_ldm.cohort.phantom import simulate
 from cardiac_ldm.cohort.readers import open_patient, read_patient
 from cardiac_ldm.errors import CohortError

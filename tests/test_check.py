@@ -9,7 +9,8 @@ import pytest
 
 from cardiac_ldm.cohort import check as module
 from cardiac_ldm.cohort import prepare
-from cardiac_ldm.cohort.check import check, main, summarise
+from cardiac_ldm.cohort.__main__ import main
+from cardiac_ldm.cohort.check import check, summarise
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 from tests import miniatures as mini

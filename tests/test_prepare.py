@@ -36,8 +36,8 @@ from cardiac_ldm.cohort import (
     require_releasable,
 )
 from cardiac_ldm.cohort.grid import place_on_grid
-from cardiac_ldm.cohort.patients import open_split, read_rows
-from cardiac_ldm.cohort.prepare import _salt
+from cardiac_ldm.cohort.guards import salt
+from cardiac_ldm.cohort.patients import read_rows, volumes_file
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 from tests import miniatures
@@ -235,8 +235,8 @@ def test_a_subset_renumbers_its_volumes(cohort):
         some[3]
 
 
-def test_patients_may_have_one_to_three_volumes(tmp_path):
-    counts = [1, 3, 2, 1]
+def test_patients_may_have_any_number_of_volumes(tmp_path):
+    counts = [1, 4, 2, 1]
     records = [
         PatientRecord(
             f"q{i}",
@@ -249,7 +249,7 @@ def test_patients_may_have_one_to_three_volumes(tmp_path):
     ]
     store_patients(tmp_path, len(records), records)
     patients = Patients(load_manifest("phantom_public"), "train", tmp_path)
-    assert patients.owners.tolist() == [0, 1, 1, 1, 2, 2, 3]
+    assert patients.owners.tolist() == [0, 1, 1, 1, 1, 2, 2, 3]
     assert [len(record.images) for record in patients] == counts
     assert [record.labels.max() for record in patients.subset([3, 1])] == [3, 1]
     assert patients.subset([3, 1]).images([1, 3])[:, 0, 0, 0].tolist() == [0.25, 0.25]
@@ -268,7 +268,7 @@ def test_patients_on_demand_are_drawn_when_they_are_read_and_are_the_same(cohort
     assert later.key != cohort.key
     for split in cohort.splits:
         assert (later.path / f"{split}.jsonl").read_bytes() == (cohort.path / f"{split}.jsonl").read_bytes()
-    assert not list(later.path.rglob("c.*"))
+    assert not list(later.path.rglob("*.zst"))
     drawn = []
 
     def drawing(manifest, root, patient_id):
@@ -280,7 +280,7 @@ def test_patients_on_demand_are_drawn_when_they_are_read_and_are_the_same(cohort
     few = patients.subset([7, 3])
     assert np.array_equal(few.images([3, 0]), expected.subset([7, 3]).images([3, 0]))
     assert np.array_equal(few.labels([0]), expected.labels([14]))
-    assert drawn == [patients.ids[3], patients.ids[7]]  # once each
+    assert sorted(drawn) == [patients.ids[3], patients.ids[7]]  # once each
     again = prepare(manifest, store=tmp_path, limits=LIMITS, on_demand=True).split("train")
     assert np.array_equal(again[3].images, expected[3].images)
     assert len(drawn) == 2
@@ -297,8 +297,10 @@ def test_a_patient_on_demand_whose_drawing_was_killed_is_drawn_again(cohort, tmp
     with pytest.raises(ZeroDivisionError):
         later.split("train").images([0])
     monkeypatch.undo()
-    arrays, record = open_split(later.path / "train"), cohort.split("train")[0]
-    arrays["images"][:1] = record.images[:1]  # killed between the two arrays
+    record = cohort.split("train")[0]
+    file = volumes_file(later.path, "train", 0)
+    file.parent.mkdir()
+    file.with_suffix(".0123.tmp").write_bytes(b"torn")  # killed while writing
     assert np.array_equal(later.split("train")[0].labels, record.labels)
     assert np.array_equal(later.split("train")[0].images, record.images)
 
@@ -351,8 +353,8 @@ def test_processes_that_need_a_salt_at_once_agree_on_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(secrets, "token_hex", slow)
     with ProcessPoolExecutor(3, get_context("fork")) as pool:
-        salts = set(pool.map(_salt, [tmp_path / "store"] * 3))
-    assert {len(salt) for salt in salts} == {64}
+        salts = set(pool.map(salt, [tmp_path / "store"] * 3))
+    assert {len(made) for made in salts} == {64}
     assert salts == {(tmp_path / "store" / ".salt").read_text()}
 
 
@@ -411,14 +413,14 @@ def test_a_killed_preparation_goes_on_where_it_was_and_leaves_no_orphans(cohort,
         assert time.monotonic() < deadline
         time.sleep(0.01)
     split, _, first = tables[0].stem.partition("-")
-    chunk = f"{split}/images/c.{int(first)}.0.0.0"
-    written = (tables[0].parent / "store" / chunk).stat().st_mtime_ns
-    (tables[0].parent / "store/train/images/c.0.0.0.0123.partial").write_bytes(b"torn")
+    work, patient = tables[0].parent, (split, int(first))
+    written = volumes_file(work / "store", *patient).stat().st_mtime_ns
+    volumes_file(work / "store", *patient).with_suffix(".0123.tmp").write_bytes(b"torn")
     finished = prepare(load_manifest("phantom_private"), store=store, limits=LIMITS)
     assert finished.key == cohort.key
     assert contents(finished.path) == contents(cohort.path)
-    assert (finished.path / chunk).stat().st_mtime_ns == written
-    assert not tables[0].parent.exists()
+    assert volumes_file(finished.path, *patient).stat().st_mtime_ns == written
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("failure", [BrokenProcessPool(), MemoryError(), OSError(errno.ENOSPC, "No space left")])
@@ -643,23 +645,6 @@ def test_a_localiser_that_is_not_needed_leaves_the_key_alone(ward, tmp_path):
     assert len(set(keys)) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image": np.full((11, 110, 110), 7, np.float32)}, "a: ED has the same value everywhere"),
-        ({"image": np.zeros((11, 110, 110), np.float32)}, "a: ED has the same value everywhere"),
-        ({"image": np.full((11, 110, 110), np.nan, np.float32)}, "a: ED holds values that aren't finite"),
-        ({"spacing_mm": (10.0, 0.0, 1.5)}, "a: its spacing is"),
-        ({"spacing_mm": (10.0, np.inf, 1.5)}, "a: its spacing is"),
-        ({"spacing_mm": (-10.0, 1.5, 1.5)}, "a: its spacing is"),
-    ],
-)
-def test_a_volume_that_cannot_be_placed_is_refused(change, message):
-    patient = tissue(11, (10.0, 1.5, 1.5))
-    with pytest.raises(CohortError, match=message):
-        place_on_grid(replace(patient, volumes=(replace(patient.volumes[0], **change),)))
-
-
 def test_an_image_that_is_constant_in_the_field_round_the_heart_is_refused():
     patient = tissue(11, (10.0, 1.5, 1.5), size=260)
     image = np.full((11, 260, 260), 9, np.float32)
@@ -687,13 +672,6 @@ def test_what_a_large_heart_loses_is_said():
 def test_spacings_of_another_world_still_give_a_patient():
     for spacing in ((30.0, 0.2, 6.0), (1.0, 9.0, 0.5)):
         assert place_on_grid(tissue(9, spacing)).images.max() == 1
-
-
-def test_a_patient_with_too_many_volumes_is_refused(tmp_path):
-    images = np.zeros((4, *GRID.shape), np.float32)
-    record = PatientRecord("q", None, images, images.astype(np.uint8), np.zeros((4, 14), np.float32))
-    with pytest.raises(CohortError, match="q: has 4 volumes; give at most 3"):
-        store_patients(tmp_path, 1, [record])
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from cardiac_ldm.cohort import prepare
-
-VERSION = 1
+from cardiac_ldm.cohort.prepare import VERSION
 from cardiac_ldm.runs import Run, Stage, stage
 from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT, Trained

@@ -2,15 +2,9 @@
 
 from cardiac_ldm.cohort.arrays import Volumes
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES, Attribute, measure_attributes
+from cardiac_ldm.cohort.guards import require_labelled, require_public, require_releasable
 from cardiac_ldm.cohort.manifest import Manifest, load_manifest
-from cardiac_ldm.cohort.patients import (
-    Cohort,
-    PatientRecord,
-    Patients,
-    require_labelled,
-    require_public,
-    require_releasable,
-)
+from cardiac_ldm.cohort.patients import Cohort, PatientRecord, Patients
 from cardiac_ldm.cohort.prepare import prepare
 from cardiac_ldm.cohort.volumes import GRID, Patient, Volume
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible, measure_attributes
-from cardiac_ldm.cohort.handedness import handedness
-from cardiac_ldm.cohort.volumes import Patient, Volume
+from cardiac_ldm.cohort.orientation import correlations, handedness, slice_order, unlike
+from cardiac_ldm.cohort.volumes import Patient, Volume, labels_by_phase
 
 ENCLOSED, OPEN = 0.9, 0.75
 """Share of the LV cavity's edge that is wall: sound 0.98 or more; below OPEN it's refused, below ENCLOSED doubted."""
@@ -42,7 +42,8 @@ EF_POINTS = 10.0
 """An ejection fraction against the volumes beside it, in points of a hundred: rounding makes 2."""
 _OF_LABELS = ("values", "open", "rim", "pieces", "contrast", "no RV")
 """Codes of findings that, of a segmenter's labels, tell of the segmenter alone."""
-_CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+"""A voxel and its neighbours in-plane."""
 _NAMES = {RV: "RV", MYOCARDIUM: "wall", LV: "LV"}
 _REFLECTIONS = {
     "mirrored left to right": 180,
@@ -96,11 +97,8 @@ def examine_labels(volumes: Sequence[Volume], said: Mapping[str, float], sources
     found = [finding for v in volumes if v.labels is not None for finding in _labels(v, v.labels, sources)]
     if all(finding.doubt for finding in found):  # sizes and sides of labels that are something else mean nothing
         found += [*_sides(volumes, sources), *_sizes(volumes, sources)]
-    return [
-        *found,
-        *_order(volumes, sources, "labels"),
-        *_table(volumes, said, sources, trusted=all(f.doubt for f in found)),
-    ]
+    trusted = all(finding.doubt for finding in found)
+    return [*found, *_order(volumes, sources, "labels"), *_table(volumes, said, sources, trusted)]
 
 
 def segmented(patient: Patient, seen: Mapping[str, np.ndarray]) -> list[str]:
@@ -120,9 +118,8 @@ def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         file, n = sources.images[v.phase], len(v.image)
         if modulus := wrapped(v.image):
             cast = f"numpy.uint{int(modulus).bit_length() - 1}" if modulus in (2**8, 2**16) else "an unsigned integer"
-            yield Finding(
-                "wrapped", file, f"its negative values run on above the largest: they're wrapped; cast it to {cast}"
-            )
+            says = f"its negative values run on above the largest: they're wrapped; cast it to {cast}"
+            yield Finding("wrapped", file, says)
             continue
         spread = v.image.std(axis=(1, 2))
         flat = spread < FLAT * np.median(spread)
@@ -132,24 +129,21 @@ def _images(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         inner = (np.arange(n) > full[0]) & (np.arange(n) < full[-1])
         if v.labels is not None:
             inner |= v.labels.any(axis=(1, 2))
-        if (flat & inner).any():
-            where = sources.at(np.flatnonzero(flat & inner), n)
-            yield Finding("black", file, f"slice {where} (from 0) is black inside the stack; export it again")
-        if (flat & ~inner).any():
-            where = sources.at(np.flatnonzero(flat & ~inner), n)
-            yield Finding("black", file, f"slice {where} (from 0) is black at the stack's end; is it padding?", True)
-        alike = _correlations(v.image)[np.ix_(full, full)]
-        pairs = np.triu_indices(len(full), 1)
-        if len(full) > 3 and alike[pairs].mean() > SAME_SLICE:
+        if len(where := np.flatnonzero(flat & inner)):
+            says = f"slice {sources.at(where, n)} (from 0) is black inside the stack; export it again"
+            yield Finding("black", file, says)
+        if len(where := np.flatnonzero(flat & ~inner)):
+            says = f"slice {sources.at(where, n)} (from 0) is black at the stack's end; is it padding?"
+            yield Finding("black", file, says, doubt=True)
+        alike = correlations(v.image)[np.ix_(full, full)]
+        if len(full) > 3 and alike[np.triu_indices(len(full), 1)].mean() > SAME_SLICE:
+            says = f"its {n} slices are nearly the same picture: they seem to be the frames of one slice's cine"
+            yield Finding("cine", file, f"{says} (x, y, t); give the stack (x, y, z) of one phase")
             whole = False
-            says = (
-                f"its {n} slices are nearly the same picture: they seem to be the frames of one slice's cine (x, y, t)"
-            )
-            yield Finding("cine", file, f"{says}; give the stack (x, y, z) of one phase")
         elif (twice := np.argwhere(np.triu(alike, 1) > REPEATED)).size:
+            met = "; ".join(sources.at(sorted(full[pair]), n).replace(", ", " and ") for pair in twice[:4])
+            yield Finding("repeated", file, f"slices {met} (from 0) are the same picture; export it again")
             whole = False
-            where = "; ".join(sources.at(sorted(full[pair]), n).replace(", ", " and ") for pair in twice[:4])
-            yield Finding("repeated", file, f"slices {where} (from 0) are the same picture; export it again")
         whole &= not flat.any()
     if whole:
         yield from _order(volumes, sources, "images")
@@ -173,16 +167,6 @@ def _roughness(image: np.ndarray) -> float:
     return float(sum(np.abs(np.diff(image, axis=axis)).sum(dtype=np.float64) for axis in (1, 2)))
 
 
-def _correlations(image: np.ndarray) -> np.ndarray:
-    """Correlations (n, n) of a stack's slices at half their resolution; 0 for a slice without contrast."""
-    n, rows, columns = image.shape
-    halved = image[:, : rows // 2 * 2, : columns // 2 * 2].reshape(n, rows // 2, 2, columns // 2, 2).mean(axis=(2, 4))
-    flat = halved.reshape(n, -1)
-    centred = flat - flat.mean(axis=1, keepdims=True)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
-    return np.asarray(unit @ unit.T)
-
-
 def _order(volumes: Sequence[Volume], sources: Sources, of: str) -> Iterator[Finding]:
     """Whether neighbours in the stack are the slices that look most alike."""
     stacks = [v for v in volumes if of == "images" or v.labels is not None]
@@ -190,60 +174,23 @@ def _order(volumes: Sequence[Volume], sources: Sources, of: str) -> Iterator[Fin
     if not stacks:
         return
     if of == "images":
-        shown, apart = np.arange(n), 1 - np.mean([_correlations(v.image) for v in stacks], axis=0)
+        shown, apart = np.arange(n), 1 - np.mean([correlations(v.image) for v in stacks], axis=0)
     else:
         labels = np.stack([v.labels for v in stacks if v.labels is not None])
         shown = np.flatnonzero(labels.any(axis=(0, 2, 3)))
-        apart = np.mean([_unlike(one[shown]) for one in labels], axis=0)
+        apart = np.mean([unlike(one[shown]) for one in labels], axis=0)
     if len(shown) < 5:
         return
-    best = _smoothest(apart)
-    if _length(apart, range(len(shown))) > OUT_OF_ORDER[of] * _length(apart, best):
-        files = sources.images if of == "images" else sources.labels
-        way = sources.at(shown[best], n)
-        yield Finding(
-            "order",
-            files[stacks[0].phase],
-            f"its slices aren't in the order in which they lie in the body: from one end they'd be {way} (from 0); "
-            "bring them into that order, images and labels alike",
-        )
-
-
-def _unlike(labels: np.ndarray) -> np.ndarray:
-    """1 less the Dice overlap of every two slices (n, n)."""
-    parts = [(labels == k).reshape(len(labels), -1).astype(np.float32) for k in (RV, MYOCARDIUM, LV)]
-    sizes = np.sum([part.sum(axis=1) for part in parts], axis=0)
-    return np.asarray(1 - 2 * np.sum([p @ p.T for p in parts], axis=0) / np.maximum(sizes[:, None] + sizes, 1))
-
-
-def _length(apart: np.ndarray, way: Sequence[int]) -> float:
-    return float(apart[list(way)[:-1], list(way)[1:]].sum())
-
-
-def _smoothest(apart: np.ndarray) -> list[int]:
-    """A short way through all slices: the nearest next one from every start, then reversals as long as they shorten."""
-    n, ways = len(apart), []
-    for start in range(n):
-        way, left = [start], set(range(n)) - {start}
-        while left:
-            way.append(min(left, key=lambda k: float(apart[way[-1], k])))
-            left.remove(way[-1])
-        ways.append(way)
-    best = min(ways, key=lambda way: _length(apart, way))
-    shorter = n <= 40
-    while shorter:
-        shorter = False
-        for i in range(n - 1):
-            for j in range(i + 1, n):
-                before = apart[best[i - 1], [best[i], best[j]]] if i else (0.0, 0.0)
-                after = apart[[best[j], best[i]], best[j + 1]] if j + 1 < n else (0.0, 0.0)
-                if before[1] + after[1] < before[0] + after[0] - 1e-6:
-                    best, shorter = [*best[:i], *best[i : j + 1][::-1], *best[j + 1 :]], True
-    return best if best[0] < best[-1] else best[::-1]
+    best, rougher = slice_order(apart)
+    if rougher > OUT_OF_ORDER[of]:
+        file = (sources.images if of == "images" else sources.labels)[stacks[0].phase]
+        way = f"from one end they'd be {sources.at(shown[best], n)} (from 0)"
+        says = f"its slices aren't in the order in which they lie in the body: {way}"
+        yield Finding("order", file, f"{says}; bring them into that order, images and labels alike")
 
 
 def _around(inside: np.ndarray) -> np.ndarray:
-    return np.asarray(ndimage.binary_dilation(inside, _CROSS) & ~inside)
+    return np.asarray(ndimage.binary_dilation(inside, CROSS) & ~inside)
 
 
 def enclosed(labels: np.ndarray, structure: int = LV, by: int = MYOCARDIUM) -> float:
@@ -254,14 +201,9 @@ def enclosed(labels: np.ndarray, structure: int = LV, by: int = MYOCARDIUM) -> f
 
 def fitting_map(labels: np.ndarray) -> dict[int, int] | None:
     """The exchange of values after which the wall encloses the LV alone; None where there's none."""
-    for values in permutations((RV, MYOCARDIUM, LV)):
-        exchange = dict(zip((RV, MYOCARDIUM, LV), values, strict=True))
-        theirs = {ours: value for value, ours in exchange.items()}
-        if (
-            enclosed(labels, theirs[LV], theirs[MYOCARDIUM]) > 0.95
-            and enclosed(labels, theirs[RV], theirs[MYOCARDIUM]) < OPEN
-        ):
-            return exchange
+    for rv, wall, lv in permutations((RV, MYOCARDIUM, LV)):
+        if enclosed(labels, lv, wall) > 0.95 and enclosed(labels, rv, wall) < OPEN:
+            return {rv: RV, wall: MYOCARDIUM, lv: LV}
     return None
 
 
@@ -274,13 +216,10 @@ def _labels(v: Volume, labels: np.ndarray, sources: Sources) -> Iterator[Finding
         values = sources.values or {k: k for k in _NAMES}
         fits = {value: exchange[ours] for value, ours in values.items() if ours}
         surrounded = next(_NAMES[value] for value, ours in exchange.items() if ours == LV)
-        yield Finding(
-            "values",
-            file,
-            f"the wall surrounds what is labelled {surrounded}, not LV; map the label values: {fits} would fit"
-            if exchange[MYOCARDIUM] == MYOCARDIUM
-            else f"what is labelled wall doesn't surround the LV; map the label values: {fits} would fit",
-        )
+        says = f"the wall surrounds what is labelled {surrounded}, not LV"
+        if exchange[MYOCARDIUM] != MYOCARDIUM:
+            says = "what is labelled wall doesn't surround the LV"
+        yield Finding("values", file, f"{says}; map the label values: {fits} would fit")
         return
     if share < ENCLOSED:
         says = f"the wall surrounds {share:.0%} of the LV cavity's edge; {_BY_NEAREST}, or complete the wall"
@@ -288,19 +227,17 @@ def _labels(v: Volume, labels: np.ndarray, sources: Sources) -> Iterator[Finding
     around = _around(labels >= MYOCARDIUM)
     edges = around.sum(axis=(1, 2))
     beside = (around & (labels == RV)).sum(axis=(1, 2)) / np.maximum(edges, 1) * (edges > 20)
-    if (worst := int(beside.argmax())) >= 0 and beside[worst] > RIM:
-        where = sources.at([worst], len(labels))
-        yield Finding(
-            "rim", file, f"in slice {where} (from 0) RV lies round {beside[worst]:.0%} of the wall; {_BY_NEAREST}"
-        )
+    if beside.max() > RIM:
+        where = sources.at([int(beside.argmax())], len(labels))
+        says = f"in slice {where} (from 0) RV lies round {beside.max():.0%} of the wall; {_BY_NEAREST}"
+        yield Finding("rim", file, says)
     for structure, name in _NAMES.items():
         if (apart := _scattered(labels == structure)) > FRAGMENTS:
             yield Finding("pieces", file, f"{apart:.0%} of the {name} lies apart from the rest; look at it", True)
     wall, cavity = (image[labels == k] for k in (MYOCARDIUM, LV))
     if share >= ENCLOSED and len(wall) and cavity.mean() - wall.mean() < CONTRAST * v.image.std():
-        yield Finding(
-            "contrast", file, "the LV cavity isn't brighter than the wall; are they this image's labels?", True
-        )
+        says = "the LV cavity isn't brighter than the wall; are they this image's labels?"
+        yield Finding("contrast", file, says, doubt=True)
 
 
 def _scattered(mask: np.ndarray) -> float:
@@ -314,7 +251,7 @@ def _scattered(mask: np.ndarray) -> float:
 
 def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
     """Where the RV lies beside the LV, and whether the heart is its own mirror image."""
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+    labels = labels_by_phase(volumes)
     with_rv = [phase for phase, one in labels.items() if (one == RV).any()]
     if not with_rv:
         return
@@ -338,7 +275,7 @@ def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
 
 
 def _sizes(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+    labels = labels_by_phase(volumes)
     if not labels:
         return
     measured = measure_attributes(labels, volumes[0].spacing_mm)
@@ -360,15 +297,16 @@ def _table(volumes: Sequence[Volume], said: Mapping[str, float], sources: Source
     """The table against itself, and against labels that may be trusted."""
     for side in ("LV", "RV"):
         full, empty, ef = (said.get(f"{side}{end}") for end in ("EDV", "ESV", "EF"))
-        if full and empty and empty > full:
-            says = f"{side}ESV, {empty:g} mL, is more than {side}EDV, {full:g} mL; correct them"
-            yield Finding("table", sources.table, says)
-        elif full and empty and ef and abs(ef - 100 * (1 - empty / full)) > EF_POINTS:
-            says = (
-                f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {100 * (1 - empty / full):.0f} %"
-            )
+        if not (full and empty):
+            continue
+        makes = 100 * (1 - empty / full)
+        if empty > full:
+            says = f"{side}ESV, {empty:g} mL, is more than {side}EDV, {full:g} mL"
             yield Finding("table", sources.table, f"{says}; correct them")
-    labels: dict[str, np.ndarray] = {v.phase: v.labels for v in volumes if v.labels is not None}
+        elif ef and abs(ef - makes) > EF_POINTS:
+            says = f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {makes:.0f} %"
+            yield Finding("table", sources.table, f"{says}; correct them")
+    labels = labels_by_phase(volumes)
     if not labels or not trusted:
         return
     measured = measure_attributes(labels, volumes[0].spacing_mm)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
-from cardiac_ldm.cohort.patients import Patients, require_labelled, require_releasable
+from cardiac_ldm.cohort.guards import require_labelled, require_releasable
+from cardiac_ldm.cohort.patients import Patients
 from cardiac_ldm.cohort.volumes import GRID
 from cardiac_ldm.errors import ParameterError
 

@@ -2,20 +2,23 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from nibabel.affines import apply_affine, voxel_sizes
 
 from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV, implausible
 from cardiac_ldm.cohort.manifest import Manifest
-from cardiac_ldm.cohort.nifti import Nifti, on_a_line, open_nifti, other_ending, read_voxels
+from cardiac_ldm.cohort.nifti import Nifti, on_a_line, open_nifti, read_voxels
 from cardiac_ldm.cohort.orientation import SAID, flipped, turns
-from cardiac_ldm.cohort.tables import UNKNOWN, column, read_table
+from cardiac_ldm.cohort.tables import UNKNOWN, read_table
 from cardiac_ldm.cohort.volumes import Phase, Volume
 from cardiac_ldm.errors import CohortError
 
@@ -41,7 +44,6 @@ class Reading:
     """One patient's reading: the data root, the files met so far, what was mended, and everything that is wrong."""
 
     def __init__(self, manifest: Manifest, root: Path | None) -> None:
-        """Raises CohortError without a root."""
         if root is None:
             raise CohortError(f"{manifest.name}: the reader {manifest.reader.kind} needs a data folder; name its root")
         self.root = Path(os.path.realpath(root))
@@ -54,6 +56,14 @@ class Reading:
     def error(self, file: str, what: str) -> CohortError:
         """A problem, to be raised."""
         return CohortError(f"{self.root / file}: {what}")
+
+    @contextmanager
+    def about(self, file: str) -> Iterator[None]:
+        """Say of this file, or this place in one, what a ValueError says. Raises CohortError."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.error(file, str(error)) from error
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -80,7 +90,9 @@ class Reading:
     def _there(self, file: str) -> str:
         """The name under which a file is there: .nii for .nii.gz and the reverse, and / for a backslash of Windows."""
         names = [name for name in (file, file.replace("\\", "/")) if "\0" not in name]
-        names += [other for name in names if (other := other_ending(name))]
+        names += [
+            f"{name}.gz" if name.endswith(".nii") else name.removesuffix(".gz") for name in names if ".nii" in name
+        ]
         return next((name for name in names if os.path.lexists(self.root / name)), file)
 
     def folder(self, patient: str, parents: Iterable[str]) -> str:
@@ -122,21 +134,11 @@ class Reading:
         except ValueError as error:
             raise self.error(file, f"isn't UTF-8 text ({on_a_line(error)}); fetch it again") from error
 
-    def table(
-        self,
-        file: str,
-        key: str,
-        needed: Sequence[str],
-        optional: Sequence[str] = (),
-        others: bool = True,
-        named: Callable[[str], str] = column,
-    ) -> pd.DataFrame:
-        """A CSV's rows as text, indexed by the column `key`; see tables.read_table. Raises CohortError."""
+    def table(self, file: str, key: str, *columns: Sequence[str], **how: Any) -> pd.DataFrame:  # noqa: ANN401
+        """A CSV's rows as text, by the column `key`. columns: needed, optional; see read_table. Raises CohortError."""
         place = self.file(file)
-        try:
-            return read_table(place, _modified(place), key, tuple(needed), tuple(optional), others, named)
-        except ValueError as error:
-            raise self.error(file, str(error)) from error
+        with self.about(file):
+            return read_table(place, _modified(place), key, *map(tuple, columns), **how)
 
     def row(self, file: str, key: str, names: Sequence[str], needed: Sequence[str]) -> dict[str, str]:
         """The one row of a table whose key is one of these spellings of a name. Raises CohortError."""
@@ -166,15 +168,14 @@ class Reading:
             word = str(text).strip().lower()
             if word in UNKNOWN:
                 continue
-            with self.noting():
+            with self.noting(), self.about(where):
                 try:
                     known[name] = _SEXES[word] if name == "SEX" and word in _SEXES else float(word)
                 except ValueError as error:
-                    raise self.error(
-                        where, f"{name} is {on_a_line(repr(text))}; expected a number, decimals after a point"
-                    ) from error
+                    met = on_a_line(repr(text))
+                    raise ValueError(f"{name} is {met}; expected a number, decimals after a point") from error
                 if problem := implausible(name, known[name]):
-                    raise self.error(where, problem)
+                    raise ValueError(problem)
         return known
 
     def body_mass_index(self, where: str, height_cm: str, weight_kg: str) -> list[tuple[str, str, object]]:
@@ -193,17 +194,17 @@ class Reading:
         """One phase's image and labels, as stored; None if anything is wrong with either, which is noted."""
         image = labels = None
         with self.noting():
-            image = self._stack(stack.image, stack.frame)
-            if image[0].min() == image[0].max():
-                raise self.error(stack.image, f"every voxel is {image[0].min():g}; fetch this file again")
+            image, spacing = self._stack(stack.image, stack.frame)
+            if image.min() == image.max():
+                raise self.error(stack.image, f"every voxel is {image.min():g}; fetch this file again")
         with self.noting():
             labels = self._labels(stack) if stack.labels else None
         if image is None or (stack.labels and labels is None):
             return None
         if stack.labels and labels is not None:
-            with self.noting():
-                self._paired(stack.image, image[0], stack.labels, labels)
-        return Volume(stack.phase, image[0], labels, image[1])
+            with self.noting(), self.about(stack.labels):
+                self._compare_labels(stack.image, image.shape, stack.labels, labels.shape)
+        return Volume(stack.phase, image, labels, spacing)
 
     def _labels(self, stack: Stack) -> np.ndarray:
         """Labels uint8 (slices, rows, columns) by our values."""
@@ -220,17 +221,14 @@ class Reading:
             raise self.error(stack.labels, f"is all 0 at {stack.phase}; label this phase, or leave its labels out")
         return labels
 
-    def _paired(self, image_file: str, image: np.ndarray, labels_file: str, labels: np.ndarray) -> None:
+    def _compare_labels(self, image: str, its_shape: tuple[int, ...], labels: str, shape: tuple[int, ...]) -> None:
         """Refuse labels that aren't their image's: of another shape, or whose affine puts a corner a voxel away."""
-        if labels.shape != image.shape:
-            shapes = f"{labels.shape[::-1]} isn't its image's, {image.shape[::-1]}"
-            raise self.error(labels_file, f"its shape {shapes}; pair the right files")
-        corners = np.array([*np.indices((2, 2, 2)).reshape(3, 8), np.ones(8)])
-        corners[:3] *= np.array(image.shape[::-1])[:, None] - 1
-        affine = self._affines[image_file]
-        apart = np.linalg.norm(((self._affines[labels_file] - affine) @ corners)[:3], axis=0).max()
-        if apart > np.linalg.norm(affine[:3, :3], axis=0).min():
-            raise self.error(labels_file, f"its affine puts it {apart:.3g} mm from its image; pair the right files")
+        if shape != its_shape:
+            raise ValueError(f"its shape {shape[::-1]} isn't its image's, {its_shape[::-1]}; pair the right files")
+        corners = list(product(*((0, n - 1) for n in shape[::-1])))
+        here, there = (apply_affine(self._affines[file], corners) for file in (labels, image))
+        if (apart := np.linalg.norm(here - there, axis=1).max()) > voxel_sizes(self._affines[image]).min():
+            raise ValueError(f"its affine puts it {apart:.3g} mm from its image; pair the right files")
 
     def _stack(
         self, file: str, frame: int | None, labels: bool = False
@@ -240,29 +238,23 @@ class Reading:
         n = nifti.data.shape[3]
         if labels and n == 1:
             frame = None
-        if frame is None and n > 1:
-            raise self.error(file, f"holds {n} frames where one volume is expected; say which, or give a 3D file")
-        if (frame or 0) >= n:
-            raise self.error(file, f"frame {frame} is beyond its end: it has {n}, counted from 0; correct the number")
-        dx, dy, dz = nifti.spacing_mm
-        return self._voxels(file, nifti, frame or 0).T, (dz, dy, dx)
+        with self.about(file):
+            if frame is None and n > 1:
+                raise ValueError(f"holds {n} frames where one volume is expected; say which, or give a 3D file")
+            if (frame or 0) >= n:
+                raise ValueError(f"frame {frame} is beyond its end: it has {n}, counted from 0; correct the number")
+            dx, dy, dz = nifti.spacing_mm
+            return read_voxels(nifti.data, frame or 0).T, (dz, dy, dx)
 
     def cine(self, file: str) -> np.ndarray:
         """All frames of a file, float32 (x, y, z, t). Raises CohortError."""
-        return self._voxels(file, self._nifti(file), slice(None))
-
-    def _voxels(self, file: str, nifti: Nifti, frame: int | slice) -> np.ndarray:
-        try:
-            return read_voxels(nifti.data, frame)
-        except ValueError as error:
-            raise self.error(file, str(error)) from error
+        with self.about(file):
+            return read_voxels(self._nifti(file).data, slice(None))
 
     def _nifti(self, file: str) -> Nifti:
         place = self.file(file)
-        try:
+        with self.about(file):
             nifti = open_nifti(place)
-        except ValueError as error:
-            raise self.error(file, str(error)) from error
         for repair in nifti.repairs:
             self.mend(file, repair)
         self._affines[file] = nifti.affine

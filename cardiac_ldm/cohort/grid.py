@@ -39,28 +39,20 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
     The localiser labels volumes that nobody has labelled; what the check of anatomy finds in those becomes doubts.
     Where no volume shows a heart, field and slices are centred on the stack, and what labels would tell is unknown.
 
-    Raises CohortError where spacing or image can't be used.
+    Raises CohortError where an image has no contrast round the heart.
     """
-    spacing, repairs = patient.volumes[0].spacing_mm, list(patient.repairs)
-    if not (np.isfinite(spacing).all() and min(spacing) > 0):
-        raise CohortError(f"{patient.id}: its spacing is {spacing} mm; correct it to three positive numbers")
-    for v in patient.volumes:
-        if not np.isfinite(v.image).all():
-            raise CohortError(f"{patient.id}: {v.phase} holds values that aren't finite; export it again")
-        if not np.ptp(v.image):
-            raise CohortError(f"{patient.id}: {v.phase} has the same value everywhere; export it again")
-    seen_in: dict[str, np.ndarray] = {v.phase: labels_of(v, localiser) for v in patient.volumes}
-    seen = {phase: labels for phase, labels in seen_in.items() if labels.any()}
-    images, labels = _resampled(np.stack([v.image for v in patient.volumes]), np.stack(list(seen_in.values())), spacing)
+    spacing, repairs, volumes = patient.volumes[0].spacing_mm, list(patient.repairs), patient.volumes
+    seen_in = {v.phase: labels_of(v, localiser) for v in volumes}
+    seen: dict[str, np.ndarray] = {phase: labels for phase, labels in seen_in.items() if labels.any()}
+    images, labels = _resampled(np.stack([v.image for v in volumes]), np.stack(list(seen_in.values())), spacing)
     shown = np.flatnonzero(labels.any(axis=(0, 2, 3)))
     shown = np.arange(shown[0], shown[-1] + 1) if len(shown) else np.arange(labels.shape[1])
     if localiser and not seen:
         repairs.append(f"{patient.id}: no heart was found; the middle of the field of view was taken for it")
     doubts = [*patient.doubts, *(segmented(patient, seen) if localiser else ())]
     if surplus := max(0, len(shown) - GRID.n_slices):
-        repairs.append(
-            f"{patient.id}: {len(shown)} slices are more than {GRID.n_slices}; those at the ends were left out"
-        )
+        met = f"{len(shown)} slices are more than {GRID.n_slices}"
+        repairs.append(f"{patient.id}: {met}; those at the ends were left out")
     extent = [np.ptp(np.nonzero(heart)[axis]) + 1 for heart in seen.values() for axis in (1, 2)]
     if any(n * mm > GRID.size * GRID.spacing_mm[1] for n, mm in zip(extent, spacing[1:] * len(seen), strict=True)):
         repairs.append(f"{patient.id}: the heart is wider than the grid; what lies beyond was cut off")
@@ -75,20 +67,11 @@ def place_on_grid(patient: Patient, localiser: Localiser | None = None) -> Patie
             raise CohortError(f"{patient.id}: {phase} has the same value all round the heart; export it again")
     known = known_attributes(seen, spacing) | {"DEPTH": float(len(shown))} if seen else {}
     known = known | {name: value for name, value in patient.attributes.items() if name != "DEPTH"}
-    attributes = [
-        [known.get(name, np.nan) if name != "ESED" else float(v.phase == "ED") for name in ATTRIBUTE_NAMES]
-        for v in patient.volumes
-    ]
-    return PatientRecord(
-        patient.id,
-        patient.group,
-        placed_images,
-        placed_labels,
-        np.asarray(attributes, np.float32),
-        all(v.labels is not None for v in patient.volumes),
-        tuple(repairs),
-        tuple(doubts),
-    )
+    of_volumes = [known | {"ESED": float(v.phase == "ED")} for v in volumes]
+    attributes = np.array([[of.get(name, np.nan) for name in ATTRIBUTE_NAMES] for of in of_volumes], np.float32)
+    labelled = all(v.labels is not None for v in volumes)
+    arrays = placed_images, placed_labels, attributes
+    return PatientRecord(patient.id, patient.group, *arrays, labelled, tuple(repairs), tuple(doubts))
 
 
 def scaled(image: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from cardiac_ldm.errors import CohortError, PrivacyError
 
 MANIFEST_FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SPLITS = ("train", "validation", "test")
+_ROOT = "CARDIAC_LDM_ROOT_{}"
 
 
 class _Strict(BaseModel):
@@ -23,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class PhantomReader(_Strict):
-    """Simulated patients: which population they're drawn from, and the seed that fixes every one of them."""
+    """Simulated patients: their population, and the seed that fixes every one of them."""
 
     kind: Literal["phantom"]
     population: Literal["clinics", "biobank"]
@@ -84,28 +85,30 @@ def _members(value: Any) -> int | float | tuple[str, ...]:  # noqa: ANN401
     )
 
 
+Members = Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
+
+
 class Splits(_Strict):
     """Who belongs where: patients' names, or shares that sum to 1, or for simulated cohorts how many are drawn."""
 
-    train: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
-    validation: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
-    test: Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
+    train: Members
+    validation: Members
+    test: Members
 
     @property
     def shares(self) -> tuple[float, ...]:
         """The splits' shares; empty where members are named or counted."""
-        return tuple(v for name in SPLITS if isinstance(v := getattr(self, name), float))
+        return tuple(members for _, members in self if isinstance(members, float))
 
     @model_validator(mode="after")
     def _each_patient_once(self) -> Self:
-        if len({type(getattr(self, name)) for name in SPLITS}) > 1:
+        if len({type(members) for _, members in self}) > 1:
             raise ValueError("numbers, shares and lists of names are mixed; give all three splits in one way")
         if self.shares and not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
             raise ValueError(f"the shares sum to {sum(self.shares):g}; expected 1")
         places: dict[str, list[str]] = {}
-        for split in SPLITS:
-            named = getattr(self, split)
-            for number, patient in enumerate(named if isinstance(named, tuple) else (), 1):
+        for split, members in self:
+            for number, patient in enumerate(members if isinstance(members, tuple) else (), 1):
                 places.setdefault(patient, []).append(f"number {number} of {split}")
         if repeated := [" and ".join(listed) for listed in places.values() if len(listed) > 1]:
             raise ValueError("; ".join(repeated) + " are the same name: a patient belongs to exactly one split, once")
@@ -147,22 +150,16 @@ class Manifest(_Strict):
     _folder: Path = PrivateAttr(default=MANIFEST_FOLDER)
 
     @model_validator(mode="after")
-    def _reader_fits(self) -> Self:
+    def _fits(self) -> Self:
         phantom = isinstance(self.reader, PhantomReader)
         if self.simulated != phantom:
-            raise ValueError(
-                f"simulated is {self.simulated} but the reader is {self.reader.kind}: phantoms alone are simulated"
-            )
+            kind = self.reader.kind
+            raise ValueError(f"simulated is {self.simulated} but the reader is {kind}: phantoms alone are simulated")
         if isinstance(self.splits.train, int) != phantom:
-            raise ValueError(
-                "splits of a phantom are numbers of patients, splits of files are lists of their names, or shares"
-            )
+            ways = "splits of a phantom are numbers of patients, splits of files are lists of their names, or shares"
+            raise ValueError(ways)
         if twice := [name for name, n in Counter(self.exclude).items() if n > 1]:
             raise ValueError(f"exclude: {twice[0]} is listed twice; list each patient once")
-        return self
-
-    @model_validator(mode="after")
-    def _budget_where_patients_are_real(self) -> Self:
         if self.secret and not self.budget:
             raise ValueError(
                 "budget: is missing; say what may be spent on real private patients by all runs together, such as "
@@ -193,43 +190,39 @@ class Manifest(_Strict):
         the patient's name puts each of them in one. So one patient more or fewer moves nobody else, which is what the
         adjacency of the privacy guarantee needs. Raises CohortError for an unknown split, and one that stays empty.
         """
-        if split not in SPLITS:
-            raise CohortError(f"{self.name}: there's no split {split!r}; the splits are {', '.join(SPLITS)}")
-        members = getattr(self.splits, split)
+        self.require_split(split)
         self._refuse_unknown(found)
-        if isinstance(members, tuple):
-            return self._staying(split, members)
+        members, before = getattr(self.splits, split), [getattr(self.splits, s) for s in SPLITS[: SPLITS.index(split)]]
         if isinstance(members, int):
-            first = sum(getattr(self.splits, name) for name in SPLITS[: SPLITS.index(split)])
-            return self._staying(split, tuple(f"p{index:06d}" for index in range(first, first + members)))
-        if not found:
-            raise CohortError(
-                f"{self.name}: no patients of the layout {self.reader.kind} are there; is the root right?"
-            )
-        low = sum(self.splits.shares[: SPLITS.index(split)])
-        high = 1.0 if split == SPLITS[-1] else low + members
-        drawn = tuple(patient for patient in found if low <= self._draw(self.person(patient)) < high)
-        if not drawn:
-            raise CohortError(
-                f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {members:g}; "
-                "enlarge it, or name its patients"
-            )
-        return self._staying(split, drawn)
-
-    def _staying(self, split: str, members: tuple[str, ...]) -> tuple[str, ...]:
-        """Members who aren't excluded. Raises CohortError if nobody stays."""
+            members = tuple(f"p{index:06d}" for index in range(sum(before), sum(before) + members))
+        elif isinstance(members, float):
+            if not found:
+                kind = self.reader.kind
+                raise CohortError(f"{self.name}: no patients of the layout {kind} are there; is the root right?")
+            low, high = sum(before), 1.0 if split == SPLITS[-1] else sum(before) + members
+            share, members = members, [patient for patient in found if low <= self._draw(self.person(patient)) < high]
+            if not members:
+                raise CohortError(
+                    f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {share:g}; "
+                    "enlarge it, or name its patients"
+                )
         stay = tuple(patient for patient in members if not {patient, self.person(patient)} & set(self.exclude))
         if not stay:
             raise CohortError(f"{self.name}: exclude leaves nobody in the split {split}; enlarge it")
         return stay
 
+    def require_split(self, name: str) -> None:
+        """Raise CohortError if there's no split of that name."""
+        if name not in SPLITS:
+            raise CohortError(f"{self.name}: there's no split {name!r}; the splits are {', '.join(SPLITS)}")
+
     def _refuse_unknown(self, found: Sequence[str]) -> None:
         """Raise CohortError where somebody is excluded who isn't in the cohort: a slip would keep the one who left."""
-        splits = [getattr(self.splits, split) for split in SPLITS]
-        if isinstance(splits[0], int):
-            known = {f"p{index:06d}" for index in range(sum(splits))} if self.exclude else set()
-        else:
-            known = {name for members in splits if isinstance(members, tuple) for name in members} or set(found)
+        known = set(found)
+        if isinstance(self.splits.train, int):
+            known = {f"p{index:06d}" for index in range(sum(n for _, n in self.splits))} if self.exclude else set()
+        elif isinstance(self.splits.train, tuple):
+            known = {name for _, members in self.splits for name in members}
         known |= set(map(self.person, known))
         for number, patient in enumerate(self.exclude, 1):
             if patient not in known:  # who withdrew is nobody else's business: no name is told
@@ -255,11 +248,11 @@ class Manifest(_Strict):
         """
         if isinstance(self.reader, PhantomReader):
             return None
-        variable = _variable(self.name)
+        variable = _ROOT.format(self.name.upper())
         named = {"the parameter data_root": given, f"the environment variable {variable}": os.environ.get(variable)}
+        ways = f"say where its files are through {', '.join(named)} or the manifest's field root (in this order)"
         named["the manifest's field root"] = self.root
         source, place = next(((s, Path(p)) for s, p in named.items() if p), (None, None))
-        ways = f"say where its files are through {', '.join(list(named)[:2])} or {list(named)[2]} (in this order)"
         if place is None:
             raise CohortError(f"{self.name}: no data folder is named; {ways}")
         if not place.is_dir():
@@ -274,10 +267,6 @@ class Manifest(_Strict):
         return place
 
 
-def _variable(name: object) -> str:
-    return f"CARDIAC_LDM_ROOT_{str(name).upper()}"
-
-
 def _private_roots(folders: set[Path]) -> Iterator[tuple[Path, Path]]:
     """Manifests of real private cohorts, sound or not, each with every folder that it or the environment names."""
     for path in sorted({p for folder in folders for suffix in ("yaml", "yml") for p in folder.glob(f"*.{suffix}")}):
@@ -287,7 +276,7 @@ def _private_roots(folders: set[Path]) -> Iterator[tuple[Path, Path]]:
             continue
         if "role" not in content or content["role"] == "public" or content.get("simulated") is True:
             continue
-        for root in (os.environ.get(_variable(content.get("name"))), content.get("root")):
+        for root in (os.environ.get(_ROOT.format(str(content.get("name")).upper())), content.get("root")):
             if isinstance(root, (str, Path)) and root:
                 yield path, Path(os.path.realpath(root))
 

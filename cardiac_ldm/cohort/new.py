@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.cohort.tables import read_table, ukbb_field
 from cardiac_ldm.errors import CohortError
 
-_PHASES = {"ED": ("ed", "dia", "diastole", "diastolic"), "ES": ("es", "sys", "systole", "systolic")}
+_PHASES = dict.fromkeys(("ed", "dia", "diastole", "diastolic"), "ED")
+_PHASES |= dict.fromkeys(("es", "sys", "systole", "systolic"), "ES")
 _LABELS = ("gt", "seg", "label", "labels", "mask", "segmentation", "contours")
 _TABLE = "patients.csv"
 _HEAD = """\
@@ -49,7 +50,7 @@ def new(folder: Path, out: Path | None = None) -> Path:
         "budget: what all runs together may spend, and the places to learn from, which are public: a round number",
     ]
     manifest: dict[str, Any] = {"name": name, "role": "private", "simulated": False}
-    manifest |= {"licence": "to be filled in", "citation": "to be filled in", "obtain": "to be filled in"}
+    manifest |= dict.fromkeys(("licence", "citation", "obtain"), "to be filled in")
     manifest |= {"root": str(folder.resolve()), "reader": reader, "exclude": []}
     manifest |= {"splits": {"train": 0.8, "validation": 0.05, "test": 0.15}}
     manifest["budget"] = {"epsilon": 10.0, "delta": 1e-5, "patients": _places(manifest, folder)}
@@ -92,7 +93,14 @@ def _guess(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {"kind": "ukbb"} | ({"table": fields} if fields else {}), said
     for name, columns in tables.items():
         if {"patient", "phase", "path"} <= set(columns):
-            return {"kind": "table", "table": name}, _of_table(folder, name, columns)
+            said = [f"reader: table, for {name}, which has the columns {', '.join(columns)}"]
+            try:
+                table = read_table(folder / name, 0, "patient", ("phase", "path"), ("labels",))
+                labelled = int((table["labels"] != "").sum()) if "labels" in table else 0
+                said.append(f"{table.index.nunique()} patients in {len(table)} rows, {labelled} of them with labels")
+            except ValueError as error:
+                said.append(f"{name} {error}")
+            return {"kind": "table", "table": name}, said
     return _listed(folder, tables)
 
 
@@ -104,17 +112,6 @@ def _columns(path: Path) -> list[str]:
         return []
     first = next((line for line in text.splitlines() if not line.lower().startswith(("sep=", '"sep='))), "")
     return [cell.strip() for cell in next(csv.reader([first], delimiter=";" if ";" in first else ","), [])]
-
-
-def _of_table(folder: Path, name: str, columns: Sequence[str]) -> list[str]:
-    said = [f"reader: table, for {name}, which has the columns {', '.join(columns)}"]
-    try:
-        table = read_table(folder / name, 0, "patient", ("phase", "path"), ("labels",))
-        labelled = int((table["labels"] != "").sum()) if "labels" in table else 0
-        said.append(f"{table.index.nunique()} patients in {len(table)} rows, {labelled} of them with labels")
-    except ValueError as error:
-        said.append(f"{name} {error}")
-    return said
 
 
 def _listed(folder: Path, tables: dict[str, list[str]]) -> tuple[dict[str, Any], list[str]]:
@@ -147,19 +144,15 @@ def _rows(folder: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
     """Rows (patient, phase, path, labels), and the files whose names don't tell."""
     met: dict[tuple[str, str], dict[bool, str]] = defaultdict(dict)
     unclear = []
-    for file in _niftis(folder):
-        where, stem = file.parent.as_posix(), re.sub(r"\.nii(\.gz)?$", "", file.name)
-        words = [word for word in re.split(r"[_\-. ]+", stem) if word]
-        phase = next((p for p, names in _PHASES.items() if any(word.lower() in names for word in words)), None)
-        rest = [w for w in words if w.lower() not in (*_LABELS, *(n for names in _PHASES.values() for n in names))]
+    for path in sorted(path for end in ENDINGS for path in folder.rglob(f"*{end}") if path.is_file()):
+        file = path.relative_to(folder)
+        words = [word for word in re.split(r"[_\-. ]+", re.sub(r"\.nii(\.gz)?$", "", file.name)) if word]
+        phase = next((_PHASES[word.lower()] for word in words if word.lower() in _PHASES), None)
         if phase is None:
             unclear.append(file.as_posix())
-        else:
-            patient = where.replace("/", "_") if where != "." else "_".join(rest)
-            met[patient, phase][any(word.lower() in _LABELS for word in words)] = file.as_posix()
+            continue
+        rest = [word for word in words if word.lower() not in (*_LABELS, *_PHASES)]
+        patient = "_".join(file.parent.parts or rest)
+        met[patient, phase][any(word.lower() in _LABELS for word in words)] = file.as_posix()
     rows = [(*who, files[False], files.get(True, "")) for who, files in sorted(met.items()) if False in files]
     return rows, unclear
-
-
-def _niftis(folder: Path) -> Iterator[Path]:
-    yield from sorted(p.relative_to(folder) for end in ENDINGS for p in folder.rglob(f"*{end}") if p.is_file())

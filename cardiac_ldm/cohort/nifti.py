@@ -107,13 +107,6 @@ def read_voxels(data: ArrayProxy, frame: int | slice) -> np.ndarray:
     return voxels
 
 
-def other_ending(file: str) -> str | None:
-    """The same name with .nii for .nii.gz, or the reverse; None for another file."""
-    if file.endswith(".nii"):
-        return f"{file}.gz"
-    return file.removesuffix(".gz") if file.endswith(".nii.gz") else None
-
-
 def on_a_line(said: object) -> str:
     """An error of a library, or the like, on one short line."""
     return " ".join(str(said).split())[:160] or type(said).__name__

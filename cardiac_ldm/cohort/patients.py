@@ -1,26 +1,26 @@
-"""Prepared patients: how they're stored, read lazily; and the guards on private and on unlabelled ones.
+"""Prepared patients: how they're stored, and read when asked for.
 
-Beside a split's arrays lies its table, a JSON object a line for every patient.
+A split is a table, `<split>.jsonl`, a JSON object a line for every patient, and a folder with a file of volumes each.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
-import zarr
+from numcodecs import Zstd
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES
 from cardiac_ldm.cohort.manifest import SPLITS, Budget, Manifest
 from cardiac_ldm.cohort.volumes import GRID
-from cardiac_ldm.errors import CohortError, PrivacyError
+from cardiac_ldm.errors import PrivacyError
 
-MAX_VOLUMES = 3
-"""Volumes a patient may have; a patient is one chunk of an array, and empty places in it cost nothing."""
+_VOLUME = np.dtype([("images", np.float16, GRID.shape), ("labels", np.uint8, GRID.shape)])
+"""A volume as it's stored; half precision keeps 11 bits of what scanners store in 12."""
 
 
 @dataclass(frozen=True)
@@ -42,51 +42,26 @@ class PatientRecord:
     doubts: tuple[str, ...] = ()
 
 
-def open_split(path: Path, n_patients: int | None = None) -> dict[str, Any]:
-    """The arrays (n_patients * MAX_VOLUMES, 13, 96, 96) of a split: images float16, labels uint8.
-
-    n_patients: of a split that's to be written, and is made where it isn't there yet; None to read.
-    """
-    if n_patients is None:
-        group = zarr.open_group(path, mode="r+")
-        return {name: group[name] for name in ("images", "labels")}
-    group = zarr.open_group(path, mode="a", zarr_format=3)
-    return {
-        name: group.require_array(
-            name,
-            shape=(n_patients * MAX_VOLUMES, *GRID.shape),
-            chunks=(MAX_VOLUMES, *GRID.shape),
-            dtype=dtype,
-            chunk_key_encoding={"name": "default", "separator": "."},
-        )
-        for name, dtype in (("images", "float16"), ("labels", "uint8"))
-    }
+def write_patient(path: Path, split: str, number: int, record: PatientRecord) -> None:
+    """Write the volumes of patient `number` of a split of the cohort at path, all or none."""
+    volumes = np.empty(len(record.images), _VOLUME)
+    volumes["images"], volumes["labels"] = record.images, record.labels
+    file = volumes_file(path, split, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    temporary.write_bytes(Zstd(checksum=True).encode(volumes.tobytes()))
+    temporary.replace(file)
 
 
-def write_patient(arrays: Mapping[str, Any], number: int, record: PatientRecord) -> dict[str, Any]:
-    """Write patient `number` of a split, labels last; give what belongs in the table.
-
-    Raises CohortError on too many volumes.
-    """
-    if len(record.images) > MAX_VOLUMES:
-        raise CohortError(f"{record.id}: has {len(record.images)} volumes; give at most {MAX_VOLUMES}")
-    for name, volumes in (("images", record.images), ("labels", record.labels)):
-        chunk = np.zeros((MAX_VOLUMES, *GRID.shape), arrays[name].dtype)
-        chunk[: len(volumes)] = volumes
-        arrays[name][number * MAX_VOLUMES : (number + 1) * MAX_VOLUMES] = chunk
-    return table_row(record)
+def volumes_file(path: Path, split: str, number: int) -> Path:
+    """Where the volumes of patient `number` of a split lie in the prepared cohort at path."""
+    return path / split / f"{number:06d}.zst"
 
 
 def table_row(record: PatientRecord) -> dict[str, Any]:
-    """What a split's table says of a patient."""
-    return {
-        "id": record.id,
-        "group": record.group,
-        "labelled": record.labelled,
-        "repairs": record.repairs,
-        "doubts": record.doubts,
-        "attributes": [[None if math.isnan(x) else x for x in row] for row in record.attributes.tolist()],
-    }
+    """What a split's table says of a patient; attributes that are unknown are null."""
+    said = {name: getattr(record, name) for name in ("id", "group", "labelled", "repairs", "doubts")}
+    return said | {"attributes": [[None if x != x else x for x in row] for row in record.attributes.tolist()]}
 
 
 def read_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -95,25 +70,34 @@ def read_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, table)
 
 
-@lru_cache(maxsize=8)
-class _Table:
-    """What of a split's table is kept in memory; patient p's `counts[p]` volumes have attributes from `first[p]` on."""
+class _Row(NamedTuple):
+    """What of a table's row is kept in memory; attributes: float32 (v, 14)."""
 
-    def __init__(self, path: Path, split: str) -> None:
-        ids, people, groups, labelled, remarks, counts = [], [], [], [], [], []
-        attributes = [np.empty((0, len(ATTRIBUTE_NAMES)), np.float32)]
-        for row in read_rows(path, split):
-            ids.append(row["id"])
-            people.append((row.get("person", row["id"]), *row.get("voxels", ())))
-            groups.append(row["group"])
-            labelled.append(row["labelled"])
-            remarks.append((tuple(row["repairs"]), tuple(row["doubts"])))
-            attributes.append(np.asarray(row["attributes"], np.float32))
-            counts.append(len(attributes[-1]))
-        self.people, self.ids, self.groups, self.remarks = people, ids, groups, remarks
-        self.labelled = np.asarray(labelled, bool)
-        self.counts, self.attributes = np.asarray(counts, np.int64), np.concatenate(attributes)
-        self.first = np.cumsum(self.counts) - self.counts
+    number: int
+    id: str
+    person: tuple[str, ...]
+    group: str | None
+    labelled: bool
+    attributes: np.ndarray
+    repairs: tuple[str, ...]
+    doubts: tuple[str, ...]
+
+
+@lru_cache(maxsize=8)
+def _table(path: Path, split: str) -> list[_Row]:
+    return [
+        _Row(
+            number,
+            row["id"],
+            (row.get("person", row["id"]), *row.get("voxels", ())),
+            row["group"],
+            row["labelled"],
+            np.asarray(row["attributes"], np.float32),
+            tuple(row["repairs"]),
+            tuple(row["doubts"]),
+        )
+        for number, row in enumerate(read_rows(path, split))
+    ]
 
 
 class Patients(Sequence[PatientRecord]):
@@ -124,33 +108,19 @@ class Patients(Sequence[PatientRecord]):
         manifest: Manifest,
         split: str,
         path: Path,
-        members: np.ndarray | None = None,
+        members: Sequence[int] | np.ndarray | None = None,
         draw: Callable[[str, int, str], None] | None = None,
     ) -> None:
-        """Open a split of a prepared cohort.
+        """The patients with these rows in the table of the prepared cohort at path, or all.
 
-        members: int64 (n_patients,), rows of the stored split; None for all. draw: writes the patient of a split, row
-        and name who is in the table and not in the store yet.
+        draw: writes the patient of a split, row and name who is in the table and not in the store yet.
         """
-        self._manifest, self.split, self.path, self._draw = manifest, split, path, draw
-        self._members = np.arange(len(self._table.ids)) if members is None else members
+        self._manifest, self.split, self.path, self._members, self._draw = manifest, split, path, members, draw
 
     @cached_property
-    def _table(self) -> _Table:
-        return _Table(self.path, self.split)
-
-    @cached_property
-    def _stored(self) -> zarr.Group:
-        return zarr.open_group(self.path / self.split, mode="r")
-
-    def _rows(self, first: np.ndarray) -> np.ndarray:
-        """int64 (n_volumes,): rows of these patients' volumes in something where patient m's start at first[m]."""
-        ranges = [np.arange(first[m], first[m] + self._table.counts[m]) for m in self._members]
-        return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
-
-    @cached_property
-    def _volumes(self) -> np.ndarray:
-        return self._rows(MAX_VOLUMES * np.arange(len(self._table.ids)))
+    def _rows(self) -> list[_Row]:
+        table = _table(self.path, self.split)
+        return table if self._members is None else [table[number] for number in self._members]
 
     @property
     def name(self) -> str:
@@ -175,12 +145,12 @@ class Patients(Sequence[PatientRecord]):
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """The patients' names."""
-        return tuple(self._table.ids[m] for m in self._members)
+        return tuple(row.id for row in self._rows)
 
     @property
     def places(self) -> int:
         """How many places the patients of this split have, which is public; real private ones may leave some empty."""
-        whole = self.split == "train" and len(self) == len(self._table.ids)
+        whole = self.split == "train" and len(self) == len(_table(self.path, self.split))
         return self._manifest.places or len(self) if whole else len(self)
 
     @property
@@ -193,29 +163,28 @@ class Patients(Sequence[PatientRecord]):
     @cached_property
     def people(self) -> tuple[tuple[str, ...], ...]:
         """By patient, what tells who they are: the person's name in this cohort, and hashes of the decoded volumes."""
-        return tuple(
-            (f"{self.name}/{name}", *voxels) for name, *voxels in (self._table.people[m] for m in self._members)
-        )
+        return tuple((f"{self.name}/{row.person[0]}", *row.person[1:]) for row in self._rows)
 
     @cached_property
     def groups(self) -> tuple[str | None, ...]:
         """The patients' diagnostic groups."""
-        return tuple(self._table.groups[m] for m in self._members)
+        return tuple(row.group for row in self._rows)
 
     @cached_property
     def labelled(self) -> np.ndarray:
         """Bool (n_patients,): whose labels were given; those of the others were predicted, or are all 0."""
-        return self._table.labelled[self._members]
+        return np.array([row.labelled for row in self._rows], bool)
 
     @cached_property
     def attributes(self) -> np.ndarray:
         """float32 (n_volumes, 14): attributes of every volume, NaN where unknown."""
-        return self._table.attributes[self._rows(self._table.first)]
+        volumes = [volume for row in self._rows for volume in row.attributes]
+        return np.array(volumes, np.float32).reshape(-1, len(ATTRIBUTE_NAMES))
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 (n_patients + 1,): patient p's volumes have indices offsets[p] to offsets[p + 1]."""
-        return np.concatenate([[0], np.cumsum(self._table.counts[self._members])])
+        return np.cumsum([0, *(len(row.attributes) for row in self._rows)])
 
     @cached_property
     def owners(self) -> np.ndarray:
@@ -230,26 +199,27 @@ class Patients(Sequence[PatientRecord]):
         """uint8 (k, 13, 96, 96): the labels of the volumes with these indices."""
         return self._read("labels", volumes)
 
-    def _read(self, array: str, volumes: Sequence[int] | np.ndarray) -> np.ndarray:
-        wanted, back = np.unique(self._volumes[np.asarray(volumes, np.int64)], return_inverse=True)
-        if self._draw:
-            stored_labels = self.path / self.split / "labels"  # what is written last
-            for m in np.unique(wanted // MAX_VOLUMES).tolist():
-                if not (stored_labels / f"c.{m}.0.0.0").exists():
-                    self._draw(self.split, m, self._table.ids[m])
-        stored: Any = self._stored[array]
-        first, end = (wanted[0], wanted[-1] + 1) if len(wanted) else (0, 0)
-        if end - first <= MAX_VOLUMES * len(wanted):  # nearly all of them: one piece is read faster
-            return np.asarray(stored[first:end])[wanted - first][back]
-        return np.asarray(stored.oindex[wanted])[back]
+    def _read(self, what: str, volumes: Sequence[int] | np.ndarray) -> np.ndarray:
+        volumes = np.asarray(volumes, np.int64)
+        read = np.empty(volumes.shape, _VOLUME[what])
+        owners = self.owners[volumes]
+        for index in np.unique(owners):
+            places = np.flatnonzero(owners == index)
+            row = self._rows[index]
+            file = volumes_file(self.path, self.split, row.number)
+            if self._draw and not file.exists():
+                self._draw(self.split, row.number, row.id)
+            stored = np.frombuffer(Zstd().decode(file.read_bytes()), _VOLUME)
+            read[places] = stored[what][volumes[places] - self.offsets[index]]
+        return read
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Patients":
         """Only the patients with these indices, in this order."""
-        members = self._members[np.asarray(indices, np.int64)]
+        members = [self._rows[index].number for index in np.asarray(indices, np.int64)]
         return Patients(self._manifest, self.split, self.path, members, self._draw)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> PatientRecord: ...
@@ -259,16 +229,9 @@ class Patients(Sequence[PatientRecord]):
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
         index = range(len(self))[index]
-        own = range(self.offsets[index], self.offsets[index + 1])
-        return PatientRecord(
-            self.ids[index],
-            self.groups[index],
-            self.images(own),
-            self.labels(own),
-            self.attributes[own],
-            bool(self.labelled[index]),
-            *self._table.remarks[self._members[index]],
-        )
+        own, row = range(self.offsets[index], self.offsets[index + 1]), self._rows[index]
+        read = self.images(own), self.labels(own), row.attributes
+        return PatientRecord(row.id, row.group, *read, row.labelled, row.repairs, row.doubts)
 
     def __iter__(self) -> Iterator[PatientRecord]:
         return (self[i] for i in range(len(self)))
@@ -288,47 +251,9 @@ class Cohort:
     path: Path
     key: str
     draw: Callable[[str, int, str], None] | None = None
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits."""
-        return SPLITS
+    splits = SPLITS
 
     def split(self, name: str) -> Patients:
         """The patients of one split. Raises CohortError if there's none of that name."""
-        if name not in SPLITS:
-            raise CohortError(f"{self.manifest.name}: there's no split {name!r}; the splits are {', '.join(SPLITS)}")
+        self.manifest.require_split(name)
         return Patients(self.manifest, name, self.path, draw=self.draw)
-
-
-def require_public(patients: Patients, leak: str) -> None:
-    """Refuse private patients, simulated or not, to whatever takes a statistic, chooses or fits without noise.
-
-    leak completes "this would reveal ...". Raises PrivacyError.
-    """
-    if patients.role != "public":
-        raise PrivacyError(f"{patients.name} is private, and this would reveal {leak}; give a public cohort here")
-
-
-def require_releasable(patients: Patients, leak: str) -> None:
-    """Refuse real private patients to whatever shows them or evaluates against them; simulated ones expose nobody.
-
-    leak completes "this would reveal ...". Raises PrivacyError.
-    """
-    if patients.secret:
-        raise PrivacyError(
-            f"{patients.name} holds real private patients, and this would reveal {leak}; "
-            "give a public or a simulated cohort"
-        )
-
-
-def require_labelled(patients: Patients, purpose: str) -> Patients:
-    """Those of the patients whose labels were given, for what predicted ones won't do; purpose says for what.
-
-    Raises CohortError where there are none.
-    """
-    if not patients.labelled.any():
-        raise CohortError(
-            f"{patients.name}: no patient ({patients.split}) has labels; {purpose} needs a cohort with some"
-        )
-    return patients if patients.labelled.all() else patients.subset(np.flatnonzero(patients.labelled))

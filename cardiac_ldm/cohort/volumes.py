@@ -1,6 +1,6 @@
 """What a reader hands over, a patient with their volumes as acquired, and the grid on which the study works."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,8 +47,7 @@ class Patient:
 
     volumes share one geometry. attributes: what is known beyond the labels (age, say); it takes precedence over what is
     measured from them. files: what was read, path below the data root -> SHA-256. repairs: what was mended in reading,
-    a sentence each, which names the file.
-    doubts: what the check of anatomy found doubtful, likewise.
+    doubts: what the check of anatomy found doubtful, a sentence each, which names the file.
     """
 
     id: str
@@ -58,3 +57,8 @@ class Patient:
     files: Mapping[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+
+
+def labels_by_phase(volumes: Iterable[Volume]) -> dict[str, np.ndarray]:
+    """Labels of the volumes that have any."""
+    return {v.phase: v.labels for v in volumes if v.labels is not None}

@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.anatomy import HeartFinder
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SUMS = "SHA256SUMS"
@@ -46,6 +48,16 @@ def _check(folder: Path) -> None:
                 f"{folder / name}: isn't the file that was shipped; install the library afresh, "
                 "or train anew with: python -m cardiac_ldm.shipped"
             )
+
+
+class ShippedFinder:
+    """The shipped segmenter, loaded only where a heart has no labels: what `cohort.prepare` takes as its localiser."""
+
+    key = "shipped"
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Labels of an image; see `HeartFinder`."""
+        return HeartFinder(WEIGHTS / "anatomy/segmenter.safetensors", self.key)(image)
 
 
 def ship(stage: str, key: str, wanted: Mapping[str, object], run: Path, weights: Path | None = None) -> None:
