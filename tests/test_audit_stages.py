@@ -18,6 +18,7 @@ from cardiac_ldm.privacy.canaries import LotLoss, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
 from cardiac_ldm.report.figures import audit_bounds
 from cardiac_ldm.study import Run, Study
+from cardiac_ldm.trained import Trained
 from cardiac_ldm.training.leaks import scaled_by_lot, sensitivities
 from cardiac_ldm.training.pretrain import pretrain
 
@@ -197,7 +198,7 @@ def test_both_habits_exceed_the_bound_and_the_mechanism_does_not(study: Study) -
 def test_what_looks_at_private_patients_refuses_real_ones_before_anything_is_trained(
     hospital: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Study, "finetuned")
+    monkeypatch.delattr(Trained, "finetuned")
     with pytest.raises(PrivacyError, match=r"hospital holds real private .* who among private patients trained"):
         hospital.attacked(1)
     with pytest.raises(PrivacyError, match=r"hospital holds real private .* whom among private patients the synthetic"):

@@ -33,7 +33,8 @@ from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon_pld, epsilon_prv, public_ledger
 from cardiac_ldm.privacy.__main__ import main
 from cardiac_ldm.privacy.accounting import merged
-from cardiac_ldm.report.card import privacy_statement, write_release
+from cardiac_ldm.report.card import write_release
+from cardiac_ldm.report.statement import privacy_statement
 from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training import private as loop
@@ -108,9 +109,10 @@ def test_row_01_every_run_on_real_patients_is_counted_and_a_seed_is_no_new_one(r
     best = tried[2].finetuned(1)
     release = write_release(NOBODY, best.ledger, tmp_path / "release")
     statement = (release / "STATEMENT.md").read_text()
-    assert f"| runs on these patients | 3, this one included; together they spent ({together.epsilon:.4g}, 1e-05)" in (
-        statement
+    counted = (
+        f"3, this one and those that only tried settings out included; together they spent ({together.epsilon:.4g}, 1e"
     )
+    assert f"| models of these patients | {counted}" in statement
     assert "**Together, 3 private model(s)" in statement
     assert Ledger.load(release / "privacy.json").together == together
     assert "tuning" not in (release / "privacy.json").read_text()  # counted, never attested

@@ -29,7 +29,7 @@ from cardiac_ldm.models.perception import Critic
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, epsilon_pld
 from cardiac_ldm.privacy.accounting import terms_of
 from cardiac_ldm.profile import PROFILES, Profile
-from cardiac_ldm.report.card import privacy_statement
+from cardiac_ldm.report.statement import privacy_statement
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder

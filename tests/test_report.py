@@ -22,8 +22,9 @@ import pytest
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients, Volumes
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, public_ledger
-from cardiac_ldm.report.card import joint_statement, privacy_statement, write_release
+from cardiac_ldm.report.card import write_release
 from cardiac_ldm.report.figures import distance_by_size, tradeoff
+from cardiac_ldm.report.statement import joint_statement, privacy_statement
 from cardiac_ldm.report.tables import (
     METRICS,
     attributes_table,
@@ -162,9 +163,11 @@ def test_the_statement_lists_every_stage_that_spent() -> None:
     said = privacy_statement(ledger(2).model_copy(update={"mechanisms": (first, second)}))
     assert said.startswith("**(2, 1e-05)-differential privacy per patient.**")
     assert said.count("| mechanism: ") == 2
-    assert said.index("| mechanism: decoder | DP-SGD, rate 0.1, 5 steps, clip 0.5,") < said.index(
-        "| mechanism: denoiser | DP-SGD, rate 0.1, 3 steps, clip 0.5,"
+    terms = "DP-SGD: each patient joins a step with probability 0.1, {} steps, clipping norm 0.5,"
+    first_row, second_row = (
+        f"| mechanism: {name} | {terms.format(n)}" for name, n in (("decoder", 5), ("denoiser", 3))
     )
+    assert said.index(first_row) < said.index(second_row)
 
 
 def test_models_of_one_cohort_are_stated_together() -> None:

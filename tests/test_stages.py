@@ -118,7 +118,7 @@ def test_what_a_stage_calls_in_the_library_is_part_of_its_digest(monkeypatch: py
         raise NotImplementedError
 
     pretrain.__module__ = room.__name__
-    monkeypatch.setattr(sys.modules["cardiac_ldm.study"], "pretrain", pretrain)
+    monkeypatch.setattr(sys.modules["cardiac_ldm.trained"], "pretrain", pretrain)
     assert digest(STAGES["pretrain"].work) != before
 
 

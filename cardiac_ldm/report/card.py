@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,88 +13,8 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Volumes
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.privacy import Ledger, Record, Standing
 from cardiac_ldm.report.page import write_page
+from cardiac_ldm.report.statement import joint_statement, privacy_statement
 from cardiac_ldm.report.viewer import nifti
-
-
-def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
-    """The guarantee on one page, for whoever decides on a release, as Markdown.
-
-    together: what all runs on these patients have spent by now; else what they had when this one began.
-    """
-    if ledger.guarantee == "public data only":
-        return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
-    if ledger.guarantee == "none":
-        return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
-    odds, together = math.exp(ledger.epsilon), together or ledger.together
-    remark = (
-        " These patients are simulated and the noise is seeded, so that the run can be repeated; "
-        "for patients who aren't, it comes from the operating system."
-        if ledger.simulated
-        else " This page holds only what this guarantee covers and what is public; how long the run took isn't covered."
-    )
-    stages = "".join(
-        f"| mechanism: {m.stage} | DP-SGD, rate {m.sampling_rate:.4g}, {m.steps} steps, clip {m.clip:g}, "
-        f"noise multiplier {m.noise_multiplier:.4g}, {m.draws} draw(s) a volume; tuned: {m.tuned} |\n"
-        for m in ledger.mechanisms
-    )
-    return (
-        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Whatever is computed from this "
-        f"model, its chance changes by a factor of at most e^ε = {odds:.3g} (but for a probability of "
-        f"δ = {ledger.delta:g}) when one patient, with all volumes, is taken out of {ledger.private_data} and the "
-        "place stays empty. Who wavers evenly whether a certain patient is there, and knows all others, is right "
-        f"afterwards with a chance of at most {min(1.0, (odds + ledger.delta) / (1 + odds)):.3%}.{remark}\n\n"
-        f"{_decisions(ledger, together)}\n"
-        "| term | value |\n| --- | --- |\n"
-        f"| unit | patient |\n| neighbouring cohorts | {ledger.adjacency} |\n{stages}"
-        f"| sampler | {ledger.sampler} |\n"
-        f"| accountant | {ledger.accountant}: PLD says ε = {ledger.epsilon_pld:.4g}; Rényi DP would have said "
-        f"{ledger.epsilon_rdp:.4g} |\n"
-        f"| public data | {ledger.public_data} |\n"
-        f"| runs on these patients | {_counted(ledger, together)} |\n| released | {ledger.released} |\n"
-        f"| randomness | {ledger.randomness} |\n"
-        f"| SHA-256 of the weights | {', '.join(ledger.weights.values()) or 'not there yet'} |\n"
-        f"| written | {ledger.date}, cardiac-ldm {ledger.version} |\n"
-    )
-
-
-def _counted(ledger: Ledger, together: Standing | None) -> str:
-    """All runs on the patients of a model, those included that only tried settings out."""
-    if together is None:
-        return "not counted: they are simulated" if ledger.simulated else "not charged yet"
-    return f"{together.runs}, this one included; together they spent ({together.epsilon:.4g}, {together.delta:g})"
-
-
-def _decisions(ledger: Ledger, together: Standing | None) -> str:
-    """What there is to decide on a model of real patients, as Markdown; nothing of simulated ones."""
-    if ledger.simulated:
-        return ""
-    spent = together.epsilon if together else ledger.epsilon
-    weak = (
-        "- **ε above 20 is a figure without a promise**: it excludes no attack. Release only what would do no harm "
-        "without a guarantee.\n"
-        if ledger.epsilon > 20
-        else ""
-    )
-    return (
-        f"- **Is ε = {ledger.epsilon:g} little enough, and ε = {spent:.4g} for everything that was tried?** The second "
-        "figure is the one that a patient has really given, if more than this model was shown. NIST SP 800-226 sets "
-        "no limit; 1 is strong, 10 rests on attacks being far weaker than the worst case.\n"
-        f"{weak}"
-        "- **What is covered**: the weights and all that is computed from them, by whoever, with whatever else they "
-        "know. What is not: what is learnt of groups of patients, which is the purpose, and all else that leaves the "
-        "house.\n"
-        "- **A patient withdraws**: take them out of the cohort (`exclude:` in its manifest). Models made before can't "
-        "forget them; this guarantee is what protects them there. A model made anew spends anew.\n"
-    )
-
-
-def joint_statement(together: Standing, private_data: str) -> str:
-    """What private models of one cohort reveal together, as Markdown."""
-    return (
-        f"**Together, {together.runs} private model(s) of {private_data} spent "
-        f"({together.epsilon:.4g}, {together.delta:g}) per patient.** Whoever sees several of them learns more than "
-        "from any one. It's the most that any one patient has spent, those who have left since included."
-    )
 
 
 def write_release(

@@ -4,6 +4,11 @@ import math
 
 from cardiac_ldm.privacy import Ledger, Standing
 
+_SIMULATED = (
+    " **These patients are simulated**, and the noise is seeded so that the run can be repeated; for patients who "
+    "aren't, it comes from the operating system."
+)
+
 
 def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
     """The guarantee of a model, what it covers and what there is to decide, as Markdown.
@@ -16,18 +21,20 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
         return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
     together = together or ledger.together
     several = (
-        f"; from all {together.runs} models of these patients, {_right(together.epsilon, together.delta):.1%}"
+        f", in at most {_right(together.epsilon, together.delta):.1%} after all {together.runs} models of these patients"
         if together and together.runs > 1
         else ""
     )
     return (
-        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** Training compared "
-        f"{ledger.private_data} with the same patients less any one of them, with all volumes. The probability of any "
-        f"outcome of this model with a patient is at most e^ε = {math.exp(ledger.epsilon):.3g} times that without, "
-        f"plus δ = {ledger.delta:g}, and the other way round. Somebody who holds a patient's membership for as likely "
-        "as not, and knows everybody else's data, guesses it right from this model in at most "
-        f"{_right(ledger.epsilon, ledger.delta):.1%} of cases{several}; a coin has 50 %.\n\n"
-        + ("" if ledger.simulated else _decisions(ledger, together))
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** The guarantee compares training on "
+        f"{ledger.private_data} with training on the same patients less any one of them, all volumes of that patient "
+        "included. The probability of any outcome of this model with the patient is at most "
+        f"e^ε = {math.exp(min(ledger.epsilon, 700)):.3g} times that without, plus δ = {ledger.delta:g}, and the other way "
+        "round. Somebody who starts at even odds that a given patient took part, and knows everybody else's data, is "
+        f"right about it in at most {_right(ledger.epsilon, ledger.delta):.1%} of cases after seeing this model{several}; "
+        "a coin is right in 50 %."
+        + (_SIMULATED if ledger.simulated else f"\n\n{_decisions(ledger, together)}")
+        + "\n\n"
         + _table(ledger, together)
     )
 
@@ -63,7 +70,7 @@ def _decisions(ledger: Ledger, together: Standing | None) -> str:
         "that exist can't forget them; their influence on these stays bounded by the figures above. To train again "
         "adds to the privacy loss of those who remain.\n\n"
         "| decision | released / released with conditions / not released |\n| --- | --- |\n"
-        "| by, on | |\n| reasons, conditions | |\n\n"
+        "| by, on | |\n| reasons, conditions | |"
     )
 
 
@@ -91,8 +98,7 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
         "public data": ledger.public_data,
         "models of these patients": counted,
         "released": ledger.released,
-        "randomness": ledger.randomness
-        + ("; seeded, so that the run can be repeated: these patients are simulated" if ledger.simulated else ""),
+        "randomness": ledger.randomness,
         "SHA-256 of the weights": ", ".join(ledger.weights.values()) or "not there yet",
         "written": f"{ledger.date}, cardiac-ldm {ledger.version}",
     }
