@@ -19,23 +19,21 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
         return f"**No private patient was used.** Trained on public data only: {ledger.public_data}."
     if ledger.guarantee == "none":
         return f"**No guarantee.** Trained on {ledger.private_data} without privacy: for comparison, never for release."
-    together = together or ledger.together
-    several = (
-        f", in at most {_right(together.epsilon, together.delta):.1%} after all {together.runs} models of these patients"
-        if together and together.runs > 1
-        else ""
-    )
+    together, factor = together or ledger.together, math.exp(min(ledger.epsilon, 700))
+    right = f"{_right(ledger.epsilon, ledger.delta):.1%} of cases after seeing this model"
+    if together and together.runs > 1:
+        right += (
+            f", and {_right(together.epsilon, together.delta):.1%} after seeing all {together.runs} of these patients"
+        )
     return (
-        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** The guarantee compares training on "
-        f"{ledger.private_data} with training on the same patients less any one of them, all volumes of that patient "
-        "included. The probability of any outcome of this model with the patient is at most "
-        f"e^ε = {math.exp(min(ledger.epsilon, 700)):.3g} times that without, plus δ = {ledger.delta:g}, and the other way "
-        "round. Somebody who starts at even odds that a given patient took part, and knows everybody else's data, is "
-        f"right about it in at most {_right(ledger.epsilon, ledger.delta):.1%} of cases after seeing this model{several}; "
-        "a coin is right in 50 %."
+        f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** The guarantee compares training "
+        f"on {ledger.private_data} with training on the same patients less any one of them, all volumes of that patient "
+        f"included. The probability of any outcome of this model with the patient is at most e^ε = {factor:.3g} times "
+        f"that without, plus δ = {ledger.delta:g}, and the other way round. Somebody who starts at even odds that a "
+        "given patient took part, and knows everybody else's data, is right about it in at most "
+        f"{right}; a coin is right in 50 %."
         + (_SIMULATED if ledger.simulated else f"\n\n{_decisions(ledger, together)}")
-        + "\n\n"
-        + _table(ledger, together)
+        + f"\n\n{_table(ledger, together)}"
     )
 
 
