@@ -27,7 +27,7 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
         )
     return (
         f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** The guarantee compares training "
-        f"on {ledger.private_data} with training on the same patients less any one of them, all volumes of that patient "
+        f"on {ledger.private_data} with training on the same patients less any one of them, all volumes of theirs "
         f"included. The probability of any outcome of this model with the patient is at most e^ε = {factor:.3g} times "
         f"that without, plus δ = {ledger.delta:g}, and the other way round. Somebody who starts at even odds that a "
         "given patient took part, and knows everybody else's data, is right about it in at most "
