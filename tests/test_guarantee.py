@@ -178,7 +178,7 @@ def test_row_03_neither_source_text_nor_a_cohorts_key_trains_on_real_patients_ag
     first, again = real().finetuned(1), real(spend=False)
     monkeypatch.setattr("cardiac_ldm.study.finetune", lambda *_: pytest.fail("trained again"))
     again.private = replace(again.private, key="of another text")  # as a comment in cohort/check.py would have it
-    monkeypatch.setattr(Study, "pretrained", replace(again.pretrained, key="of another version"))
+    again.pretrained = replace(again.pretrained, key="of another version")
     assert again.finetuned(1).folder == first.folder
     changed = real(spend=False, recipe={"learning_rate": 2e-3})
     with pytest.raises(PrivacyError, match=r"hospital: this spends 0.\d\d of \(10, 1e-05\); 1.00 are spent by 1 run"):
@@ -478,6 +478,12 @@ def test_row_12_who_has_left_is_counted_and_so_is_what_the_others_spent_before(r
     assert together is not None
     assert together.runs == 4
     assert together.epsilon == pytest.approx(spent(*before, after), rel=1e-3)
+    everyone = before[0].private.split("train")
+    for run in "wxyz":  # elsewhere
+        charged(Record(), "clinic", (everyone.people[everyone.ids.index("p000003")],), run)
+    most = after.together()
+    assert most is not None
+    assert (most.runs, most.epsilon > 1.05 * together.epsilon) == (4, True)  # what the one who left has spent
 
 
 @pytest.mark.parametrize("fault", ["damaged", "twin", "named twice", "public"])
