@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-N_FEATURES = 1280
 TAPS = {0: 16, 2: 24, 4: 40, 7: 80, 10: 112}
 """Blocks whose outputs are perceptual features, and their channels; their strides are 2, 4, 8, 16, 16."""
 _SPREAD = 10.0
