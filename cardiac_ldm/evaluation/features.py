@@ -81,11 +81,7 @@ class InceptionEncoder(nn.Module):
 
 @torch.no_grad()
 def slice_features(
-    images: np.ndarray,
-    owners: np.ndarray,
-    *,
-    encoder: nn.Module | None = None,
-    batch: int = 4,
+    images: np.ndarray, owners: np.ndarray, *, encoder: nn.Module | None = None, batch: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode slices 3..9 of volumes (n, 13, 96, 96) in [0, 1], `batch` volumes at a time.
 

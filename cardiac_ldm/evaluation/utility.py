@@ -77,13 +77,7 @@ def training_patients(patients: Patients, n_patients: int, seed: int) -> Patient
 
 
 def utility(
-    arms: Sequence[Volumes],
-    test: Volumes,
-    *,
-    segmenter: Budget,
-    phase: Budget,
-    resamples: int,
-    seed: int,
+    arms: Sequence[Volumes], test: Volumes, *, segmenter: Budget, phase: Budget, resamples: int, seed: int
 ) -> list[Utility]:
     """Train a segmenter, a phase classifier and a regression of LVEDV on each cohort, test them on another's patients.
 

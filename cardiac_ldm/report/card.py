@@ -105,11 +105,7 @@ def joint_statement(together: Standing, private_data: str) -> str:
 
 
 def write_release(
-    cohort: Volumes,
-    ledger: Ledger,
-    folder: Path,
-    evaluation: Path | None = None,
-    together: Standing | None = None,
+    cohort: Volumes, ledger: Ledger, folder: Path, evaluation: Path | None = None, together: Standing | None = None
 ) -> Path:
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 
