@@ -12,7 +12,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, Volumes
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.control import read_anatomy
 from cardiac_ldm.evaluation.diversity import similarity_of_pairs
-from cardiac_ldm.evaluation.features import AnatomyEncoder, slice_features
+from cardiac_ldm.evaluation.features import N_SLICES, AnatomyEncoder, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 
@@ -82,12 +82,11 @@ def measure(
     encoders: dict[str, nn.Module | None] = {"EffNet": None, "anatomy": AnatomyEncoder(segmenter)}
     if inception is not None:
         encoders["Inception"] = inception
-    read = {encoder: slice_features(volumes.images, owners, encoder=network) for encoder, network in encoders.items()}
     return Measured(
         name,
         n_patients,
-        {encoder: features for encoder, (features, _) in read.items()},
-        read["EffNet"][1],
+        {encoder: slice_features(volumes.images, network) for encoder, network in encoders.items()},
+        np.repeat(owners, N_SLICES),
         similarity_of_pairs(volumes, seed=seed),
         read_anatomy(volumes, segmenter, classifier),
         groups_of(volumes.attributes, owners, diseases),
