@@ -26,7 +26,7 @@ from benchmarks.acdc import RUNS, parser
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Manifest, Patients, load_manifest, measure_attributes, prepare
 from cardiac_ldm.evaluation.control import volume_dice
 from cardiac_ldm.evaluation.diversity import SCALE_WEIGHTS
-from cardiac_ldm.evaluation.features import SLICES, slice_features
+from cardiac_ldm.evaluation.features import N_SLICES, SLICES, slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
@@ -92,7 +92,7 @@ def judge(model: Autoencoder, patients: Patients, segmenter: Segmenter) -> dict[
     """All that is measured on these patients and their reconstructions."""
     volumes = np.arange(len(patients.owners))
     real, drawn = (images := patients.images(volumes)), reconstruct(model, images, seed=0)
-    (x, owners), (y, _) = (slice_features(z, patients.owners) for z in (real, drawn))
+    x, y, owners = slice_features(real), slice_features(drawn), np.repeat(patients.owners, N_SLICES)
     everyone, half = np.arange(len(patients)), owners < len(patients) // 2
     before, after = power(real), power(drawn)
     a, b = (torch.from_numpy(z) for z in (drawn, real))
@@ -144,9 +144,7 @@ def judge_chosen(study: Study, data: Path | None) -> dict[str, object]:
     public, private = study.public.split("test"), study.private.split("test")
     n = min(len(public), len(private))
     cohorts = {"public": public[:n], "private (simulated)": private[:n]}
-    between = frechet_distance(
-        *(slice_features(some.images(np.arange(len(some.owners))), some.owners)[0] for some in cohorts.values())
-    )
+    between = frechet_distance(*(slice_features(c.images(np.arange(len(c.owners)))) for c in cohorts.values()))
     if data:
         cohorts["ACDC"] = _acdc(data)[1]
     rows = [

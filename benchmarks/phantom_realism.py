@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import keep
 from benchmarks.acdc import RUNS, halves, parser
 from cardiac_ldm.cohort import Patients, load_manifest, prepare
-from cardiac_ldm.evaluation.features import slice_features
+from cardiac_ldm.evaluation.features import N_SLICES, slice_features
 from cardiac_ldm.evaluation.fidelity import KernelDistance, frechet_distance
 from cardiac_ldm.evaluation.intervals import half_samples, rows_of
 from cardiac_ldm.report.walls import synthetic_wall
@@ -23,9 +23,8 @@ def encoded(cohorts: list[Patients]) -> tuple[np.ndarray, np.ndarray]:
     """Features of the middle slices of all volumes, and the patient that each belongs to."""
     features, owners, first = [], [], 0
     for patients in cohorts:
-        found, of = slice_features(patients.images(np.arange(len(patients.owners))), patients.owners)
-        features.append(found)
-        owners.append(of + first)
+        features.append(slice_features(patients.images(np.arange(len(patients.owners)))))
+        owners.append(np.repeat(patients.owners, N_SLICES) + first)
         first += len(patients)
     return np.concatenate(features), np.concatenate(owners)
 

@@ -26,7 +26,7 @@ from benchmarks import keep
 from benchmarks.acdc import RUNS
 from cardiac_ldm.cohort import Patients, Volumes
 from cardiac_ldm.evaluation.control import agreement, phase_accuracy, read_anatomy
-from cardiac_ldm.evaluation.features import slice_features
+from cardiac_ldm.evaluation.features import N_SLICES, slice_features
 from cardiac_ldm.evaluation.fidelity import frechet_distance
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap, half_samples, rows_of
 from cardiac_ldm.evaluation.synthesis import synthesise
@@ -161,9 +161,9 @@ def main() -> None:
     study = Study(Parameters(profile="laptop"))
     patients = study.public.split("validation")[: arguments.parse_args().patients]
     settings, n = study.profile.evaluation, len(patients)
-    drawn, rows_by_patient = draw(study, patients), rows_of(np.repeat(patients.owners, 7))
-    real, _ = slice_features(patients.images(np.arange(len(patients.owners))), patients.owners)
-    features = {name: slice_features(volumes, patients.owners)[0] for name, (volumes, _) in drawn.items()}
+    drawn, rows_by_patient = draw(study, patients), rows_of(np.repeat(patients.owners, N_SLICES))
+    real = slice_features(patients.images(np.arange(len(patients.owners))))
+    features = {name: slice_features(volumes) for name, (volumes, _) in drawn.items()}
 
     def distance(name: str, some: np.ndarray, others: np.ndarray) -> float:
         ours, theirs = (np.concatenate([rows_by_patient[p] for p in part]) for part in (some, others))

@@ -195,7 +195,7 @@ def test_evaluation_computes_on_the_gpu(gpu: None, public: Patients, monkeypatch
     assert len(read_anatomy(volumes, segmenter, classifier))
     assert len(volume_dice(segmenter, images, public.labels(np.arange(8)))) == 8
     for encoder in (None, AnatomyEncoder(segmenter)):
-        assert len(slice_features(images, public.owners, encoder=encoder)[0]) == 8 * 7
+        assert len(slice_features(images, encoder)) == 8 * 7
     assert len(embed(volumes, autoencoder).vectors["latent"]) == 8
     assert volumes.labels is not None
     trained = _fit_segmenter(images, volumes.labels, BUDGET, 0)

@@ -8,7 +8,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.features import AnatomyEncoder, InceptionEncoder, slice_features
+from cardiac_ldm.evaluation.features import AnatomyEncoder, InceptionEncoder, slice_features, volume_features
 from cardiac_ldm.models.anatomy import Segmenter
 from cardiac_ldm.models.perception import TAPS, Critic, PerceptionEncoder
 from cardiac_ldm.training.autoencoder import _unlikeness
@@ -100,25 +100,25 @@ def test_a_frozen_critic_carries_gradients_to_the_images():
     assert {parameter.grad for parameter in critic.parameters()} == {None}
 
 
-def test_features_come_from_slices_3_to_9_and_know_their_owner():
+def test_features_come_from_slices_3_to_9_volume_by_volume():
     rng = np.random.default_rng(0)
     images = rng.random((3, 13, 96, 96), np.float32)
-    features, owners = slice_features(images, np.array([0, 0, 1]), batch=2)
+    features = slice_features(images)
     assert features.shape == (21, 1280)
     assert features.dtype == np.float32
-    assert owners.tolist() == [0] * 14 + [1] * 7
     with torch.no_grad():
         alone = PerceptionEncoder()(torch.from_numpy(images[1, 9][None, None])).numpy()
     np.testing.assert_allclose(features[13:14], alone, atol=1e-4)
+    np.testing.assert_allclose(volume_features(images), features.reshape(3, 7, -1).mean(axis=1), atol=1e-5)
     outer = images.copy()
     outer[:, [0, 1, 2, 10, 11, 12]] = 0
-    np.testing.assert_array_equal(slice_features(outer, np.array([0, 0, 1]), batch=2)[0], features)
+    np.testing.assert_array_equal(slice_features(outer), features)
 
 
 def test_features_are_those_of_the_encoder_given_in_evaluation_mode():
     images = np.random.default_rng(0).random((3, 13, 96, 96), np.float32)
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Dropout(0.5))
-    features, _ = slice_features(images, np.arange(3), encoder=encoder)
+    features = slice_features(images, encoder)
     halves = images[:, 3:10].reshape(21, 96, 2, 48).mean(axis=(1, 3))
     np.testing.assert_allclose(features, halves, atol=1e-5)
 

@@ -263,7 +263,3 @@ def test_arms_of_training_data_are_dots_with_their_intervals_panel_by_panel():
     assert dict(zip(phase.y, phase.x, strict=True)) == {"public": 0.6, "synthetic (ε = 1)": 0.5}
     assert (phase.error_x.array[0], phase.error_x.arrayminus[0]) == pytest.approx((0.2, 0.1))
     assert list(dice.y) == ["public"]
-    (beyond,) = figures.utility_dots(rows, "public").data
-    assert list(beyond.x) == [-0.1]
-    with pytest.raises(ParameterError, match="against: no rows for 'private'; choose from"):
-        figures.utility_dots(rows, "private")

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_hearts_that_others_store_along_other_axes_come_upright_by_affine_and_la
     for volume, meant in zip(came, left.labels, strict=True):
         both = 2 * ((volume > 0) & (volume == meant)).sum() / ((volume > 0).sum() + (meant > 0).sum())
         assert both > 0.8  # placed anew round the labels, by half a voxel at most
+
+
+@pytest.mark.filterwarnings("ignore:.*repair")
+def test_only_a_releases_own_header_has_its_volumes_taken_as_they_are(tmp_path: Path) -> None:
+    left = replace(phantoms(1), images=phantoms(1).images / 2)
+    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    without_labels(folder)
+    as_they_are = read_folder(folder).images
+    np.testing.assert_allclose(as_they_are, left.images, atol=0.5 / 255 + 1e-6)
+    turn(folder, "LPI", np.uint8, b"")
+    assert np.abs(read_folder(folder).images - left.images).max() > 0.1  # scaled between percentiles
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1, 2)])

@@ -187,13 +187,13 @@ def test_everything_follows_from_the_seed(real):
 
 
 def test_features_of_the_test_patients_are_read_once_for_all_arms(monkeypatch, real):
-    read, features = [], module.slice_features
+    read, features = [], module.volume_features
 
-    def counted(images, owners, **settings):
+    def counted(images):
         read.append(images)
-        return features(images, owners, **settings)
+        return features(images)
 
-    monkeypatch.setattr(module, "slice_features", counted)
+    monkeypatch.setattr(module, "volume_features", counted)
     both = utility([hearts(8), hearts(8, seed=2, name="others")], real, **SHORT)
     assert [found.name for found in both] == ["hearts", "others"]
     assert sum(np.array_equal(images, real.images[::2]) for images in read) == 1

@@ -14,6 +14,8 @@ from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, Estimate, half_sample
 from cardiac_ldm.progress import tqdm
 
 _BATCH = 8
+NEAREST = {"coverage": 1, "recall": 3}
+"""Neighbours of a heart that count."""
 _OUT_OF_REACH = 1e3
 """Standard deviations; nobody's neighbours are so far away."""
 SCALE_WEIGHTS = tuple(np.array([0.0448, 0.2856, 0.3001]) / (0.0448 + 0.2856 + 0.3001))
@@ -66,45 +68,38 @@ def attribute_neighbours(
     size: int,
     pairs: int,
     seed: int,
-    k: int | None = None,
 ) -> Estimate:
     """Coverage or recall of hearts: vectors of all that the segmenter reads, in standard deviations of the real ones.
 
-    Coverage (Naeem et al., arXiv 2002.09797): the share of real hearts that have a synthetic one nearer than their k-th
-    real neighbour. With few patients and larger k it's blind: among 20, copies of the mean heart, which is everybody's
-    neighbour, cover 70 % for k = 5 and 13 % for k = 1. Requests that repeat the real patients' attributes, well obeyed,
-    cover more than real halves do. A real heart in which something can't be measured doesn't count; a synthetic one
-    does, and covers nobody.
+    Coverage (Naeem et al., arXiv 2002.09797): the share of real hearts that have a synthetic one nearer than their
+    nearest real neighbour. With more neighbours it's blind where patients are few: among 20, copies of the mean heart,
+    which is everybody's neighbour, cover 70 % for 5 and 13 % for 1. Requests that repeat the real patients' attributes,
+    well obeyed, cover more than real halves do. A real heart in which something can't be measured doesn't count; a
+    synthetic one does, and covers nobody.
 
     Recall (Kynkaanniemi et al., arXiv 1904.06991): the share of real hearts that lie no farther from a synthetic one
-    than its k-th synthetic neighbour, which falls where synthetic hearts are all too ordinary. It says little of which
+    than its third synthetic neighbour, which falls where synthetic hearts are all too ordinary. It says little of which
     attributes go together. Hearts in which something can't be measured don't count.
 
-    Args:
-        measure: which of the two.
-        synthetic: table of `read_anatomy`, or the very table `real`: then disjoint halves of the real patients are
-            compared, which is the ceiling.
-        real: the same of real patients.
-        size: patients of either in a half-sample (`half_samples`), no more than half of those who can be measured.
-        pairs, seed: half-samples drawn, and what draws them.
-        k: neighbours; 1 for coverage, 3 for recall unless told.
+    synthetic, real: tables of `read_anatomy`; the very same table twice compares disjoint halves of the real patients,
+    which is the ceiling. size: patients of either in a half-sample (`half_samples`), no more than half of those who can
+    be measured.
 
     Returns:
-        The share with its interval; NaN where there are fewer than 8 patients, or k + 1 in a half-sample.
+        The share with its interval; NaN where there are fewer than 8 patients.
     """
-    k = k or {"coverage": 1, "recall": 3}[measure]
     theirs = _hearts(real).dropna(axis="columns", how="all").dropna()
     theirs = theirs.loc[:, theirs.std() > 0]
     ours = theirs if synthetic is real else _hearts(synthetic).reindex(columns=theirs.columns)
     if measure == "recall":
         ours = ours.dropna()  # the ball round a heart out of reach would hold everybody
     size = min(size, len(ours) // 2, len(theirs) // 2)
-    if size < max(MIN_PATIENTS // 2, k + 1) or theirs.empty:
+    if size < MIN_PATIENTS // 2 or theirs.empty:
         return Estimate.undefined(size)
     first, second = (
         ((hearts - theirs.mean()) / theirs.std()).fillna(_OUT_OF_REACH).to_numpy() for hearts in (ours, theirs)
     )
-    between = NeighbourMeasures(first, np.arange(len(first)), second, np.arange(len(second)), k=k)
+    between = NeighbourMeasures(first, np.arange(len(first)), second, np.arange(len(second)), k=NEAREST[measure])
     return half_samples(
         lambda some, others: float(getattr(between(some, others), measure)),
         len(first),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from monai.networks.layers import SkipConnection
 from torch import Tensor, nn
 
@@ -14,8 +14,9 @@ from cardiac_ldm.models.device import compute_device
 from cardiac_ldm.models.perception import PerceptionEncoder
 from cardiac_ldm.progress import tqdm
 
-SLICES = slice(3, 10)
+SLICES, N_SLICES = slice(3, 10), 7
 """Slices 3..9 of 13, as Daum et al., arXiv 2407.16405: further out, many volumes are padding."""
+_BATCH = 4
 
 
 class AnatomyEncoder(nn.Module):
@@ -81,25 +82,21 @@ class InceptionEncoder(nn.Module):
 
 
 @torch.no_grad()
-def slice_features(
-    images: np.ndarray,
-    owners: np.ndarray,
-    *,
-    encoder: nn.Module | None = None,
-    batch: int = 4,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode slices 3..9 of volumes (n, 13, 96, 96) in [0, 1], `batch` volumes at a time.
+def slice_features(images: np.ndarray, encoder: nn.Module | None = None) -> np.ndarray:
+    """Features, float32 (7 n, d), of slices 3..9 of volumes (n, 13, 96, 96) in [0, 1].
 
     encoder: maps slices (b, 1, 96, 96) to features (b, d), and is put in evaluation mode; EfficientNet-Lite0 with
     d = 1280 (`PerceptionEncoder`) if None.
-
-    Returns:
-        Features, float32 (7 n, d), and the patient or request that each slice belongs to, int64 (7 n,).
     """
     encoder = (encoder or PerceptionEncoder()).eval().to(device := compute_device())
-    batches = np.array_split(images[:, SLICES], max(1, len(images) // batch))
+    batches = np.array_split(images[:, SLICES], max(1, len(images) // _BATCH))
     features = [
         encoder(torch.from_numpy(rearrange(volumes, "n d h w -> (n d) 1 h w")).to(device)).cpu().numpy()
         for volumes in tqdm(batches, desc="features", unit="batch", leave=False)
     ]
-    return np.concatenate(features), np.repeat(owners, SLICES.stop - SLICES.start)
+    return np.concatenate(features)
+
+
+def volume_features(images: np.ndarray) -> np.ndarray:
+    """EfficientNet's features, float32 (n, 1280), of volumes (n, 13, 96, 96), averaged over slices 3..9."""
+    return reduce(slice_features(images), "(n s) f -> n f", "mean", s=N_SLICES)

@@ -91,8 +91,7 @@ class _SyntheticReading(Reading):
         stored, _ = self._stack(stack.labels, None, labels=True)
         if met := [f"{v:g}" for v in np.unique(stored) if v not in (0, *OURS)][:8]:
             raise self.error(
-                stack.labels,
-                f"has the label values {', '.join(met)}; write 0 for background, 1 RV, 2 myocardium, 3 LV",
+                stack.labels, f"has the label values {', '.join(met)}; write 0 for background, 1 RV, 2 myocardium, 3 LV"
             )
         return stored.astype(np.uint8)
 

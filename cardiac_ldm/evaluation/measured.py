@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, Volumes
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.control import read_anatomy
 from cardiac_ldm.evaluation.diversity import similarity_of_pairs
-from cardiac_ldm.evaluation.features import AnatomyEncoder, slice_features
+from cardiac_ldm.evaluation.features import N_SLICES, AnatomyEncoder, slice_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 
@@ -72,22 +71,21 @@ def measure(
     Raises:
         ParameterError: fewer than 8 requests, one without a volume, or a phase not given.
     """
-    name, owners = volumes.name, volumes.patient_index
-    n_patients = volumes.n_patients
+    n_patients, owners = volumes.n_patients, volumes.patient_index
     if n_patients < MIN_PATIENTS or n_patients != owners.max() + 1:
         last = owners.max() if n_patients else "none"
         raise ParameterError(
-            f"{name}: {n_patients} patients with volumes, numbered to {last}; at least {MIN_PATIENTS}, from 0 on"
+            f"{volumes.name}: {n_patients} patients with volumes, numbered to {last}; at least {MIN_PATIENTS}, "
+            "from 0 on"
         )
     encoders: dict[str, nn.Module | None] = {"EffNet": None, "anatomy": AnatomyEncoder(segmenter)}
     if inception is not None:
         encoders["Inception"] = inception
-    read = {encoder: slice_features(volumes.images, owners, encoder=network) for encoder, network in encoders.items()}
     return Measured(
-        name,
+        volumes.name,
         n_patients,
-        {encoder: features for encoder, (features, _) in read.items()},
-        read["EffNet"][1],
+        {encoder: slice_features(volumes.images, network) for encoder, network in encoders.items()},
+        np.repeat(owners, N_SLICES),
         similarity_of_pairs(volumes, seed=seed),
         read_anatomy(volumes, segmenter, classifier),
         groups_of(volumes.attributes, owners, diseases),
@@ -108,5 +106,4 @@ def measure_real(
         PrivacyError: they are private and not simulated.
     """
     volumes = Volumes.of(patients, "statistics of private patients, with no noise, through the metrics")
-    settings: dict[str, Any] = {"seed": seed, "inception": inception}
-    return measure(volumes, segmenter, classifier, diseases=patients.groups, **settings)
+    return measure(volumes, segmenter, classifier, seed=seed, diseases=patients.groups, inception=inception)

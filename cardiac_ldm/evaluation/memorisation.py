@@ -17,7 +17,7 @@ from einops import rearrange, reduce
 
 from cardiac_ldm.cohort import Patients, Volumes, require_releasable
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.features import SLICES, slice_features
+from cardiac_ldm.evaluation.features import volume_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, bootstrap, records, rows_of
 from cardiac_ldm.evaluation.measured import groups_of
 from cardiac_ldm.models.autoencoder import Autoencoder
@@ -176,8 +176,7 @@ def _vectors(
         parts["image"].append(_unit(pooled - pooled.mean(axis=1, keepdims=True)))
         latents = autoencoder.encode(torch.from_numpy(some).to(device_of(autoencoder))).cpu()
         parts["latent"].append(rearrange(latents, "n c d h w -> n (c d h w)").numpy())
-        features, _ = slice_features(some, np.arange(len(some)))
-        parts["feature"].append(_unit(reduce(features, "(n s) f -> n f", "mean", s=SLICES.stop - SLICES.start)))
+        parts["feature"].append(_unit(volume_features(some)))
     return {space: np.concatenate(vectors) for space, vectors in parts.items()}
 
 

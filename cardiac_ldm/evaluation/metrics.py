@@ -62,13 +62,7 @@ class Measure(NamedTuple):
 
 
 def estimate(
-    cohort: Measured,
-    real: Measured,
-    *,
-    size: int,
-    resamples: int,
-    half_sample_pairs: int,
-    seed: int,
+    cohort: Measured, real: Measured, *, size: int, resamples: int, half_sample_pairs: int, seed: int
 ) -> pd.DataFrame:
     """Every measure of a cohort with its 95 % interval over patients; of `real` itself, what real patients reach.
 
@@ -155,14 +149,7 @@ def compare(
 
 
 def differences(
-    first: Measured,
-    second: Measured,
-    real: Measured,
-    *,
-    size: int,
-    resamples: int,
-    half_sample_pairs: int,
-    seed: int,
+    first: Measured, second: Measured, real: Measured, *, size: int, resamples: int, half_sample_pairs: int, seed: int
 ) -> pd.DataFrame:
     """What the first model reaches beyond the second, request by request: both drew the same requests from one noise.
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from monai.losses import DiceCELoss
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -23,7 +23,7 @@ from torch.nn import functional
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, Volumes, require_labelled
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.control import STRUCTURES, volume_dice
-from cardiac_ldm.evaluation.features import SLICES, slice_features
+from cardiac_ldm.evaluation.features import volume_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, bootstrap
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import compute_device, device_of
@@ -162,8 +162,7 @@ def _filled(volumes: Volumes) -> np.ndarray:
 def _features(volumes: Volumes) -> np.ndarray:
     """float32 (`_filled`, 1280): EfficientNet's, frozen, averaged over slices 3..9."""
     filled = _filled(volumes)
-    features, _ = slice_features(volumes.images[filled], filled)
-    return reduce(features, "(n s) f -> n f", "mean", s=SLICES.stop - SLICES.start)
+    return volume_features(volumes.images[filled])
 
 
 def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: TrainingSettings, seed: int) -> Segmenter:

@@ -18,11 +18,7 @@ from cardiac_ldm.report.viewer import nifti
 
 
 def write_release(
-    cohort: Volumes,
-    ledger: Ledger,
-    folder: Path,
-    evaluation: Path | None = None,
-    together: Standing | None = None,
+    cohort: Volumes, ledger: Ledger, folder: Path, evaluation: Path | None = None, together: Standing | None = None
 ) -> Path:
     """Write a synthetic cohort for others: NIfTI volumes, `attributes.csv`, `privacy.json` and `STATEMENT.md`.
 

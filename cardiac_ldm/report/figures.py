@@ -53,11 +53,11 @@ def _facets(figure: go.Figure, height: float, margin: Mapping[str, float], *, sh
     return figure.update_layout(height=height, margin=margin, legend_title_text="")
 
 
-def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]], columns: int = 4) -> go.Figure:
+def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]]) -> go.Figure:
     """Return one small histogram per attribute, with every cohort in it.
 
-    cohorts: name -> patients, or the attributes (n_volumes, 14) of synthetic volumes, NaN where unknown.
-    columns: histograms in a row. Raises PrivacyError for patients who are private and not simulated.
+    cohorts: name -> patients, or the attributes (n_volumes, 14) of synthetic volumes, NaN where unknown. Raises
+    PrivacyError for patients who are private and not simulated.
     """
     values = {}
     for name, cohort in cohorts.items():
@@ -73,7 +73,6 @@ def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]
                 share = np.round(100 * np.histogram(sample, edges)[0] / len(sample), 2)
                 about = {"cohort": name, "attribute": TITLES[attribute.name]}
                 bars.append(pd.DataFrame({"x": np.round(edges, 4), "share": np.append(share, share[-1])} | about))
-    rows = math.ceil(len(ATTRIBUTES) / columns)
     figure = px.line(
         pd.concat(bars),
         x="x",
@@ -81,25 +80,25 @@ def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]
         color="cohort",
         line_shape="hv",
         facet_col="attribute",
-        facet_col_wrap=columns,
+        facet_col_wrap=4,
         facet_row_spacing=0.09,
         facet_col_spacing=0.05,
         category_orders={"attribute": list(TITLES.values()), "cohort": list(cohorts)},
         labels={"x": "", "share": ""},
     )
     figure.update_traces(fill="tozeroy", line_width=1.5, hovertemplate="%{x}: %{y} % of volumes")
-    _facets(figure, 60 + 190 * rows, {"l": 20, "r": 10, "t": 70, "b": 30})
+    _facets(figure, 60 + 190 * math.ceil(len(ATTRIBUTES) / 4), {"l": 20, "r": 10, "t": 70, "b": 30})
     return figure.update_yaxes(rangemode="tozero", ticks="", showticklabels=False)
 
 
-def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2) -> go.Figure:
+def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str]) -> go.Figure:
     """Return one panel per metric: its value against epsilon, with the references it has to be read against.
 
     metrics: one row per run and metric: columns `metric`, `epsilon` (0: public data only, inf: no privacy, NaN: what
     held-out patients reach), `model` (what those are called), `value`, `low` and `high` (95 % interval), `n_patients`
     and `run`. Rows that share metric and epsilon (seeds) are drawn as their mean, from the lowest `low` to the highest
     `high`.
-    labels: metric -> title of its panel; says which metrics are shown, and in which order. columns: panels in a row.
+    labels: metric -> title of its panel; says which metrics are shown, and in which order.
     """
     missing = set(labels) - set(metrics["metric"])
     if missing:
@@ -108,7 +107,7 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str], columns: int = 2)
     epsilons = sorted(metrics.loc[private, "epsilon"].unique())
     if not epsilons:
         raise ParameterError("a trade-off needs at least one private run: a row with a finite epsilon above 0")
-    columns = min(columns, len(labels))
+    columns = min(2, len(labels))
     rows, titles = math.ceil(len(labels) / columns), list(labels.values())
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.3 / rows, horizontal_spacing=0.09)
     span = [epsilons[0] / 2.5, epsilons[-1] * 2.5]
@@ -193,12 +192,12 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     return figure.update_yaxes(title="FD-EffNet").update_layout(height=420, margin={"t": 70})
 
 
-def asked_and_measured(points: pd.DataFrame, columns: int = 3) -> go.Figure:
+def asked_and_measured(points: pd.DataFrame) -> go.Figure:
     """Return one panel per attribute: what was measured against what was asked for, with the identity.
 
     points: columns `attribute`, `asked` and `measured` (in the attribute's unit) and `run` (which model; it colours the
     points); with `low`, `high` and `n_patients`, as `calibration` in `evaluation.control` gives them, points are means
-    with their intervals. columns: panels in a row.
+    with their intervals.
     """
     means = "low" in points
     runs, panels = list(points["run"].unique()), [TITLES[name] for name in points["attribute"].unique()]
@@ -207,7 +206,7 @@ def asked_and_measured(points: pd.DataFrame, columns: int = 3) -> go.Figure:
     table = pd.concat([identity, points], ignore_index=True)
     if means:
         table = table.assign(above=table["high"] - table["measured"], below=table["measured"] - table["low"])
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / 3)
     figure = px.line(
         table.assign(panel=table["attribute"].map(TITLES)),
         x="asked",
@@ -219,7 +218,7 @@ def asked_and_measured(points: pd.DataFrame, columns: int = 3) -> go.Figure:
         color_discrete_map={"": RULE, **dict(zip(runs, cycle(COLOURS), strict=False))},
         markers=True,
         facet_col="panel",
-        facet_col_wrap=columns,
+        facet_col_wrap=3,
         facet_row_spacing=0.3 / rows,
         facet_col_spacing=0.08,
         category_orders={"panel": panels},
@@ -237,12 +236,12 @@ def asked_and_measured(points: pd.DataFrame, columns: int = 3) -> go.Figure:
     return _facets(figure, 100 + (240 if means else 300) * rows, {"t": 80})
 
 
-def beyond_range(table: pd.DataFrame, columns: int = 3) -> go.Figure:
+def beyond_range(table: pd.DataFrame) -> go.Figure:
     """Return `asked_and_measured` on log axes, beyond all patients too; open points lie outside of what these have.
 
     table: rows of `beyond_range` in `evaluation.control` for one model, with the column `run`.
     """
-    figure = asked_and_measured(table, columns)
+    figure = asked_and_measured(table)
     inside = [part["where"] == "inside" for _, part in table.groupby("attribute", sort=False)]
     models = [trace for trace in figure.data if trace.name]
     for trace, known in zip(models, inside, strict=True):
@@ -346,16 +345,10 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
     return _facets(figure, 90 + n_rows * (60 + 26 * len(arms)), {"l": 10, "b": 40}, shared_y=True)
 
 
-def utility_dots(rows: pd.DataFrame, against: str = "") -> go.Figure:
-    """Return `interval_dots` of what training data is worth on test patients.
-
-    rows: of `utility_rows`. against: the baseline beyond which arms are counted, "" for none.
-    """
-    chosen = rows[rows["against"] == against]
-    if chosen.empty:
-        raise ParameterError(f"against: no rows for {against!r}; choose from {sorted(set(rows['against']))}")
-    figure = interval_dots(chosen.assign(metric=chosen["metric"].str.replace(" LVEDV", "<br>LVEDV")))
-    return figure.add_vline(x=0, line={"color": RULE, "dash": "dot"}) if against else figure
+def utility_dots(rows: pd.DataFrame) -> go.Figure:
+    """Return `interval_dots` of what training data is worth on test patients: rows of `utility_rows`."""
+    alone = rows[rows["against"] == ""]
+    return interval_dots(alone.assign(metric=alone["metric"].str.replace(" LVEDV", "<br>LVEDV")))
 
 
 def audit_bounds(rows: pd.DataFrame) -> go.Figure:

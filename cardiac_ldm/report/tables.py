@@ -240,24 +240,24 @@ def utility_rows(baselines: Mapping[str, Any], models: Sequence[Mapping[str, Any
     Columns arm, against ("", or the baseline beyond which it's counted, patient by patient), metric, value, low, high,
     n_patients, run. What isn't known is left out: Dice, of models whose decoder gives no labels.
     """
-    rows: list[dict[str, Any]] = []
+    tables = []
     for metrics in (baselines, *models):
-        drawn = f"synthetic ({model_name(float(metrics['epsilon']))})" if "epsilon" in metrics else ""
-        for row in metrics["rows"]:
-            unit = f"({row['unit']})" if row["unit"] else ""
-            title = " ".join(filter(None, (row["metric"], row["attribute"], unit)))
-            about = {"arm": row["arm"].replace("synthetic", drawn), "against": row["against"], "metric": title}
-            given = {key: row[key] for key in ("value", "low", "high", "n_patients")}
-            rows.append(about | given | {"run": metrics["model"]})
-    return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
+        drawn = f"synthetic ({model_name(float(metrics['epsilon']))})" if "epsilon" in metrics else "synthetic"
+        rows = pd.DataFrame(metrics["rows"])
+        units = rows["unit"].map(lambda unit: f" ({unit})" if unit else "")
+        arms = rows["arm"].str.replace("synthetic", drawn, regex=False)
+        tables.append(rows.assign(arm=arms, metric=_titles(rows) + units, run=metrics["model"]))
+    columns = ["arm", "against", "metric", "value", "low", "high", "n_patients", "run"]
+    table = pd.concat([rows[columns] for rows in tables], ignore_index=True)
+    return table.astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
 
 
-def utility_table(rows: pd.DataFrame, against: str = "") -> pd.DataFrame:
-    """The arms of `utility_rows` by measure, one string a cell: value [low, high], or what's beyond a baseline."""
-    chosen, form = rows[rows["against"] == against], "+.3g" if against else ".3g"
-    cells = [f"{row.value:{form}} [{row.low:{form}}, {row.high:{form}}]" for row in chosen.itertuples()]
-    table = chosen.assign(cell=cells).pivot(index="arm", columns="metric", values="cell")
-    table = table.reindex(index=chosen["arm"].unique(), columns=chosen["metric"].unique())
+def utility_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The arms of `utility_rows` by measure, one string a cell: value [low, high]."""
+    alone = rows[rows["against"] == ""]
+    cells = [f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in alone.itertuples()]
+    table = alone.assign(cell=cells).pivot(index="arm", columns="metric", values="cell")
+    table = table.reindex(index=alone["arm"].unique(), columns=alone["metric"].unique())
     return table.fillna("not known").rename_axis(columns=None)
 
 
