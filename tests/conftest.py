@@ -100,5 +100,5 @@ def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
     manifest.write_text(yaml.safe_dump({"name": "hospital", "reader": {"kind": "acdc"}, "splits": splits} | terms))
     real = Study(FinetuneParameters(profile=str(TINY), cohort_private=str(manifest), spend=True, epsilon=0.5))
     real.runs, real.public = study.runs, study.public
-    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital")
+    real.private = Cohort(load_manifest(manifest), study.private.path, "hospital", study.private.draw)
     return real

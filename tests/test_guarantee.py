@@ -78,6 +78,7 @@ def ward(study: Study, folder: Path, epsilons: str, spend: bool, without: Sequen
     there.profile = there.profile.model_copy(update={"finetune": finetune})
     store = folder / f"store-{name}-{len(splits['train'])}"
     if not store.exists():
+        _ = [list(study.private.split(split)) for split in splits]  # drawn before they're copied
         shutil.copytree(study.private.path, store)
         rows = [json.loads(line) for line in (store / "train.jsonl").read_text().splitlines()]
         kept = [row | {"voxels": [f"picture of {row['id']}"]} for row in rows if row["id"] not in without]
