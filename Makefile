@@ -24,6 +24,7 @@ test: .venv/installed-dev
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports --no-cache
 	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile
 
 # Set-up and the commands of the README, timed in a fresh clone. make time PARTS="study test"
