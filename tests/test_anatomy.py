@@ -76,7 +76,7 @@ def test_segmenter_sees_each_slice_alone():
 
 
 def test_trained_segmenter_finds_the_structures(discs):
-    segmenter, losses = train_segmenter(discs, steps=50, batch=2, learning_rate=1e-2, seed=0, progress=False)
+    segmenter, losses = train_segmenter(discs, steps=50, batch=2, learning_rate=1e-2, seed=0)
     assert len(losses) == 50
     assert losses[-1]["loss"] < losses[0]["loss"] / 2
     assert not segmenter.training
@@ -84,7 +84,7 @@ def test_trained_segmenter_finds_the_structures(discs):
 
 
 def test_trained_classifier_tells_the_phases(discs):
-    classifier, _ = train_phase_classifier(discs, steps=60, batch=4, learning_rate=3e-3, seed=0, progress=False)
+    classifier, _ = train_phase_classifier(discs, steps=60, batch=4, learning_rate=3e-3, seed=0)
     with torch.no_grad():
         predicted = classifier(torch.from_numpy(discs.images(np.arange(24)))).argmax(dim=1).numpy()
     assert (predicted == discs.attributes[:, ATTRIBUTE_NAMES.index("ESED")]).mean() > 0.9
@@ -92,7 +92,7 @@ def test_trained_classifier_tells_the_phases(discs):
 
 @pytest.mark.parametrize("train", [train_segmenter, train_phase_classifier])
 def test_training_follows_from_the_seed_alone(discs, train):
-    runs = [train(discs, steps=2, batch=2, learning_rate=1e-3, seed=seed, progress=False) for seed in (5, 5, 6)]
+    runs = [train(discs, steps=2, batch=2, learning_rate=1e-3, seed=seed) for seed in (5, 5, 6)]
     assert runs[0][1] == runs[1][1]
     assert runs[0][1] != runs[2][1]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
@@ -101,7 +101,7 @@ def test_training_follows_from_the_seed_alone(discs, train):
 @pytest.mark.parametrize("train", [train_segmenter, train_phase_classifier])
 def test_private_patients_are_refused_even_simulated_ones(train):
     with pytest.raises(PrivacyError, match="discs is private"):
-        train(discs_of(2, role="private"), steps=1, batch=2, learning_rate=1e-3, seed=0, progress=False)
+        train(discs_of(2, role="private"), steps=1, batch=2, learning_rate=1e-3, seed=0)
 
 
 def test_augmentation_moves_image_and_labels_together(discs):

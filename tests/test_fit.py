@@ -11,6 +11,8 @@ import torch
 from torch import distributed, nn
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, PatientRecord, Patients, load_manifest
+from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.models.device import own_share
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder
@@ -102,6 +104,19 @@ def test_single_precision_is_written_nowhere_so_that_runs_from_before_it_was_a_s
     assert "precision" not in settings.model_dump(mode="json")
     half = type(settings).model_validate(settings.model_dump() | {"precision": "bf16"})
     assert half.model_dump(mode="json")["precision"] == "bf16"
+
+
+def test_rows_are_shared_once_each_and_more_processes_than_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_share(2) == slice(None)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    shared = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        shared += list(range(7))[own_share(7)]
+    assert sorted(shared) == list(range(7))
+    with pytest.raises(ParameterError, match="2 rows can't be shared by 3 processes"):
+        own_share(2)
 
 
 # Processes: one that has imported everything forks another, and both train.

@@ -17,7 +17,7 @@ from cardiac_ldm.evaluation.features import slice_features
 from cardiac_ldm.evaluation.memorisation import Embedded, embed, embed_real, memorisation, patient_distances
 
 RNG = np.random.default_rng
-HALVES: Any = SimpleNamespace(encode=lambda volumes: volumes[:, None, :, ::2, ::2] - 0.5)
+HALVES: Any = SimpleNamespace(encode=lambda volumes: volumes[:, None, :, ::2, ::2] - 0.5, parameters=lambda: iter(()))
 """An autoencoder whose latents are every second voxel."""
 
 

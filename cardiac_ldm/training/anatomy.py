@@ -55,14 +55,7 @@ def augment(images: Tensor, labels: Tensor | None, generator: torch.Generator) -
 
 
 def train_segmenter(
-    patients: Patients,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    state: Path | None = None,
-    progress: bool = True,
+    patients: Patients, *, steps: int, batch: int, learning_rate: float, seed: int, state: Path | None = None
 ) -> tuple[Segmenter, list[dict[str, float]]]:
     """Train a segmenter on `batch` volumes a step with Dice + cross-entropy; give it with its losses by step.
 
@@ -84,18 +77,12 @@ def train_segmenter(
         return dice(segmenter(images[own]), rearrange(truth, "b d h w -> b 1 d h w")[own])
 
     all_images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
-    return _train(_seeded(Segmenter, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress, state)
+    network = _seeded(Segmenter, seed)
+    return _train(network, loss, len(volumes), steps, batch, learning_rate, seed, state=state)
 
 
 def train_phase_classifier(
-    patients: Patients,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    state: Path | None = None,
-    progress: bool = True,
+    patients: Patients, *, steps: int, batch: int, learning_rate: float, seed: int, state: Path | None = None
 ) -> tuple[PhaseClassifier, list[dict[str, float]]]:
     """Train a phase classifier on `batch` volumes a step with cross-entropy; give it with its losses by step.
 
@@ -114,9 +101,8 @@ def train_phase_classifier(
         return functional.cross_entropy(classifier(images[own]), phases[rows][own].to(device))
 
     all_images, phases = _read_images(patients, volumes), torch.from_numpy(esed[volumes]).long()
-    return _train(
-        _seeded(PhaseClassifier, seed), loss, len(volumes), steps, batch, learning_rate, seed, progress, state
-    )
+    network = _seeded(PhaseClassifier, seed)
+    return _train(network, loss, len(volumes), steps, batch, learning_rate, seed, state=state)
 
 
 def _read_images(patients: Patients, volumes: np.ndarray) -> Tensor:
@@ -138,7 +124,7 @@ def _train(
     batch: int,
     learning_rate: float,
     seed: int,
-    progress: bool,
+    progress: bool = True,
     state: Path | None = None,
 ) -> tuple[Network, list[dict[str, float]]]:
     """AdamW; a step's volumes are all different, drawn from the seed."""
