@@ -144,7 +144,7 @@ def test_row_02_a_run_goes_on_though_another_library_calibrates_the_noise_otherw
     save, planned = loop.save_state, PrivatePlan.for_budget
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_state", stop)
-        patch.setattr("cardiac_ldm.study.finetune", saving_always(patch))
+        patch.setattr("cardiac_ldm.trained.finetune", saving_always(patch))
         with pytest.raises(KeyboardInterrupt):
             real().finetuned(1)
     begun = Record().spends
@@ -179,8 +179,8 @@ def test_row_03_neither_source_text_nor_a_cohorts_key_trains_on_real_patients_ag
     real: Real, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, again = real().finetuned(1), real(spend=False)
-    monkeypatch.setattr("cardiac_ldm.study.finetune", lambda *_: pytest.fail("trained again"))
-    again.private = replace(again.private, key="of another text")  # as a comment in cohort/check.py would have it
+    monkeypatch.setattr("cardiac_ldm.trained.finetune", lambda *_: pytest.fail("trained again"))
+    again.private = replace(again.private, key="of another version")
     again.pretrained = replace(again.pretrained, key="of another version")
     assert again.finetuned(1).folder == first.folder
     changed = real(spend=False, recipe={"learning_rate": 2e-3})
@@ -584,7 +584,7 @@ def test_one_charge_pays_for_one_model(real: Real, tmp_path: Path, monkeypatch: 
     save, there = loop.save_state, real()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_state", stop)
-        patch.setattr("cardiac_ldm.study.finetune", saving_always(patch))
+        patch.setattr("cardiac_ldm.trained.finetune", saving_always(patch))
         with pytest.raises(KeyboardInterrupt):
             there.finetuned(1)
     (folder,) = there.runs.glob("finetune-*")
@@ -663,7 +663,7 @@ def spend_once(pickled: str, folder: str) -> None:
     study = pickle.loads(Path(pickled).read_bytes())
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cardiac_ldm.study.finetune", saving_always(patch))
+        patch.setattr("cardiac_ldm.trained.finetune", saving_always(patch))
         ward(study, Path(folder), "1", True, recipe={"steps": 40}).finetuned(1)
 
 

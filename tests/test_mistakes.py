@@ -253,7 +253,7 @@ def test_mistake_08_what_has_been_encoded_tells_nothing_of_who_was_in_the_lots(
 
     for latents in (study.runs / "latents").glob("*-train-*"):
         shutil.rmtree(latents) if latents.is_dir() else latents.unlink()
-    monkeypatch.setattr("cardiac_ldm.study.finetune", before_the_first_step)
+    monkeypatch.setattr("cardiac_ldm.trained.finetune", before_the_first_step)
     for of in (study, hospital):
         with pytest.raises(KeyboardInterrupt):
             finetuned_afresh(of)

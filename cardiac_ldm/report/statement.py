@@ -64,7 +64,7 @@ def _decisions(ledger: Ledger, together: Standing | None) -> str:
         "training took; data of these patients that is published in any other way. The number of places is public.\n"
         "- **Evidence**: the mechanism is audited with made-up patients, from end to end (the study's chapter on "
         "attacks). No attack was run on these patients: its result would itself reveal something about them.\n"
-        "- **A patient withdraws**: name them under `exclude:` in the cohort's manifest and delete their files. Models "
+        "- **A patient withdraws**: name them under `exclude:` in the cohort's manifest. Models "
         "that exist can't forget them; their influence on these stays bounded by the figures above. To train again "
         "adds to the privacy loss of those who remain.\n\n"
         "| decision | released / released with conditions / not released |\n| --- | --- |\n"
