@@ -72,20 +72,22 @@ class Run:
         return module.eval()
 
     def read(self, name: str) -> Any:  # noqa: ANN401
-        """An object that the stage left."""
+        """An object that the stage kept."""
         return pickle.loads((self.folder / f"{name}.pkl").read_bytes())
 
-    def leave(self, **contents: object) -> None:
-        """Write each by its name: weights, tables, a synthetic cohort, or any other object."""
+    def keep(self, name: str, content: object) -> None:
+        """Write any object, for `read`."""
+        (self.folder / f"{name}.pkl").write_bytes(pickle.dumps(content))
+
+    def leave(self, **contents: nn.Module | pd.DataFrame | Volumes) -> None:
+        """Write each by its name: weights, tables, a synthetic cohort."""
         for name, content in contents.items():
             if isinstance(content, nn.Module):
                 save_weights(content, self.folder / f"{name}.safetensors")
             elif isinstance(content, pd.DataFrame):
                 content.to_csv(self.folder / f"{name}.csv", index=False)
-            elif isinstance(content, Volumes):
-                content.save(self.folder / "synthetic.npz")
             else:
-                (self.folder / f"{name}.pkl").write_bytes(pickle.dumps(content))
+                content.save(self.folder / f"{name}.npz")
 
 
 @dataclass(frozen=True)

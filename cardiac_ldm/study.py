@@ -130,20 +130,20 @@ class Study(Trained):
         same = volumes.n_patients == len(self.reference) and cohort.stage != "folder"
         diseases = self.reference.groups if same else None
         found = measure(volumes, *self.instruments, seed=self.seed, diseases=diseases, inception=self._inception)
-        run.leave(measured=found)
+        run.keep("measured", found)
         return {}
 
     @stage("reference", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
     def real_measured(self, run: Run) -> Metrics:
         """The same of the reference patients, once for all models."""
         found = measure_real(self.reference, *self.instruments, seed=self.seed, inception=self._inception)
-        run.leave(measured=found)
+        run.keep("measured", found)
         return {}
 
     @stage("floor", 1, settings=("evaluation",), needs=("real_measured",))
     def floor(self, run: Run, size: int) -> Metrics:
         """What the reference patients reach among themselves, from half-samples of this size."""
-        run.leave(floor=estimate(self._read(), self._read(), size=size, **self._resampling))
+        run.keep("floor", estimate(self._read(), self._read(), size=size, **self._resampling))
         return {}
 
     @stage("differ", 1, settings=("evaluation",), needs=("evaluated",))
@@ -204,7 +204,7 @@ class Study(Trained):
         cohorts = [self.public, self.private] if few else [self.public]
         arms = [replace(labelled_volumes(self._learnt_from(x)), name=x.manifest.role) for x in cohorts]
         found = self._useful([*arms, few] if few else arms)
-        run.leave(arms=found)
+        run.keep("arms", found)
         return {"model": run.folder.name, "rows": records(tabulate_arms(found, found, **self._bootstrap), 15)}
 
     @stage("useful", 1, settings=_USEFUL, needs=("training_cohort", "useful_baselines"))
@@ -281,7 +281,7 @@ class Study(Trained):
         who = [members, *(np.arange(len(split)) for split in splits[1:])]
         found = [self._losses(model, split, self.private, some) for split, some in zip(splits, who, strict=True)]
         losses = found[0], np.concatenate(found[1:])
-        run.leave(losses=losses)
+        run.keep("losses", losses)
         references = self.attacked(0).read("losses") if epsilon else None
         return {"epsilon": plain(epsilon)} | attacks(losses, references)
 

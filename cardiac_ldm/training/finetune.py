@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -48,8 +48,6 @@ class FinetuneSettings(PrivateSettings):
     arXiv 2302.13861). tuned: what of the denoiser learns, see `Denoiser.tunable`.
     """
 
-    decoder: None = None  # as `clipping` is
-    unit: Literal["patient"] = "patient"
     delta: float = Field(gt=0, lt=1)
     attribute_dropout: float = Field(ge=0, le=1)
     timesteps: Annotated[tuple[Band, ...], AfterValidator(_some)]
