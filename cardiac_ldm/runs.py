@@ -125,7 +125,7 @@ class Stage:
     def done(self, study: Any, *arguments: Any) -> Run:  # noqa: ANN401
         """The finished run, which is done here if it isn't yet; whatever it needs is done first."""
         with awaited(self.title or self.name):
-            return study.shipped(self) or self.complete(study, self.planned(study, *arguments), *arguments)
+            return study.shipped(self) or self.complete(study, self.described(study, *arguments), *arguments)
 
     def planned(self, study: Any, *arguments: Any) -> Run:  # noqa: ANN401
         """The run, done or not; what it needs is done first."""
@@ -142,8 +142,9 @@ class Stage:
         described = {"stage": self.name, "version": self.version, "settings": settings, "seed": study.seed}
         return described | {"arguments": [plain(argument) for argument in given], "upstream": upstream}
 
-    def complete(self, study: Any, run: Run, *arguments: Any, described: object = None) -> Run:  # noqa: ANN401
-        """Do what is missing of a run. Two processes never do the same work."""
+    def complete(self, study: Any, described: object, *arguments: Any) -> Run:  # noqa: ANN401
+        """Do what is missing of the run whose key hashes this description. Two processes never do the same work."""
+        run = place(study.runs, self.name, described)
         if run.done and not self.together:
             return run
         if self.together and not is_first_process():
@@ -156,8 +157,7 @@ class Stage:
             missing = shared_decision(not run.done) if self.together else not run.done
             if missing:
                 print(f"{self.name}: not done yet with these settings; running it in {run.folder.name}")
-                settings = described or self.described(study, *arguments)
-                (run.folder / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+                (run.folder / "settings.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
                 metrics = self.work(study, run, *arguments)
                 temporary = run.folder / "metrics.tmp"
                 temporary.write_text(json.dumps(metrics, indent=1))

@@ -174,9 +174,8 @@ class Trained:
             return self.trained_privately(epsilon)
         spending, agreed = self._spending, getattr(self.parameters, "spend", False)
         spending.agree([epsilon, *self.parameters.budgets], self._of_real_patients, agreed)
-        declared, run = type(self).trained_privately, self._of_real_patients(epsilon)
-        spending.begin(run)
-        run = declared.complete(self, run, epsilon, described=self._described_real(epsilon))
+        spending.begin(self._of_real_patients(epsilon))
+        run = type(self).trained_privately.complete(self, self._described_real(epsilon), epsilon)
         if is_first_process():
             Record().vouch(run.ledger)
         return run
