@@ -83,17 +83,17 @@ def read(segmenter: Segmenter, images: np.ndarray, patients: Patients) -> dict[s
     phase = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
     found = []
     for owner in range(len(patients)):
-        own = np.flatnonzero(patients.owners == owner)
+        own = np.flatnonzero(patients.patient_index == owner)
         found.append(measure_attributes({"ED" if phase[i] else "ES": labels[i] for i in own}, GRID.spacing_mm))
     return {name: np.array([row[name] for row in found]) for name in READ}
 
 
 def judge(model: Autoencoder, patients: Patients, segmenter: Segmenter) -> dict[str, float]:
     """All that is measured on these patients and their reconstructions."""
-    volumes = np.arange(len(patients.owners))
+    volumes = np.arange(len(patients.patient_index))
     real, drawn = (images := patients.images(volumes)), reconstruct(model, images, seed=0)
-    x, y, owners = slice_features(real), slice_features(drawn), np.repeat(patients.owners, N_SLICES)
-    everyone, half = np.arange(len(patients)), owners < len(patients) // 2
+    x, y, patient_index = slice_features(real), slice_features(drawn), np.repeat(patients.patient_index, N_SLICES)
+    everyone, half = np.arange(len(patients)), patient_index < len(patients) // 2
     before, after = power(real), power(drawn)
     a, b = (torch.from_numpy(z) for z in (drawn, real))
     similar = [compute_ms_ssim(p, q, 2, weights=SCALE_WEIGHTS) for p, q in zip(a.split(16), b.split(16), strict=True)]
@@ -101,7 +101,7 @@ def judge(model: Autoencoder, patients: Patients, segmenter: Segmenter) -> dict[
         "n_patients": len(patients),
         "fd": frechet_distance(x, y),
         "fd_floor": frechet_distance(x[half], x[~half]),
-        "kid": KernelDistance(x, owners, y, owners)(everyone, everyone),
+        "kid": KernelDistance(x, patient_index, y, patient_index)(everyone, everyone),
         "psnr": float(PSNRMetric(max_val=1.0, reduction="mean")(a, b).mean()),
         "ms_ssim": float(torch.cat(similar).mean()),
         **{f"power_{band}": after[band] / before[band] for band in BANDS},
@@ -144,11 +144,11 @@ def judge_chosen(study: Study, data: Path | None) -> dict[str, object]:
     public, private = study.public.split("test"), study.private.split("test")
     n = min(len(public), len(private))
     cohorts = {"public": public[:n], "private (simulated)": private[:n]}
-    between = frechet_distance(*(slice_features(c.images(np.arange(len(c.owners)))) for c in cohorts.values()))
+    between = frechet_distance(*(slice_features(c.images(np.arange(len(c.patient_index)))) for c in cohorts.values()))
     if data:
         cohorts["ACDC"] = _acdc(data)[1]
     rows = [
-        {"judged on": name, **judge(study.load_autoencoder(), patients, study.instruments[0])}
+        {"judged on": name, **judge(study.load_autoencoder(), patients, study.anatomy_networks[0])}
         for name, patients in cohorts.items()
     ]
     return {
@@ -163,7 +163,7 @@ def judge_on_acdc(study: Study, data: Path) -> dict[str, object]:
     ours, (train, test) = study.profile.autoencoder, _acdc(data)
     third = {"steps": ours.steps // 3, "texture": {"steps": ours.texture.steps // 3 if ours.texture else 0}}
     model = trained(varied(ours, third), train)
-    return {"judged on": "ACDC, having learnt from ACDC", **judge(model, test, study.instruments[0])}
+    return {"judged on": "ACDC, having learnt from ACDC", **judge(model, test, study.anatomy_networks[0])}
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def main() -> None:
         model = trained(varied(study.profile.autoencoder, VARIANTS[variant]), study.public.split("train"))
         side = GRID.size // model.reduction
         about = {"variant": variant, "latent": f"{model.latent_channels} x {GRID.n_slices} x {side} x {side}"}
-        rows[variant] = about | judge(model, study.public.split("validation"), study.instruments[0])
+        rows[variant] = about | judge(model, study.public.split("validation"), study.anatomy_networks[0])
         print(rows[variant], flush=True)
         keep(title, **known | {"rows": [rows[name] for name in VARIANTS if name in rows]})
 

@@ -101,8 +101,8 @@ class Work:
         ages = torch.rand((PATIENTS, 1, len(ATTRIBUTES)), generator=generator)
         self.attributes = ages.expand(-1, 2 * case.draws, -1)
         self.plan = PrivatePlan(1000, PATIENTS, 10**6, 1.0, case.draws, 10.0, 1e-5, noise_multiplier=1.0)
-        lots = (self.plan.sample_lot(SEEDED.generator(step, 0)).sum() for step in range(500))
-        self.steps = [step for step, lot in enumerate(lots) if lot == PATIENTS]
+        batches = (self.plan.sample_batch(SEEDED.generator(step, 0)).sum() for step in range(500))
+        self.steps = [step for step, batch in enumerate(batches) if batch == PATIENTS]
 
     def loss(self, latents: Tensor, attributes: Tensor, seed: int) -> Tensor:
         """Mean diffusion loss over the rows."""
@@ -264,8 +264,8 @@ def _set_up(folder: str, n_patients: int) -> dict[str, float]:
     latents = np.load(Path(folder) / "latents.npy", mmap_mode="r")
     plan = settings.plan(10, settings.delta, len(patients))
     plan.ledger(SEEDED, stage="denoiser", tuned="all", private_data=patients.name, public_data="")
-    lot = plan.sample_lot(SEEDED.generator(0, 0))
-    spans = zip(patients.offsets[:-1][lot][:16], patients.offsets[1:][lot][:16], strict=True)
+    batch = plan.sample_batch(SEEDED.generator(0, 0))
+    spans = zip(patients.offsets[:-1][batch][:16], patients.offsets[1:][batch][:16], strict=True)
     read = [latents[first:after] for first, after in spans]
     seconds = time.perf_counter() - start
     assert read[0].shape[0] == len(patients.attributes) // n_patients

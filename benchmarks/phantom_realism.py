@@ -21,12 +21,12 @@ from cardiac_ldm.report.walls import synthetic_wall
 
 def encoded(cohorts: list[Patients]) -> tuple[np.ndarray, np.ndarray]:
     """Features of the middle slices of all volumes, and the patient that each belongs to."""
-    features, owners, first = [], [], 0
+    features, patient_index, first = [], [], 0
     for patients in cohorts:
-        features.append(slice_features(patients.images(np.arange(len(patients.owners)))))
-        owners.append(np.repeat(patients.owners, N_SLICES) + first)
+        features.append(slice_features(patients.images(np.arange(len(patients.patient_index)))))
+        patient_index.append(np.repeat(patients.patient_index, N_SLICES) + first)
         first += len(patients)
-    return np.concatenate(features), np.concatenate(owners)
+    return np.concatenate(features), np.concatenate(patient_index)
 
 
 def distances(

@@ -89,15 +89,15 @@ def trained(study: Study, profile: Profile, patients: Patients) -> Denoiser:
 def judge(study: Study, model: Denoiser, patients: Patients, **sampling: float) -> dict[str, Any]:
     """All that is measured on what a model draws for these patients."""
     sampled = study.profile.sampling.model_dump() | sampling
-    drawn = synthesise(study.load_autoencoder(), model, patients.attributes, patients.owners, seed=0, **sampled)
+    drawn = synthesise(study.load_autoencoder(), model, patients.attributes, patients.patient_index, seed=0, **sampled)
     return measured(study, drawn.images, patients)
 
 
 def measured(study: Study, images: np.ndarray, patients: Patients) -> dict[str, Any]:
     """All that is measured on volumes that stand for those of these patients."""
-    originals = measure_real(patients, *study.instruments, seed=0)
-    drawn = Volumes("drawn", images, patients.attributes, patients.owners)
-    seen = measure(drawn, *study.instruments, seed=0)
+    originals = measure_real(patients, *study.anatomy_networks, seed=0)
+    drawn = Volumes("drawn", images, patients.attributes, patients.patient_index)
+    seen = measure(drawn, *study.anatomy_networks, seed=0)
     settings, n = study.profile.evaluation.model_dump(exclude={"inception"}), len(patients)
     ours, theirs = (estimate(cohort, originals, size=n // 2, seed=0, **settings) for cohort in (seen, originals))
     return compare(ours, theirs, seen, originals, epsilon=0)
@@ -113,7 +113,7 @@ def shown(found: Mapping[str, Any]) -> dict[str, float | None]:
 def judge_chosen(study: Study) -> dict[str, object]:
     """One row a measure, of what the profile's model draws and of reconstructions."""
     patients = study.public.split("test")[:N_PATIENTS]
-    real = patients.images(np.arange(len(patients.owners)))
+    real = patients.images(np.arange(len(patients.patient_index)))
     cohorts = {
         "reconstructed": measured(study, reconstruct(study.load_autoencoder(), real, seed=0), patients),
         "drawn": judge(study, study.denoiser(study.pretrained), patients),
@@ -138,24 +138,24 @@ def main() -> None:
     arguments.add_argument("parts", nargs="*", choices=[*parts, []], help="all unless told")
     arguments.add_argument("--profile", default="laptop", help="a profile's name or file")
     given = arguments.parse_args()
-    asked = given.parts or parts
+    requested = given.parts or parts
     study, title = Study(Parameters(profile=given.profile)), titled("pretraining", given.profile)
     path = RESULTS / f"{title}.json"
     known = json.loads(path.read_text()) if path.exists() else {}  # what isn't asked for stays
     known.pop("benchmark", None)
-    if "chosen" in asked:
+    if "chosen" in requested:
         known |= judge_chosen(study)
         keep(title, **known)
     validation = study.public.split("validation")
     known["validation_patients"] = len(validation)
     samplers = {row["sampler"]: row for row in known.get("samplers", [])}
-    for name in tqdm([name for name in SAMPLERS if name in asked], desc="samplers"):
+    for name in tqdm([name for name in SAMPLERS if name in requested], desc="samplers"):
         model = study.denoiser(study.pretrained)
         samplers[name] = {"sampler": name, **shown(judge(study, model, validation, **SAMPLERS[name]))}
         known["samplers"] = [samplers[name] for name in SAMPLERS if name in samplers]
         keep(title, **known)
     variants = {row["variant"]: row for row in known.get("variants", [])}
-    for name in tqdm([name for name in VARIANTS if name in asked], desc="variants"):
+    for name in tqdm([name for name in VARIANTS if name in requested], desc="variants"):
         profile = varied(name, study.profile)
         other = trained(study, profile, study.public.split("train"))
         about = {"variant": name, "parameters": sum(p.numel() for p in other.parameters())}

@@ -89,7 +89,7 @@ def signal(study: Study) -> list[dict[str, object]]:
     plans = [settings.plan(epsilon, settings.delta, len(study.private.split("train"))) for epsilon in (10, 1)]
     gradients = []
     for patient in tqdm(range(len(patients)), desc="gradients"):
-        own, generator = np.flatnonzero(patients.owners == patient), torch.Generator().manual_seed(patient)
+        own, generator = np.flatnonzero(patients.patient_index == patient), torch.Generator().manual_seed(patient)
         loss = random_loss(model, torch.from_numpy(latents[own]), attributes[own], generator).mean()
         parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
         gradients.append(dict(zip(parameters, parts, strict=True)))

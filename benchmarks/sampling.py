@@ -139,7 +139,7 @@ def draw(study: Study, patients: Patients) -> dict[str, tuple[np.ndarray, list[f
     folder = RUNS / "sampling" / hashlib.sha256(said.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, tuple[list[np.ndarray], list[float]]] = {name: ([], []) for name in SAMPLERS}
-    parts = [np.flatnonzero(patients.owners // TOGETHER == i) for i in range(-(-len(patients) // TOGETHER))]
+    parts = [np.flatnonzero(patients.patient_index // TOGETHER == i) for i in range(-(-len(patients) // TOGETHER))]
     for i, rows in enumerate(tqdm(parts, desc="parts")):
         for name, (sampler, steps) in SAMPLERS.items():
             stem = f"{name.replace(', ', '-').replace(' ', '-')}-{i}-{len(rows)}"
@@ -147,7 +147,9 @@ def draw(study: Study, patients: Patients) -> dict[str, tuple[np.ndarray, list[f
             if not took.exists():
                 torch.manual_seed(i)
                 timed = Timed(sampler)
-                drawing(patients.attributes[rows], patients.owners[rows], steps=steps, sampler=timed).save(volumes)
+                drawing(patients.attributes[rows], patients.patient_index[rows], steps=steps, sampler=timed).save(
+                    volumes
+                )
                 took.write_text(json.dumps(timed.core_seconds / len(rows)))
             drawn[name][0].append(Volumes.load(volumes).images)
             drawn[name][1].append(json.loads(took.read_text()))
@@ -161,8 +163,8 @@ def main() -> None:
     study = Study(Parameters(profile="laptop"))
     patients = study.public.split("validation")[: arguments.parse_args().patients]
     settings, n = study.profile.evaluation, len(patients)
-    drawn, rows_by_patient = draw(study, patients), rows_of(np.repeat(patients.owners, N_SLICES))
-    real = slice_features(patients.images(np.arange(len(patients.owners))))
+    drawn, rows_by_patient = draw(study, patients), rows_of(np.repeat(patients.patient_index, N_SLICES))
+    real = slice_features(patients.images(np.arange(len(patients.patient_index))))
     features = {name: slice_features(volumes) for name, (volumes, _) in drawn.items()}
 
     def distance(name: str, some: np.ndarray, others: np.ndarray) -> float:
@@ -178,8 +180,8 @@ def main() -> None:
 
     rows = []
     for name, (volumes, seconds) in drawn.items():
-        cohort = Volumes(name, volumes, patients.attributes, patients.owners)
-        anatomy = read_anatomy(cohort, *study.instruments)
+        cohort = Volumes(name, volumes, patients.attributes, patients.patient_index)
+        anatomy = read_anatomy(cohort, *study.anatomy_networks)
         (volume, n_known), (phase, n_phased) = agreement(anatomy, "LVEDV"), phase_accuracy(anatomy)
         ratios = np.divide(seconds, drawn[BASELINE][1])
         found = {

@@ -55,9 +55,13 @@ def tested(segmenter: Segmenter, cohorts: Sequence[Patients]) -> pd.DataFrame:
     """Dice of every volume, with its patient, group and phase."""
     parts = []
     for patients in cohorts:
-        dice, owners = segmentation_dice(segmenter, patients), patients.owners
+        dice, patient_index = segmentation_dice(segmenter, patients), patients.patient_index
         phase = np.where(patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")] == 1, "ED", "ES")
-        who = {"patient": np.array(patients.ids)[owners], "group": np.array(patients.groups)[owners], "phase": phase}
+        who = {
+            "patient": np.array(patients.ids)[patient_index],
+            "group": np.array(patients.groups)[patient_index],
+            "phase": phase,
+        }
         parts.append(dice.assign(**who))
     return pd.concat(parts, ignore_index=True)
 

@@ -35,7 +35,7 @@ def main() -> None:
         per_volume = epsilon_pld(((sigma, rate, steps),), DELTA, 4e-4)
         per_patient = epsilon_of_group(sigma, rate, steps, DELTA, 2)
         rows.append({"noise_multiplier": sigma, "per_volume": per_volume, "per_patient": per_patient})
-    keep("volume_level", setting={"volumes": VOLUMES, "lot": LOT, "steps": steps, "delta": DELTA}, rows=rows)
+    keep("volume_level", setting={"volumes": VOLUMES, "batch": LOT, "steps": steps, "delta": DELTA}, rows=rows)
 
 
 if __name__ == "__main__":

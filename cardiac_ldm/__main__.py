@@ -19,7 +19,7 @@ from cardiac_ldm.study import Study
 
 
 def main() -> None:
-    """Fine-tune for one budget, with the patients of every lot split over the processes."""
+    """Fine-tune for one budget, with the patients of every batch split over the processes."""
     parser = argparse.ArgumentParser(description="Fine-tune on private patients, alone or under torchrun.")
     for name, field in FinetuneParameters.model_fields.items():
         kind = float if field.annotation is float else type(field.default)

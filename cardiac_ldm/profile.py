@@ -21,7 +21,7 @@ Role = Literal["public", "private"]
 
 
 class AnatomySettings(Settings):
-    """Training of the two instruments that read synthetic hearts."""
+    """Training of the two networks that read synthetic hearts."""
 
     segmenter: TrainingSettings
     phase: TrainingSettings
@@ -54,7 +54,7 @@ class EvaluationSettings(Settings):
 
 
 class UtilitySettings(Settings):
-    """Patients in an arm of the comparison of training data, those of the `few`, and the trainings, alike for all."""
+    """Patients in a training set that is compared, those of the `few`, and the trainings, alike for all."""
 
     patients: int = Field(ge=MIN_PATIENTS)
     few: int = Field(ge=MIN_PATIENTS)
@@ -64,7 +64,9 @@ class UtilitySettings(Settings):
     @model_validator(mode="after")
     def _few_of_them(self) -> Self:
         if self.few > self.patients:
-            raise ValueError(f"few: {self.few} of an arm's {self.patients} patients; give fewer few, or more patients")
+            raise ValueError(
+                f"few: {self.few} of a training set's {self.patients} patients; give fewer few, or more patients"
+            )
         return self
 
 

@@ -42,14 +42,14 @@ class Spending:
             ParameterError: a budget that no plan reaches.
         """
         patients, record = self.patients, Record()
-        asked = sorted(set(map(float, budgets)) - {0})
-        for epsilon in asked:
+        requested = sorted(set(map(float, budgets)) - {0})
+        for epsilon in requested:
             self.recipe.check(epsilon, patients.name, patients.places, patients.secret)
         new: dict[float, Sequence[Mechanism]] = {
             epsilon: self.recipe.plan(epsilon, self.recipe.delta, patients.places).mechanisms(
                 "denoiser", self.recipe.tuned
             )
-            for epsilon in asked
+            for epsilon in requested
         }
         people = record.hashes(patients.people)
         self._none_unknown()

@@ -12,15 +12,15 @@ import pandas as pd
 from cardiac_ldm.cohort import Cohort, Patients, Volumes, load_manifest, require_releasable
 from cardiac_ldm.evaluation import control
 from cardiac_ldm.evaluation.audit import audit_mechanism, audit_training
+from cardiac_ldm.evaluation.external import content_of, read_folder
 from cardiac_ldm.evaluation.features import InceptionEncoder
-from cardiac_ldm.evaluation.foreign import content_of, read_folder
 from cardiac_ldm.evaluation.intervals import records
 from cardiac_ldm.evaluation.measured import Measured, measure, measure_real
 from cardiac_ldm.evaluation.membership import attacks
 from cardiac_ldm.evaluation.memorisation import Embedded, embed_real, memorised
 from cardiac_ldm.evaluation.metrics import compare, differences, estimate
 from cardiac_ldm.evaluation.synthesis import synthesise
-from cardiac_ldm.evaluation.utility import Utility, labelled_volumes, tabulate_arms, training_patients, utility
+from cardiac_ldm.evaluation.utility import Utility, labelled_volumes, tabulate_training_sets, training_patients, utility
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Randomness
@@ -41,7 +41,7 @@ class Study(Trained):
     @stage("synthesise", 1, settings=("sampling",), needs=("finetuned", "reference_cohort"), title="sampling")
     def synthesised(self, run: Run, epsilon: float) -> Metrics:
         """One synthetic volume for each volume of the reference patients, by the model of a budget."""
-        cohort = self._drawn(run, epsilon, self.reference.attributes, self.reference.owners)
+        cohort = self._drawn(run, epsilon, self.reference.attributes, self.reference.patient_index)
         run.leave(synthetic=cohort)
         return {"epsilon": plain(epsilon), "n_volumes": len(cohort.images)}
 
@@ -52,16 +52,18 @@ class Study(Trained):
         Asked for those of the reference patients they would know what they're tested on; for those of private train
         patients they would tell them.
         """
-        asked = self._learnt_from(self.public)
-        run.leave(synthetic=self._drawn(run, epsilon, asked.attributes, asked.owners))
-        return {"epsilon": plain(epsilon), "n_requests": len(asked)}
+        requested = self._learnt_from(self.public)
+        run.leave(synthetic=self._drawn(run, epsilon, requested.attributes, requested.patient_index))
+        return {"epsilon": plain(epsilon), "n_requests": len(requested)}
 
     @stage("reconstruct", 1, needs=("reference_cohort", "autoencoder"))
     def reconstructed(self, run: Run) -> Metrics:
         """The reference patients' volumes, encoded and decoded; beyond their stacks they are empty."""
         patients = self.reference
-        images = reconstruct(self.load_autoencoder(), patients.images(np.arange(len(patients.owners))), self.seed)
-        run.leave(synthetic=Volumes("reconstructed", images, patients.attributes, patients.owners))
+        images = reconstruct(
+            self.load_autoencoder(), patients.images(np.arange(len(patients.patient_index))), self.seed
+        )
+        run.leave(synthetic=Volumes("reconstructed", images, patients.attributes, patients.patient_index))
         return {"n_volumes": len(images)}
 
     @stage("folder", 1)
@@ -69,16 +71,16 @@ class Study(Trained):
         run.leave(synthetic=read_folder(Path(path)))
         return {"folder": Path(path).name}
 
-    def _drawn(self, run: Run, epsilon: float, attributes: np.ndarray, owners: np.ndarray) -> Volumes:
-        """Volumes for attributes (n, 14), asked by owners (n,), of a budget's model, whose ledger goes with them."""
+    def _drawn(self, run: Run, epsilon: float, attributes: np.ndarray, patient_index: np.ndarray) -> Volumes:
+        """Volumes of a budget's model for attributes (n, 14) of patients (n,); its ledger goes with them."""
         model = self.finetuned(epsilon)
         model.ledger.save(run.folder / "privacy.json")
-        return self.draw(self.denoiser(model), attributes, owners)
+        return self.draw(self.denoiser(model), attributes, patient_index)
 
-    def draw(self, denoiser: Denoiser, attributes: np.ndarray, owners: np.ndarray) -> Volumes:
-        """Volumes for attributes (n, 14), asked by owners (n,)."""
+    def draw(self, denoiser: Denoiser, attributes: np.ndarray, patient_index: np.ndarray) -> Volumes:
+        """Volumes for attributes (n, 14), asked by patient_index (n,)."""
         settings = self.profile.sampling.model_dump()
-        return synthesise(self.load_autoencoder(), denoiser, attributes, owners, **settings, seed=self.seed)
+        return synthesise(self.load_autoencoder(), denoiser, attributes, patient_index, **settings, seed=self.seed)
 
     # --- Evaluation ---
 
@@ -129,21 +131,22 @@ class Study(Trained):
         volumes = replace(cohort.volumes, name=cohort.folder.name)
         same = volumes.n_patients == len(self.reference) and cohort.stage != "folder"
         diseases = self.reference.groups if same else None
-        found = measure(volumes, *self.instruments, seed=self.seed, diseases=diseases, inception=self._inception)
+        found = measure(volumes, *self.anatomy_networks, seed=self.seed, diseases=diseases, inception=self._inception)
         run.keep("measured", found)
         return {}
 
     @stage("reference", 1, settings=("evaluation",), needs=("reference_cohort", "anatomy"))
     def real_measured(self, run: Run) -> Metrics:
         """The same of the reference patients, once for all models."""
-        found = measure_real(self.reference, *self.instruments, seed=self.seed, inception=self._inception)
+        found = measure_real(self.reference, *self.anatomy_networks, seed=self.seed, inception=self._inception)
         run.keep("measured", found)
         return {}
 
     @stage("floor", 1, settings=("evaluation",), needs=("real_measured",))
     def floor(self, run: Run, size: int) -> Metrics:
         """What the reference patients reach among themselves, from half-samples of this size."""
-        run.keep("floor", estimate(self._read(), self._read(), size=size, **self._resampling))
+        real = self._read()
+        run.keep("floor", estimate(real, real, size=size, **self._resampling))
         return {}
 
     @stage("differ", 1, settings=("evaluation",), needs=("evaluated",))
@@ -174,10 +177,10 @@ class Study(Trained):
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 
     def _reader(self, run: Run, epsilon: float) -> control.Reader:
-        """Gives what is read from volumes that a budget's model draws for attributes (n, 14), asked by owners (n,)."""
+        """Gives what is read from volumes that a budget's model draws for attributes (n, 14) of patients (n,)."""
 
-        def read(attributes: np.ndarray, owners: np.ndarray) -> pd.DataFrame:
-            return control.read_anatomy(self._drawn(run, epsilon, attributes, owners), *self.instruments)
+        def read(attributes: np.ndarray, patient_index: np.ndarray) -> pd.DataFrame:
+            return control.read_anatomy(self._drawn(run, epsilon, attributes, patient_index), *self.anatomy_networks)
 
         return read
 
@@ -202,21 +205,24 @@ class Study(Trained):
         """
         few = self._few
         cohorts = [self.public, self.private] if few else [self.public]
-        arms = [replace(labelled_volumes(self._learnt_from(x)), name=x.manifest.role) for x in cohorts]
-        found = self._useful([*arms, few] if few else arms)
-        run.keep("arms", found)
-        return {"model": run.folder.name, "rows": records(tabulate_arms(found, found, **self._bootstrap), 15)}
+        training_sets = [replace(labelled_volumes(self._learnt_from(x)), name=x.manifest.role) for x in cohorts]
+        found = self._useful([*training_sets, few] if few else training_sets)
+        run.keep("training_sets", found)
+        return {"model": run.folder.name, "rows": records(tabulate_training_sets(found, found, **self._bootstrap), 15)}
 
     @stage("useful", 1, settings=_USEFUL, needs=("training_cohort", "useful_baselines"))
     def useful(self, run: Run, epsilon: float) -> Metrics:
         """What the training cohort of a budget is worth, alone and beside few private patients."""
         drawn, few = replace(self.training_cohort(epsilon).volumes, name="synthetic"), self._few
-        found, known = self._useful([drawn, few + drawn] if few else [drawn]), self.useful_baselines.read("arms")
-        rows = records(tabulate_arms(found, known, **self._bootstrap), 15)
+        found, known = (
+            self._useful([drawn, few + drawn] if few else [drawn]),
+            self.useful_baselines.read("training_sets"),
+        )
+        rows = records(tabulate_training_sets(found, known, **self._bootstrap), 15)
         return {"epsilon": plain(epsilon), "model": run.folder.name, "rows": rows}
 
     def _learnt_from(self, cohort: Cohort) -> Patients:
-        """Labelled train patients of a cohort, as many as an arm has, drawn by the seed."""
+        """Labelled train patients of a cohort, as many as a training set has, drawn by the seed."""
         return training_patients(cohort.split("train"), self.profile.utility.patients, self.seed)
 
     @cached_property
@@ -228,10 +234,10 @@ class Study(Trained):
             labelled_volumes(self._learnt_from(self.private)[: self.profile.utility.few]), name="few private"
         )
 
-    def _useful(self, arms: list[Volumes]) -> list[Utility]:
-        """Every arm's training, tested on the reference patients."""
+    def _useful(self, training_sets: list[Volumes]) -> list[Utility]:
+        """Every training set's training, tested on the reference patients."""
         settings, test = self.profile.utility, labelled_volumes(self.reference)
-        return utility(arms, test, segmenter=settings.segmenter, phase=settings.phase, **self._bootstrap)
+        return utility(training_sets, test, segmenter=settings.segmenter, phase=settings.phase, **self._bootstrap)
 
     # --- What an attacker finds ---
 
@@ -316,13 +322,13 @@ class Study(Trained):
         the few as well, which hides some of what the copy learnt.
         """
         settings = self.profile.pretrain.model_copy(update=self.profile.overfit.model_dump())
-        train, held_out, asked = (self.public.split(name) for name in ("train", "validation", "test"))
+        train, held_out, requested = (self.public.split(name) for name in ("train", "validation", "test"))
         few = min(20, len(train), len(held_out))
         known, others, who = train[:few], held_out[:few], np.arange(few)
         latents, public = self.latents(train, self.public)[: train.offsets[few]], self.denoiser(self.pretrained)
         copy, _ = pretrain(known, latents, self.profile.denoiser, settings, self.seed, run.state, start=public)
         self._leave_public(run, weights=copy)
-        cohort, autoencoder = self.draw(copy, asked.attributes, asked.owners), self.load_autoencoder()
+        cohort, autoencoder = self.draw(copy, requested.attributes, requested.patient_index), self.load_autoencoder()
         run.leave(synthetic=cohort)
         losses, references = (
             [self._losses(model, patients, self.public, who) for patients in (train, held_out)]
@@ -333,7 +339,7 @@ class Study(Trained):
 
     @stage("sensitivity", 1, settings=("finetune.clip",), needs=("pretrained", "public"))
     def sensitivities(self, run: Run) -> Metrics:
-        """How far one patient moves the sum of clipped gradients, with two habits that break its bound.
+        """How far one patient moves the sum of clipped gradients, with two violations that break its bound.
 
         On public patients, who stand for private ones, with the private recipe's clip.
         """
@@ -343,10 +349,10 @@ class Study(Trained):
 
     def _losses(self, model: Denoiser, patients: Patients, cohort: Cohort, who: np.ndarray) -> np.ndarray:
         """A model's denoising losses (n,) of the patients of a split with these rising indices, over 4 draws."""
-        rows = np.flatnonzero(np.isin(patients.owners, who))
+        rows = np.flatnonzero(np.isin(patients.patient_index, who))
         return held_out_loss(model, self.latents(patients, cohort)[rows], patients.subset(who), draws=4)
 
     @cached_property
-    def instruments(self) -> tuple[Segmenter, PhaseClassifier]:
+    def anatomy_networks(self) -> tuple[Segmenter, PhaseClassifier]:
         """The trained segmenter and phase classifier."""
         return self.anatomy.load(Segmenter(), "segmenter"), self.anatomy.load(PhaseClassifier(), "phase")

@@ -196,7 +196,7 @@ class Trained:
             self._spending.charge(ledger, run.folder)
         latents = self.latents(patients, self.private)
         if patients.secret:
-            _ = latents[:]  # else what had been encoded would tell who was in the lots
+            _ = latents[:]  # else what had been encoded would tell who was in the batches
         model = self.denoiser(self.pretrained)
         left = finetune(
             model,

@@ -39,7 +39,7 @@ def discs_of(n_patients, role="public") -> Any:
         simulated=True,
         attributes=attributes,
         labelled=np.ones(n_patients, bool),
-        owners=np.repeat(np.arange(n_patients), 2),
+        patient_index=np.repeat(np.arange(n_patients), 2),
         images=lambda volumes: images[volumes],
         labels=lambda volumes: labels[volumes],
     )

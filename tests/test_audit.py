@@ -234,7 +234,7 @@ def no_clip(patch: pytest.MonkeyPatch) -> None:
 
 
 def everyone_in_every_lot(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrivatePlan, "sample_lot", lambda plan, generator: np.ones(plan.n_patients, dtype=bool))
+    patch.setattr(PrivatePlan, "sample_batch", lambda plan, generator: np.ones(plan.n_patients, dtype=bool))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_without_noise_a_canary_that_is_in_scores_the_lots_that_it_joined_and_on
     scores, included = canary_scores(
         plan, parameters, SEEDED, np.random.default_rng(1), n_canaries=40, unit_loss=patient
     )
-    joined = sum(plan.sample_lot(SEEDED.generator(step, 0)).astype(int) for step in range(6))
+    joined = sum(plan.sample_batch(SEEDED.generator(step, 0)).astype(int) for step in range(6))
     assert isinstance(joined, np.ndarray)
     assert set(seen) == {unit for unit in range(20) if joined[unit]}  # the last 40 of 60 units are canaries
     assert 10 < included.sum() < 30
@@ -298,7 +298,7 @@ def test_patients_beside_canaries_contribute_what_they_did_and_meet_the_same_lot
     alone = plan.gradient(2, [weights], lambda u, g: patient(u, g) if u < 50 else None, SEEDED)
     beside = plan.gradient(2, [weights], with_canaries(patient, np.zeros(10, bool), signs, plan, [weights]), SEEDED)
     assert torch.equal(alone, beside)
-    joined = plan.sample_lot(SEEDED.generator(2, 0))[50:]
+    joined = plan.sample_batch(SEEDED.generator(2, 0))[50:]
     assert joined.any()
     beside = plan.gradient(2, [weights], with_canaries(patient, np.ones(10, bool), signs, plan, [weights]), SEEDED)
     added = (beside - alone).reshape(10, 3) * torch.from_numpy(signs)

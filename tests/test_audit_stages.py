@@ -14,12 +14,12 @@ from cardiac_ldm.cohort import Patients, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.privacy.bounds import BOUNDS, gaussian_bound
-from cardiac_ldm.privacy.canaries import LotLoss, ledger_scores, sensitivity
+from cardiac_ldm.privacy.canaries import BatchLoss, ledger_scores, sensitivity
 from cardiac_ldm.report import tables
 from cardiac_ldm.report.figures import audit_bounds
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.trained import Trained
-from cardiac_ldm.training.leaks import scaled_by_lot, sensitivities
+from cardiac_ldm.training.leaks import scaled_by_batch, sensitivities
 from cardiac_ldm.training.pretrain import pretrain
 
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "nobody", "public_data": "phantom_public"}
@@ -100,7 +100,7 @@ def test_an_attack_tells_members_from_as_many_others_by_their_losses(
     public = study.attacked(0)
 
     def losses(model: object, latents: np.ndarray, patients: Patients, draws: int) -> np.ndarray:
-        assert len(latents) == len(patients.owners)
+        assert len(latents) == len(patients.patient_index)
         return np.arange(len(patients)) - 2.5 * (patients.split == "train")
 
     monkeypatch.setattr(module, "held_out_loss", losses)
@@ -126,7 +126,9 @@ def test_copies_of_private_patients_show_and_so_do_the_groups_that_they_are_from
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = study.private.split("train")[:10]
-    cohort = Volumes("synthetic", train.images(np.arange(len(train.owners))), train.attributes, train.owners)
+    cohort = Volumes(
+        "synthetic", train.images(np.arange(len(train.patient_index))), train.attributes, train.patient_index
+    )
     cohort.save(tmp_path / "synthetic.npz")
     (tmp_path / "metrics.json").write_text('{"epsilon": 1}')
     monkeypatch.setattr(study, "synthesised", lambda epsilon: Run("synthesise", "copies", tmp_path))
@@ -158,19 +160,19 @@ def test_the_control_starts_from_the_public_model(study: Study, tmp_path: Path) 
 # --- What breaks the bound -------------------------------------------------------------------------------------------
 
 
-def lot_loss(numbers: list[float], weight: Tensor, dependent: bool) -> LotLoss:
+def batch_loss(numbers: list[float], weight: Tensor, dependent: bool) -> BatchLoss:
     """Patients whose losses are their number times the weight, and times the lot's size if `dependent`."""
-    return lambda lot: lambda unit, generator: (len(lot) if dependent else 1) * numbers[unit] * weight.sum()
+    return lambda batch: lambda unit, generator: (len(batch) if dependent else 1) * numbers[unit] * weight.sum()
 
 
 def test_sensitivity_is_what_one_unit_adds_and_changes() -> None:
     weight, numbers = torch.zeros(1, requires_grad=True), [0.3, -0.1, 0.25, 5.0]
     plan = PrivatePlan(5, 1, 1, 2.0, 1, 1.0, 1e-5, noise_multiplier=0.0)
-    alone = sensitivity(plan, [weight], lot_loss(numbers, weight, False), [0, 1, 2], 3)
+    alone = sensitivity(plan, [weight], batch_loss(numbers, weight, False), [0, 1, 2], 3)
     assert alone == pytest.approx(1, abs=1e-5)  # 5 is clipped to 2
     assert alone <= 1
     moved = (2 + 4 * (0.3 - 0.1 + 0.25) - 3 * (0.3 - 0.1 + 0.25)) / 2
-    found = sensitivity(plan, [weight], lot_loss(numbers, weight, True), [0, 1, 2], 3)
+    found = sensitivity(plan, [weight], batch_loss(numbers, weight, True), [0, 1, 2], 3)
     assert found == pytest.approx(moved, rel=1e-5)
 
 
@@ -178,14 +180,15 @@ def test_both_habits_exceed_the_bound_and_the_mechanism_does_not(study: Study) -
     models = study.load_autoencoder(), study.denoiser(study.pretrained)
     found = sensitivities(study.public.split("train")[:4], *models, 0.1)
     table = tables.sensitivity_table({"rows": found.to_dict("records")})
-    assert list(table.index) == ["the mechanism", "latents scaled by the lot", "a critic that learnt from the lot"]
+    assert list(table.index) == ["the mechanism", "latents scaled by the batch", "a critic that learnt from the batch"]
     assert (found[found.loss == "the mechanism"].sensitivity <= 1).all()
-    assert (table.loc["a critic that learnt from the lot"] > 1.2).any()
+    assert (table.loc["a critic that learnt from the batch"] > 1.2).any()
     latents = np.random.default_rng(0).normal(size=(6, 2, 13, 12, 12)).astype(np.float32)
     latents[5] *= 9  # one odd patient
     plan, weights = PrivatePlan(7, 1, 1, 0.1, 1, 1.0, 1e-5, noise_multiplier=0.0), list(models[1].parameters())
     losses = [
-        scaled_by_lot(models[1], latents, np.full((6, 14), np.nan, np.float32), of_lot) for of_lot in (False, True)
+        scaled_by_batch(models[1], latents, np.full((6, 14), np.nan, np.float32), of_batch)
+        for of_batch in (False, True)
     ]
     own, scaled = (sensitivity(plan, weights, loss, range(5), 5) for loss in losses)
     assert own <= 1

@@ -464,7 +464,7 @@ def test_a_run_of_ones_own_has_a_book_of_its_own(tmp_path: Path, chapter: Path, 
     contents = page.locator(".bd-sidebar").inner_text()
     assert "ε = 0.5" in contents
     assert "ε = 2" not in contents
-    assert "sample_lot" in (html / "mechanism.html").read_text()
+    assert "sample_batch" in (html / "mechanism.html").read_text()
     page.goto((html / "executed" / "03_dp_finetune-eps0.5.html").as_uri())
     page.locator(".bk-plot svg.main-svg").first.wait_for(timeout=20_000)
 

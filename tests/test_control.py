@@ -19,7 +19,7 @@ from cardiac_ldm.evaluation.control import (
     MOVES,
     STEPS,
     agreement,
-    base_requests,
+    base_conditions,
     beyond_range,
     calibration,
     counterfactuals,
@@ -87,7 +87,7 @@ def patients(role="public", simulated=False) -> Any:
         role=role,
         secret=role == "private" and not simulated,
         attributes=volumes.attributes,
-        owners=volumes.patient_index,
+        patient_index=volumes.patient_index,
         groups=["NOR", None] * 4,
         images=lambda v: volumes.images[v],
     )
@@ -109,20 +109,20 @@ def test_a_perfect_segmenter_measures_what_was_asked(table):
 
 
 def test_end_diastole_is_not_compared_with_end_systole(table):
-    measured = table.set_index(["owner", "attribute"]).measured
+    measured = table.set_index(["patient", "attribute"]).measured
     assert (measured.xs("LVEDV", level=1) > 2 * measured.xs("LVESV", level=1)).all()
 
 
 def test_agreement_is_scipys_and_leaves_out_what_is_not_known():
     rng = np.random.default_rng(0)
-    asked, measured = rng.normal(150, 30, 12), rng.normal(140, 30, 12)
-    asked[3], measured[7] = np.nan, np.nan
-    table = pd.DataFrame({"owner": range(12), "attribute": "LVEDV", "asked": asked, "measured": measured})
+    requested, measured = rng.normal(150, 30, 12), rng.normal(140, 30, 12)
+    requested[3], measured[7] = np.nan, np.nan
+    table = pd.DataFrame({"patient": range(12), "attribute": "LVEDV", "requested": requested, "measured": measured})
     statistics, n_patients = agreement(table, "LVEDV")
-    kept = np.isfinite(asked + measured)
+    kept = np.isfinite(requested + measured)
     assert n_patients == 10
-    assert statistics["correlation"](np.arange(10)) == pytest.approx(stats.pearsonr(asked[kept], measured[kept])[0])
-    assert statistics["bias"](np.arange(10)) == pytest.approx((measured - asked)[kept].mean())
+    assert statistics["correlation"](np.arange(10)) == pytest.approx(stats.pearsonr(requested[kept], measured[kept])[0])
+    assert statistics["bias"](np.arange(10)) == pytest.approx((measured - requested)[kept].mean())
 
 
 def test_phase_accuracy_counts_volumes_and_resamples_patients(table):
@@ -130,7 +130,7 @@ def test_phase_accuracy_counts_volumes_and_resamples_patients(table):
     assert n_patients == 10
     assert accuracy(np.arange(10)) == 1
     wrong = table.copy()
-    wrong.loc[(wrong.owner == 3) & (wrong.attribute == "ESED"), "measured"] = 1
+    wrong.loc[(wrong.patient == 3) & (wrong.attribute == "ESED"), "measured"] = 1
     accuracy, _ = phase_accuracy(wrong)
     assert accuracy(np.arange(10)) == pytest.approx(19 / 20)
     assert accuracy(np.array([3, 3])) == pytest.approx(1 / 2)
@@ -139,18 +139,18 @@ def test_phase_accuracy_counts_volumes_and_resamples_patients(table):
 def test_phase_order_compares_a_patient_with_itself(table):
     esed = table.attribute == "ESED"
     alike = table.copy()
-    alike.loc[esed, "measured"] = 0.6 + 0.2 * table.asked[esed]  # every volume looks like end-diastole
+    alike.loc[esed, "measured"] = 0.6 + 0.2 * table.requested[esed]  # every volume looks like end-diastole
     assert phase_accuracy(alike)[0](np.arange(10)) == 0.5
     order, n_patients = phase_order(alike)
     assert (order(np.arange(10)), n_patients) == (1, 10)
-    alike.loc[esed & (table.owner == 3), "measured"] = 0.6
+    alike.loc[esed & (table.patient == 3), "measured"] = 0.6
     order, _ = phase_order(alike)
     assert order(np.arange(10)) == pytest.approx(0.9)
     assert order(np.array([3, 3])) == 0
 
 
 def test_phase_order_leaves_out_who_has_one_phase(table):
-    one = table[~((table.attribute == "ESED") & (table.owner == 3) & (table.asked == 0))]
+    one = table[~((table.attribute == "ESED") & (table.patient == 3) & (table.requested == 0))]
     assert phase_order(one)[1] == 9
 
 
@@ -161,23 +161,25 @@ def test_a_missing_phase_is_named():
         read_anatomy(volumes, BY_GREY, BY_CAVITY)
 
 
-def obedient(attributes, owners, drags=0.0) -> pd.DataFrame:
+def obedient(attributes, patient_index, drags=0.0) -> pd.DataFrame:
     """What a perfect reader says of a model that draws what is asked, but lets LVEDV and SEX drag RVEDV along."""
     rows = []
-    for row, owner in zip(attributes[::2].astype(float), owners[::2], strict=True):
-        asked = dict(zip(ATTRIBUTE_NAMES, row, strict=True))
+    for row, owner in zip(attributes[::2].astype(float), patient_index[::2], strict=True):
+        requested = dict(zip(ATTRIBUTE_NAMES, row, strict=True))
         for name in MEASURED:
-            measured = asked[name] + (drags * (asked["LVEDV"] + 20 * asked["SEX"]) if name == "RVEDV" else 0)
-            rows.append((owner, name, asked[name], measured))
+            measured = requested[name] + (
+                drags * (requested["LVEDV"] + 20 * requested["SEX"]) if name == "RVEDV" else 0
+            )
+            rows.append((owner, name, requested[name], measured))
         rows += [(owner, "ESED", phase, phase) for phase in (1.0, 0.0)]
-    return pd.DataFrame(rows, columns=["owner", "attribute", "asked", "measured"])
+    return pd.DataFrame(rows, columns=["patient", "attribute", "requested", "measured"])
 
 
 MEASURED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOESTHICK", "MYOEDTHICK", "ANGLE")
 FOLLOW = {("LVEDV", "LVESV"), ("LVEF", "LVESV"), ("RVEDV", "RVESV"), ("MYOEDTHICK", "MYOESTHICK")}
 
 
-def requests(n_patients=9) -> tuple[Any, Any]:
+def conditions(n_patients=9) -> tuple[Any, Any]:
     """Patients of whom everything is known, with ejection fractions that fit their volumes."""
     rng = np.random.default_rng(3)
     some = {name: rng.uniform(*span, n_patients) for name, span in SPANS.items()}
@@ -197,36 +199,38 @@ SPANS = {
 
 
 def steered(drags=0.0) -> tuple[pd.DataFrame, Any, Any]:
-    attributes, owners = requests()
-    asked = {"nothing": attributes} | counterfactuals(attributes)
-    tables = [obedient(some, owners, drags).assign(moved=name) for name, some in asked.items()]
-    return pd.concat(tables), attributes, owners
+    attributes, patient_index = conditions()
+    requested = {"nothing": attributes} | counterfactuals(attributes)
+    tables = [obedient(some, patient_index, drags).assign(moved=name) for name, some in requested.items()]
+    return pd.concat(tables), attributes, patient_index
 
 
 def test_the_slope_is_scipys():
     rng = np.random.default_rng(0)
-    asked = rng.normal(150, 30, 30)
-    table = pd.DataFrame({"owner": range(30), "attribute": "LVEDV", "asked": asked})
-    table["measured"] = 70 + 0.5 * asked + rng.normal(0, 5, 30)
+    requested = rng.normal(150, 30, 30)
+    table = pd.DataFrame({"patient": range(30), "attribute": "LVEDV", "requested": requested})
+    table["measured"] = 70 + 0.5 * requested + rng.normal(0, 5, 30)
     table.loc[4, "measured"] = np.nan
     known = table.dropna()
     statistics, n_patients = agreement(table, "LVEDV")
     assert n_patients == 29
-    expected = stats.linregress(known.asked, known.measured).slope
+    expected = stats.linregress(known.requested, known.measured).slope
     assert statistics["slope"](np.arange(29)) == pytest.approx(expected)
     assert np.isnan(statistics["slope"](np.array([3, 3])))
 
 
 def test_calibration_bins_hold_equally_many_who_ask_for_about_the_same():
-    asked = np.random.default_rng(1).permutation(np.arange(100.0, 140.0))
-    table = pd.DataFrame({"owner": range(40), "attribute": "LVEDV", "asked": asked, "measured": 50 + asked / 2})
+    requested = np.random.default_rng(1).permutation(np.arange(100.0, 140.0))
+    table = pd.DataFrame(
+        {"patient": range(40), "attribute": "LVEDV", "requested": requested, "measured": 50 + requested / 2}
+    )
     everything = calibration(table, 4, resamples=50, seed=0).set_index("attribute")
     assert list(dict.fromkeys(everything.index)) == list(CALIBRATED)
-    assert everything.loc["ANGLE", ["asked", "measured"]].isna().all()
+    assert everything.loc["ANGLE", ["requested", "measured"]].isna().all()
     bins = everything.loc["LVEDV"]
     assert list(bins.n_patients) == [10] * 4
-    np.testing.assert_allclose(bins.asked, [104.5, 114.5, 124.5, 134.5])
-    np.testing.assert_allclose(bins.measured, 50 + bins.asked / 2)
+    np.testing.assert_allclose(bins.requested, [104.5, 114.5, 124.5, 134.5])
+    np.testing.assert_allclose(bins.measured, 50 + bins.requested / 2)
     assert ((bins.low < bins.measured) & (bins.measured < bins.high)).all()
     nine, few = (
         calibration(some, 9, resamples=50, seed=0).query("attribute == 'LVEDV'") for some in (table, table[:7])
@@ -238,29 +242,29 @@ def test_calibration_bins_hold_equally_many_who_ask_for_about_the_same():
 
 def test_base_requests_are_pairs_of_phases_spread_over_the_split():
     split = patients()
-    attributes, owners = base_requests(split, 8)
-    np.testing.assert_array_equal(owners, np.repeat(np.arange(8), 2))
+    attributes, patient_index = base_conditions(split, 8)
+    np.testing.assert_array_equal(patient_index, np.repeat(np.arange(8), 2))
     np.testing.assert_array_equal(attributes[:, ATTRIBUTE_NAMES.index("ESED")], [1, 0] * 8)
-    split.attributes, split.owners = hearts(17).attributes, hearts(17).patient_index
+    split.attributes, split.patient_index = hearts(17).attributes, hearts(17).patient_index
     lvedv = ATTRIBUTE_NAMES.index("LVEDV")
-    np.testing.assert_array_equal(base_requests(split, 9)[0][::2, lvedv], split.attributes[::4, lvedv])
+    np.testing.assert_array_equal(base_conditions(split, 9)[0][::2, lvedv], split.attributes[::4, lvedv])
 
 
 def test_too_few_base_requests_and_real_private_patients_are_refused():
     split = patients()
     split.attributes[3, ATTRIBUTE_NAMES.index("ESED")] = 1
     with pytest.raises(ParameterError, match=r"squares: 7 patients \(test\) have both phases"):
-        base_requests(split, 8)
+        base_conditions(split, 8)
     with pytest.raises(ParameterError, match="5 are wanted"):
-        base_requests(patients(), 5)
+        base_conditions(patients(), 5)
     with pytest.raises(PrivacyError, match="squares"):
-        base_requests(patients("private", simulated=False), 8)
-    assert len(base_requests(patients("private", simulated=True), 8)[1]) == 16
+        base_conditions(patients("private", simulated=False), 8)
+    assert len(base_conditions(patients("private", simulated=True), 8)[1]) == 16
 
 
 @pytest.mark.parametrize("name", [*MOVES, "RVEF"])
 def test_what_is_moved_takes_along_what_physics_ties_to_it_and_nothing_else(name):
-    attributes, _ = requests()
+    attributes, _ = conditions()
     before, after = (dict(zip(ATTRIBUTE_NAMES, a.T, strict=True)) for a in (attributes, moved(attributes, name, 4)))
     np.testing.assert_allclose(after[name], before[name] + 4, rtol=1e-6)
     for side in ("LV", "RV"):
@@ -271,15 +275,15 @@ def test_what_is_moved_takes_along_what_physics_ties_to_it_and_nothing_else(name
 
 
 def test_everybody_is_moved_towards_the_middle_and_what_not_all_know_is_not_moved():
-    attributes, _ = requests()
-    asked = counterfactuals(attributes)
-    assert set(asked) == set(MOVES)
+    attributes, _ = conditions()
+    requested = counterfactuals(attributes)
+    assert set(requested) == set(MOVES)
     sex, lvef, lvedv = (ATTRIBUTE_NAMES.index(name) for name in ("SEX", "LVEF", "LVEDV"))
-    np.testing.assert_array_equal(asked["SEX"][:, sex], 1 - attributes[:, sex])
+    np.testing.assert_array_equal(requested["SEX"][:, sex], 1 - attributes[:, sex])
     step = np.where(attributes[:, lvef] < 45, 1, -1) * STEPS["LVEF"]
     assert len(set(step)) == 2
-    np.testing.assert_allclose(asked["LVEF"][:, lvef], attributes[:, lvef] + step, rtol=1e-6)
-    np.testing.assert_allclose(asked["LVEDV"][:, lvedv], attributes[:, lvedv] + STEPS["LVEDV"], rtol=1e-6)
+    np.testing.assert_allclose(requested["LVEF"][:, lvef], attributes[:, lvef] + step, rtol=1e-6)
+    np.testing.assert_allclose(requested["LVEDV"][:, lvedv], attributes[:, lvedv] + STEPS["LVEDV"], rtol=1e-6)
     attributes[4:6, sex] = np.nan
     assert set(counterfactuals(attributes)) == set(MOVES) - {"SEX"}
 
@@ -287,7 +291,7 @@ def test_everybody_is_moved_towards_the_middle_and_what_not_all_know_is_not_move
 def test_an_obedient_model_responds_by_one_step_where_it_was_moved_and_not_elsewhere():
     found: Any = response(*steered(), resamples=50, seed=0)
     assert len(found) == len(MOVES) * len(MEASURED)
-    np.testing.assert_allclose(found.change, found.asked, atol=1e-3)
+    np.testing.assert_allclose(found.change, found.requested, atol=1e-3)
     for row in found.itertuples():
         if row.moved == row.attribute:
             assert row.change_steps == pytest.approx(1, abs=1e-4)
@@ -305,22 +309,22 @@ def test_what_drags_another_along_shows_beside_the_diagonal():
     cell = found.loc[("LVEDV", "RVEDV")]
     assert cell.change == pytest.approx(0.3 * STEPS["LVEDV"], abs=1e-3)
     assert cell.change_steps == pytest.approx(0.3 * STEPS["LVEDV"] / STEPS["RVEDV"], abs=1e-4)
-    assert cell.asked == pytest.approx(0, abs=1e-4)
+    assert cell.requested == pytest.approx(0, abs=1e-4)
     assert found.loc[("SEX", "RVEDV")].change == pytest.approx(0.3 * 20, abs=1e-4)
     assert found.loc[("AGE", "RVEDV")].change == pytest.approx(0, abs=1e-4)
 
 
 def test_a_response_that_too_few_patients_show_is_not_defined():
     table, *base = steered()
-    table.loc[(table.moved == "LVEDV") & (table.owner < 2), "measured"] = np.nan
+    table.loc[(table.moved == "LVEDV") & (table.patient < 2), "measured"] = np.nan
     found: Any = response(table, *base, resamples=50, seed=0).set_index("moved")
     assert (found.loc["LVEDV"].n_patients == 7).all()
     assert found.loc["LVEDV", ["change", "low", "high"]].isna().all(axis=None)
     assert found.loc["RVEDV", ["change", "low", "high"]].notna().all(axis=None)
-    table.loc[(table.moved == "LVEF") & (table.owner == 2), "measured"] = np.nan
+    table.loc[(table.moved == "LVEF") & (table.patient == 2), "measured"] = np.nan
     eight = response(table, *base, resamples=50, seed=0).set_index("moved").loc["LVEF"]
     assert (eight.n_patients == 8).all()
-    np.testing.assert_allclose(eight.change, eight.asked, atol=1e-3)  # both over the patients who can be measured
+    np.testing.assert_allclose(eight.change, eight.requested, atol=1e-3)  # both over the patients who can be measured
 
 
 def test_a_magnified_request_is_what_a_magnified_heart_measures():
@@ -350,19 +354,19 @@ def test_hearts_are_asked_for_on_both_sides_of_the_public_ones():
 
 
 def test_a_model_that_draws_no_heart_beyond_the_public_ones_shows():
-    attributes, owners = requests()
+    attributes, patient_index = conditions()
     tables = []
     for level in ladder(60, 300):
-        table = obedient(magnified(attributes, level), owners)
+        table = obedient(magnified(attributes, level), patient_index)
         table["measured"] = table.measured.where(table.attribute != "LVEDV", table.measured.clip(60, 300))
         tables.append(table.assign(level=level))
     found: Any = beyond_range(pd.concat(tables), {"LVEDV": (60, 300)}, resamples=50, seed=0)
     lvedv = found[found.attribute == "LVEDV"]
     assert list(lvedv["where"]) == ["below"] * 3 + ["inside"] * 4 + ["above"] * 3
-    np.testing.assert_allclose(lvedv.asked, lvedv.level, rtol=1e-5)
+    np.testing.assert_allclose(lvedv.requested, lvedv.level, rtol=1e-5)
     np.testing.assert_allclose(lvedv.measured, lvedv.level.clip(60, 300), rtol=1e-5)
     rvedv = found[found.attribute == "RVEDV"]
-    np.testing.assert_allclose(rvedv.measured, rvedv.asked, rtol=1e-5)
+    np.testing.assert_allclose(rvedv.measured, rvedv.requested, rtol=1e-5)
     assert set(found.attribute) == {"LVEDV", "RVEDV", "MYOEDTHICK"}
 
 
@@ -372,10 +376,10 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     def reader(self, run, epsilon):
         public_ledger("squares").save(run.folder / "privacy.json")
 
-        def read(attributes, owners):
-            drawn.append(tuple(owners))
-            both = np.repeat(attributes, 2, axis=0) if len(set(owners)) == len(owners) else attributes
-            return obedient(both, np.repeat(np.unique(owners), 2))
+        def read(attributes, patient_index):
+            drawn.append(tuple(patient_index))
+            both = np.repeat(attributes, 2, axis=0) if len(set(patient_index)) == len(patient_index) else attributes
+            return obedient(both, np.repeat(np.unique(patient_index), 2))
 
         return read
 
@@ -383,7 +387,7 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     study = Study(Parameters(profile=str(Path(__file__).parent / "tiny.yaml")))
     public_ledger("squares").save(tmp_path / "privacy.json")
     split = patients()
-    split.attributes, split.owners = requests()
+    split.attributes, split.patient_index = conditions()
     study.public = study.reference_cohort = SimpleNamespace(key="c", split=lambda name: split)  # type: ignore[assignment]
     monkeypatch.setattr(Study, "anatomy", Run("anatomy", "b", tmp_path))
     monkeypatch.setattr(Study, "finetuned", lambda self, epsilon: Run("finetune", "a", tmp_path))
@@ -393,7 +397,7 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     assert len(drawn) == 1 + len(MOVES)
     assert set(drawn) == {tuple(np.repeat(np.arange(9), 2))}
     found: Any = pd.read_csv(run.folder / "response.csv")
-    np.testing.assert_allclose(found.change, found.asked, atol=1e-3)
+    np.testing.assert_allclose(found.change, found.requested, atol=1e-3)
     assert len(pd.read_csv(run.folder / "anatomy.csv")) == 9 * len(drawn) * (len(MEASURED) + 2)
     assert len(run.metrics["rows"]) == len(found)
     assert run.ledger.guarantee == public_ledger("").guarantee
@@ -401,5 +405,5 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     run = study.beyond_range(1)
     assert drawn == [tuple(np.arange(9))] * 10
     found = pd.read_csv(run.folder / "beyond.csv")
-    np.testing.assert_allclose(found.measured, found.asked, rtol=1e-5)
+    np.testing.assert_allclose(found.measured, found.requested, rtol=1e-5)
     assert "NaN" not in json.dumps(run.metrics)

@@ -105,7 +105,7 @@ def autoencoder_step(patients: Patients, folder: Path, **changes: object) -> nn.
 
 
 def pretraining_step(patients: Patients, folder: Path) -> nn.Module:
-    latents = np.zeros((len(patients.owners), 2, 13, 12, 12), np.float32)
+    latents = np.zeros((len(patients.patient_index), 2, 13, 12, 12), np.float32)
     settings = PROFILE.pretrain.model_copy(update={"steps": 1, "min_snr": 5.0})
     return pretrain(patients, latents, PROFILE.denoiser, settings, 0, folder / "s.pt")[0]
 
@@ -151,7 +151,7 @@ def test_a_private_step_computes_on_the_gpu(
     monkeypatch.setattr(FakeTensor, "nonzero", lambda joins: torch.zeros(2, 1, device=joins.device), raising=False)
     settings = PROFILE.finetune.model_copy(update={"tuned": tuned, "draws": 2})
     plan = PrivatePlan(4, 2, 1, 0.3, 2, 20.0, 1e-3, noise_multiplier=1.0)
-    latents = np.zeros((len(private.owners), 2, 13, 12, 12), np.float32)
+    latents = np.zeros((len(private.patient_index), 2, 13, 12, 12), np.float32)
     parameters, unit_loss = denoising(PROFILE.denoiser.build(2), private, latents, plan, settings)
     gradient = plan.gradient(0, list(parameters.values()), unit_loss, Randomness(0, simulated=True))
     assert gradient.device == GPU
@@ -167,7 +167,9 @@ def test_encoding_and_decoding_compute_on_the_gpu(gpu: None, public: Patients, t
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_sampling_computes_on_the_gpu(gpu: None, guidance: float, public: Patients) -> None:
     autoencoder, denoiser = PROFILE.autoencoder.build().to(GPU).eval(), PROFILE.denoiser.build(2).to(GPU).eval()
-    drawn = synthesise(autoencoder, denoiser, public.attributes, public.owners, steps=2, guidance=guidance, seed=0)
+    drawn = synthesise(
+        autoencoder, denoiser, public.attributes, public.patient_index, steps=2, guidance=guidance, seed=0
+    )
     assert drawn.images.shape == (8, 13, 96, 96)
     assert drawn.labels is not None
 

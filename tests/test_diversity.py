@@ -72,7 +72,7 @@ def anatomy(n_patients, seed, spread=1.0) -> pd.DataFrame:
     columns = {"LVEDV": lvedv, "MYOEDTHICK": thickness, "ESED": np.ones(n_patients)}
     return pd.concat(
         [
-            pd.DataFrame({"owner": range(n_patients), "attribute": name, "asked": np.nan, "measured": values})
+            pd.DataFrame({"patient": range(n_patients), "attribute": name, "requested": np.nan, "measured": values})
             for name, values in columns.items()
         ]
     )
@@ -122,7 +122,7 @@ def test_attributes_that_do_not_go_together_cover_fewer():
     for table in (real, shuffled):
         lvedv, thickness = (table.attribute == name for name in ("LVEDV", "MYOEDTHICK"))
         table.loc[thickness, "measured"] = table.measured[lvedv].to_numpy() / 1000
-    shuffled.loc[shuffled.attribute == "LVEDV", "owner"] = np.random.default_rng(0).permutation(60)
+    shuffled.loc[shuffled.attribute == "LVEDV", "patient"] = np.random.default_rng(0).permutation(60)
     assert coverage(shuffled, real, size=30).high < coverage(real, real, size=30).low
 
 
@@ -138,14 +138,14 @@ def test_a_synthetic_heart_that_lacks_a_structure_covers_nobody_and_a_real_one_d
     real, broken = anatomy(30, 0), anatomy(30, 1)
     thickness = broken.attribute == "MYOEDTHICK"
     whole = coverage(broken, real).value
-    broken.loc[thickness & (broken.owner < 2), "measured"] = np.nan
+    broken.loc[thickness & (broken.patient < 2), "measured"] = np.nan
     assert recall(broken, real).value < 0.99
-    broken.loc[thickness & (broken.owner % 3 > 0), "measured"] = np.nan
+    broken.loc[thickness & (broken.patient % 3 > 0), "measured"] = np.nan
     assert coverage(broken, real).value < whole - 0.1
     broken.loc[thickness, "measured"] = np.nan
     assert coverage(broken, real).value == 0
     assert math.isnan(recall(broken, real).value)
-    real.loc[thickness & (real.owner < 10), "measured"] = np.nan
+    real.loc[thickness & (real.patient < 10), "measured"] = np.nan
     assert coverage(anatomy(30, 1), real).n_patients == coverage(real, real).n_patients == 10
 
 

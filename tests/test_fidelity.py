@@ -85,8 +85,8 @@ def test_kid_is_zero_on_average_between_patients_alike_although_their_slices_clu
     rng, ours, naive = RNG(0), [], []
     for _ in range(200):
         x, y = (np.repeat(rng.normal(size=(10, 3)), 5, axis=0) + rng.normal(0, 0.1, size=(50, 3)) for _ in range(2))
-        owners = np.repeat(np.arange(10), 5)
-        ours.append(KernelDistance(x, owners, y, owners)(np.arange(10), np.arange(10)))
+        patient_index = np.repeat(np.arange(10), 5)
+        ours.append(KernelDistance(x, patient_index, y, patient_index)(np.arange(10), np.arange(10)))
         slices = np.arange(50)
         naive.append(KernelDistance(x, slices, y, slices)(slices, slices))
     error = np.std(ours) / np.sqrt(len(ours))
@@ -129,19 +129,19 @@ def test_papers_fid_is_the_larger_where_covariances_do_not_commute(degrees):
 
 def cohorts(rng, n, d, slices):
     """Two cohorts of n patients with that many slices each, alike among themselves, whose distance is known."""
-    owners = np.repeat(np.arange(n), slices)
+    patient_index = np.repeat(np.arange(n), slices)
     x, y = (
         np.repeat(rng.normal(size=(n, d)), slices, axis=0) * np.sqrt(0.75) + rng.normal(size=(n * slices, d)) / 2
         for _ in range(2)
     )
-    return x, owners, 1.5 * y + 0.3, d * (0.3**2 + (1.5 - 1) ** 2)
+    return x, patient_index, 1.5 * y + 0.3, d * (0.3**2 + (1.5 - 1) ** 2)
 
 
 def test_frechet_infinity_of_gaussians_is_their_distance_and_its_interval_holds_it():
     estimates, smallest, held = [], [], []
     for seed in range(25):
-        x, owners, y, truth = cohorts(RNG(seed), 60, 4, slices=2)
-        table, estimate = frechet_infinity(x, owners, y, owners, size=30, pairs=20, seed=seed)
+        x, patient_index, y, truth = cohorts(RNG(seed), 60, 4, slices=2)
+        table, estimate = frechet_infinity(x, patient_index, y, patient_index, size=30, pairs=20, seed=seed)
         estimates.append(estimate.value)
         smallest.append(table.value[0])
         held.append(estimate.low < truth < estimate.high)
@@ -153,11 +153,11 @@ def test_frechet_infinity_of_gaussians_is_their_distance_and_its_interval_holds_
 
 
 def test_frechet_infinity_of_a_cohort_with_itself_is_zero():
-    x, owners, _, _ = cohorts(RNG(0), 120, 4, slices=3)
-    table, estimate = frechet_infinity(x, owners, x, owners, size=60, pairs=20, seed=0)
+    x, patient_index, _, _ = cohorts(RNG(0), 120, 4, slices=3)
+    table, estimate = frechet_infinity(x, patient_index, x, patient_index, size=60, pairs=20, seed=0)
     assert estimate.low < 0 < estimate.high
     whole = half_samples(
-        lambda some, others: frechet_distance(x[np.isin(owners, some)], x[np.isin(owners, others)]),
+        lambda some, others: frechet_distance(x[np.isin(patient_index, some)], x[np.isin(patient_index, others)]),
         120,
         None,
         60,
@@ -176,9 +176,9 @@ def test_frechet_infinity_is_the_intercept_of_distances_between_disjoint_parts(m
         return 7 + 30 / (len(first) / 2)
 
     monkeypatch.setattr(fidelity, "frechet_distance", line)
-    owners = np.repeat(np.arange(20), 2)
-    patients = owners[:, None].astype(float)
-    table, estimate = frechet_infinity(patients, owners, patients, owners, size=9, pairs=2, seed=0)
+    patient_index = np.repeat(np.arange(20), 2)
+    patients = patient_index[:, None].astype(float)
+    table, estimate = frechet_infinity(patients, patient_index, patients, patient_index, size=9, pairs=2, seed=0)
     assert (estimate.low, estimate.value, estimate.high) == pytest.approx((7, 7, 7))
     assert table.n_patients.tolist() == [9, 4, 3]
     assert table.value.tolist() == pytest.approx([7 + 30 / 9, 7 + 30 / 4, 7 + 30 / 3])
@@ -211,13 +211,15 @@ def test_more_slices_of_the_same_patients_change_no_neighbourhood():
     synthetic, real = rng.normal(size=(20, 3)) + 0.5, rng.normal(size=(20, 3))
     everyone = np.arange(20)
     alone = NeighbourMeasures(synthetic, everyone, real, everyone, k=3)(everyone, everyone)
-    owners = np.repeat(everyone, rng.integers(1, 6, 20))
-    copied = NeighbourMeasures(synthetic[owners], owners, real[owners], owners, k=3)(everyone, everyone)
+    patient_index = np.repeat(everyone, rng.integers(1, 6, 20))
+    copied = NeighbourMeasures(synthetic[patient_index], patient_index, real[patient_index], patient_index, k=3)(
+        everyone, everyone
+    )
     assert copied == pytest.approx(alone)
     assert 0 < alone.coverage < 1
-    owners = np.repeat(everyone, 5)
+    patient_index = np.repeat(everyone, 5)
     slices = np.arange(100)
-    naive = NeighbourMeasures(synthetic[owners], slices, real[owners], slices, k=3)(slices, slices)
+    naive = NeighbourMeasures(synthetic[patient_index], slices, real[patient_index], slices, k=3)(slices, slices)
     assert naive.coverage == naive.precision == 0
 
 
@@ -228,8 +230,8 @@ def test_density_and_coverage_of_cohorts_alike_have_the_closed_form_although_sli
         x, y = (
             np.repeat(rng.normal(size=(size, 3)), 5, axis=0) + rng.normal(0, 0.5, size=(5 * size, 3)) for size in (m, n)
         )
-        owners = [np.repeat(np.arange(size), 5) for size in (m, n)]
-        ours.append(NeighbourMeasures(x, owners[0], y, owners[1], k=k)(np.arange(m), np.arange(n)))
+        patient_index = [np.repeat(np.arange(size), 5) for size in (m, n)]
+        ours.append(NeighbourMeasures(x, patient_index[0], y, patient_index[1], k=k)(np.arange(m), np.arange(n)))
         slices = np.arange(5 * m), np.arange(5 * n)
         naive.append(NeighbourMeasures(x, slices[0], y, slices[1], k=k)(*slices))
     coverage = 1 - np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
@@ -275,8 +277,8 @@ def test_features_that_no_measure_can_take_are_named(metric, measure, first, mes
 
 
 def test_too_few_patients_are_an_error_that_says_how_many():
-    features, owners = RNG(0).normal(size=(20, 2)), np.repeat(np.arange(10), 2)
-    both = features, owners, features + 1, owners
+    features, patient_index = RNG(0).normal(size=(20, 2)), np.repeat(np.arange(10), 2)
+    both = features, patient_index, features + 1, patient_index
     with pytest.raises(ParameterError, match="KID: 1 patients; it needs at least 2"):
         KernelDistance(*both)(np.arange(1), np.arange(5))
     with pytest.raises(ParameterError, match="k = 5: 5 patients; it needs at least 6"):
@@ -286,7 +288,7 @@ def test_too_few_patients_are_an_error_that_says_how_many():
     with pytest.raises(ParameterError, match="extrapolated: 10 patients; it needs at least 11"):
         frechet_infinity(*both, size=11, pairs=2, seed=0)
     with pytest.raises(ParameterError, match="extrapolated: 5 patients; it needs at least 6"):
-        frechet_infinity(features, owners, features, owners, size=6, pairs=2, seed=0)
+        frechet_infinity(features, patient_index, features, patient_index, size=6, pairs=2, seed=0)
 
 
 def test_half_samples_of_a_mean_have_the_classical_interval():

@@ -160,9 +160,9 @@ def test_the_tradeoff_names_what_the_table_lacks():
 
 def test_control_is_drawn_per_attribute_and_run():
     pairs = pd.DataFrame(
-        {"attribute": ["LVEDV"] * 4 + ["RVEDV"] * 2, "asked": range(6), "measured": range(6), "run": ["a", "b"] * 3}
+        {"attribute": ["LVEDV"] * 4 + ["RVEDV"] * 2, "requested": range(6), "measured": range(6), "run": ["a", "b"] * 3}
     )
-    figure = figures.asked_and_measured(pairs)
+    figure = figures.requested_and_measured(pairs)
     assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
     points = {(trace.name, trace.xaxis): list(trace.x) for trace in figure.data if trace.mode == "markers"}
     assert points == {("a", "x"): [0, 2], ("b", "x"): [1, 3], ("a", "x2"): [4], ("b", "x2"): [5]}
@@ -196,12 +196,12 @@ RESPONSE = pd.DataFrame(
     {
         "moved": ["LVEDV", "LVEDV", "AGE", "AGE"],
         "attribute": ["LVEDV", "LVESV", "LVEDV", "LVESV"],
-        "asked": [48.0, 20.0, 0.0, 0.0],
+        "requested": [48.0, 20.0, 0.0, 0.0],
         "change": [24.0, 10.0, -0.1, math.nan],
         "low": [20.0, 8.0, -1.0, math.nan],
         "high": [30.0, 12.0, 1.0, math.nan],
         "n_patients": [9, 9, 9, 7],
-        "asked_steps": [1.0, 0.45, 0.0, 0.0],
+        "requested_steps": [1.0, 0.45, 0.0, 0.0],
         "change_steps": [0.5, 0.23, -0.002, math.nan],
     }
 )
@@ -217,11 +217,11 @@ def test_a_response_is_read_from_its_cell_with_what_was_asked_and_the_interval()
 
 
 def test_calibration_is_drawn_per_attribute_with_each_models_intervals_round_the_identity():
-    columns = {"asked": [100, 200], "measured": [120, 180], "low": [110, 170], "high": [140, 185], "n_patients": 8}
+    columns = {"requested": [100, 200], "measured": [120, 180], "low": [110, 170], "high": [140, 185], "n_patients": 8}
     bins = pd.concat(
         [pd.DataFrame(columns).assign(attribute=a, run=r) for r in ("one", "two") for a in ("LVEDV", "RVEDV")]
     )
-    figure = figures.asked_and_measured(bins)
+    figure = figures.requested_and_measured(bins)
     assert [title.text for title in figure.layout.annotations] == ["LVEDV (mL)", "RVEDV (mL)"]
     models = {(trace.name, trace.xaxis): trace for trace in figure.data if trace.name}
     assert set(models) == {(name, axis) for name in ("one", "two") for axis in ("x", "x2")}
@@ -240,7 +240,7 @@ def test_hearts_beyond_the_public_ones_are_open_points():
     table = pd.DataFrame(
         {
             "attribute": "LVEDV",
-            "asked": [30.0, 100.0, 600.0],
+            "requested": [30.0, 100.0, 600.0],
             "measured": [40.0, 100.0, math.nan],
             "low": [35.0, 90.0, math.nan],
             "high": [45.0, 110.0, math.nan],
@@ -257,7 +257,7 @@ def test_hearts_beyond_the_public_ones_are_open_points():
 def test_arms_of_training_data_are_dots_with_their_intervals_panel_by_panel():
     points = [("public", "", "phase", 0.6), ("synthetic (ε = 1)", "", "phase", 0.5), ("public", "", "Dice LV", 0.7)]
     points += [("synthetic (ε = 1)", "public", "phase", -0.1)]
-    rows = pd.DataFrame(points, columns=["arm", "against", "metric", "value"]).assign(n_patients=9, run="run")
+    rows = pd.DataFrame(points, columns=["training_set", "against", "metric", "value"]).assign(n_patients=9, run="run")
     rows = rows.assign(low=rows.value - 0.1, high=rows.value + 0.2)
     phase, dice = figures.utility_dots(rows).data
     assert dict(zip(phase.y, phase.x, strict=True)) == {"public": 0.6, "synthetic (ε = 1)": 0.5}

@@ -69,7 +69,7 @@ def plan_of(settings: FinetuneSettings, n_patients: int = 12, **changes: float) 
 
 
 def latents_of(patients: Patients) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((len(patients.owners), 1, 3, 4, 4)).astype(np.float32)
+    return np.random.default_rng(1).standard_normal((len(patients.patient_index), 1, 3, 4, 4)).astype(np.float32)
 
 
 def run(
@@ -282,7 +282,7 @@ def recorded(server: Server, folder: Path, tuned: str, processes: int, entropy: 
 
 def test_two_processes_take_the_steps_of_one(server: Server, cohorts: Path) -> None:
     plan = plan_of(recipe(steps=8, expected_batch=2))
-    sizes = {int(plan.sample_lot(SEEDED.generator(step, 0)).sum()) for step in range(plan.steps)}
+    sizes = {int(plan.sample_batch(SEEDED.generator(step, 0)).sum()) for step in range(plan.steps)}
     assert {0, 1, 3} <= sizes  # an empty lot, one that leaves a process without a patient, an odd one
     made_up(cohorts / "secret", manifest=HOSPITAL)
     (alone,) = recorded(server, cohorts / "alone", "attention", 1)

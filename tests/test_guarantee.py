@@ -69,8 +69,8 @@ def ward(study: Study, folder: Path, epsilons: str, spend: bool, without: Sequen
     said |= {"reader": {"kind": "acdc"}, "splits": splits, "budget": {"epsilon": 10, "delta": 1e-5}}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(said | changes))
-    asked = {"profile": str(TINY), "cohort_private": str(path), "epsilons": epsilons, "spend": spend, "seed": seed}
-    parameters = CompareParameters.model_validate(asked)
+    requested = {"profile": str(TINY), "cohort_private": str(path), "epsilons": epsilons, "spend": spend, "seed": seed}
+    parameters = CompareParameters.model_validate(requested)
     there = Study(parameters)
     there.runs, there.public = study.runs, study.public
     there.autoencoder, there.pretrained = study.autoencoder, study.pretrained  # whatever the seed
@@ -121,13 +121,13 @@ def test_row_01_every_run_on_real_patients_is_counted_and_a_seed_is_no_new_one(r
 
 def test_row_02_a_folder_that_is_gone_is_spent_all_the_same(real: Real) -> None:
     shutil.rmtree(real().finetuned(1).folder)
-    for asked, runs in ((2, 2), (1, 3)):
-        there = real(str(asked))
-        there.finetuned(asked)
+    for requested, runs in ((2, 2), (1, 3)):
+        there = real(str(requested))
+        there.finetuned(requested)
         together = there.together()
         assert together is not None
         assert together.runs == runs
-        assert together.epsilon > asked
+        assert together.epsilon > requested
     with pytest.raises(PrivacyError, match=r"hospital: this spends \d.* are spent by 3 run.* ask for less"):
         real("9.99").finetuned(9.99)
     sources = "".join(path.read_text() for path in (ROOT / "cardiac_ldm").rglob("*.py"))
@@ -531,7 +531,7 @@ def test_row_14_a_delta_that_exposes_somebody_is_warned_of_and_every_patient_may
     whole = PrivatePlan.for_budget(1.0, 1e-5, n_patients=20, expected_batch=20, steps=3, clip=1.0, draws=1)
     ledger = whole.ledger(Randomness(0, simulated=True), **WORDS)
     assert whole.sampling_rate == 1
-    assert whole.sample_lot(np.random.default_rng(0)).all()
+    assert whole.sample_batch(np.random.default_rng(0)).all()
     gaussian = whole.noise_multiplier / math.sqrt(3)
     from dp_accounting import get_epsilon_gaussian
 
@@ -610,10 +610,10 @@ def test_the_command_shows_the_record_and_says_what_would_be_spent(
     assert f"{Record().path}: 1 run(s) on real patients" in shown
     assert "hospital: 24 patients, epsilon 0.99" in shown
     assert "hospital: the most that one patient has spent is (0.99" in shown
-    asked = real("1, 2", spend=False)
+    requested = real("1, 2", spend=False)
     monkeypatch.setattr(CompareParameters, "check", lambda self: None)  # their files are nowhere
-    monkeypatch.setattr("cardiac_ldm.study.Study", lambda parameters: asked)
-    arguments = ["--cohort-private", asked.parameters.cohort_private, "--profile", str(TINY)]
+    monkeypatch.setattr("cardiac_ldm.study.Study", lambda parameters: requested)
+    arguments = ["--cohort-private", requested.parameters.cohort_private, "--profile", str(TINY)]
     for epsilons, code, says in (("1", 0, "nothing"), ("1,2", 0, "hospital: this spends"), ("1,inf", 1, "")):
         assert main(["would-spend", *arguments, "--epsilons", epsilons]) == code
         assert says in capsys.readouterr().out

@@ -50,17 +50,17 @@ def of_group(table, group):
 def test_distances_are_the_smallest_of_scipys_over_the_pairs_of_volumes():
     rng = RNG(0)
     first, second = fresh(rng, 9).astype(np.float32), fresh(rng, 1100)
-    owners, others = np.repeat([0, 1, 2], 3), np.repeat(np.arange(550), 2)
+    patient_index, others = np.repeat([0, 1, 2], 3), np.repeat(np.arange(550), 2)
     expected = cdist(first, second).reshape(3, 3, 550, 2).min(axis=(1, 3))
-    np.testing.assert_allclose(patient_distances(first, owners, second, others), expected, rtol=1e-9)
+    np.testing.assert_allclose(patient_distances(first, patient_index, second, others), expected, rtol=1e-9)
 
 
 def test_spaces_are_what_they_say(monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 3)  # so that there are two
     images = RNG(0).random((4, 13, 96, 96), np.float32)
-    owners = np.array([0, 0, 1, 1])
-    stored: Any = {"owners": owners, "attributes": np.ones((4, 14)), "groups": ["HCM", None]}
-    embedded = embed(Volumes("v", images, stored["attributes"], owners), HALVES)
+    patient_index = np.array([0, 0, 1, 1])
+    stored: Any = {"patient_index": patient_index, "attributes": np.ones((4, 14)), "groups": ["HCM", None]}
+    embedded = embed(Volumes("v", images, stored["attributes"], patient_index), HALVES)
     patients: Any = SimpleNamespace(secret=False, images=lambda volumes: images[volumes], **stored)
     again = embed_real(patients, HALVES)
     assert again.groups is not None
@@ -261,7 +261,11 @@ BROKEN[3, 1] = np.nan
         ("train", Embedded({"latent": GOOD[:7]}, np.arange(8)), r"train.*shape \(7, 20\), expected \(8, 20\)"),
         ("synthetic", cohort(BROKEN), r"synthetic.*volumes \[3\] .*finite"),
         ("train", Embedded({"image": GOOD}, np.arange(8)), r"train.vectors: spaces \['image'\], expected \['latent'\]"),
-        ("held_out", Embedded({"latent": GOOD}, 1 + np.arange(8)), "held_out.owners: 8 patients, numbered 1 to 8"),
+        (
+            "held_out",
+            Embedded({"latent": GOOD}, 1 + np.arange(8)),
+            "held_out.patient_index: 8 patients, numbered 1 to 8",
+        ),
         ("held_out", cohort(GOOD, sexes(8)), "held_out.groups: 8 rows, expected .* 8 patients, in train and held_out"),
         ("train", cohort(GOOD, sexes(8)), "held_out.groups: none"),
         ("train", cohort(GOOD, sexes(7)), "train.groups: 7 rows, expected .* 8 patients"),

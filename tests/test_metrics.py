@@ -13,7 +13,7 @@ from torch import nn
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.evaluation import measured as instruments
+from cardiac_ldm.evaluation import measured as anatomy_networks
 from cardiac_ldm.evaluation import metrics as module
 from cardiac_ldm.evaluation.measured import groups_of, measure, measure_real
 from cardiac_ldm.evaluation.metrics import compare, differences, estimate
@@ -33,7 +33,7 @@ class Averages(nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def _no_way_down():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instruments, "AnatomyEncoder", Averages)
+        patch.setattr(anatomy_networks, "AnatomyEncoder", Averages)
         yield
 
 
@@ -125,11 +125,11 @@ def test_a_measure_that_needs_more_patients_says_so_with_the_number(real):
 def test_groups_come_from_the_attributes_and_are_judged_at_equal_numbers(monkeypatch):
     monkeypatch.setattr(module, "MIN_PATIENTS", 4)
     volumes = hearts(12)
-    attributes, owners = volumes.attributes, volumes.patient_index
+    attributes, patient_index = volumes.attributes, volumes.patient_index
     sex, age = (ATTRIBUTE_NAMES.index(name) for name in ("SEX", "AGE"))
-    attributes[:, sex] = owners >= 5
-    attributes[:, age] = np.where(owners < 4, 49.9, np.where(owners < 8, 50, np.nan))
-    groups = groups_of(attributes, owners, ["HCM"] * 12)
+    attributes[:, sex] = patient_index >= 5
+    attributes[:, age] = np.where(patient_index < 4, 49.9, np.where(patient_index < 8, 50, np.nan))
+    groups = groups_of(attributes, patient_index, ["HCM"] * 12)
     assert groups.sex.tolist() == ["female"] * 5 + ["male"] * 7
     assert groups.age.tolist() == ["under 50"] * 4 + ["50 to 64"] * 4 + [None] * 4
     cohort = seen(volumes, diseases=["HCM"] * 12)

@@ -59,16 +59,16 @@ def private_steps(
     plan: PrivatePlan, patients: Patients, folder: Path, slope: Callable[[int], float]
 ) -> list[tuple[list[int], Tensor]]:
     """Run the private loop on one weight, where each patient's loss has this slope: every step's lot and gradient."""
-    weight, lot, taken = nn.Parameter(torch.zeros(1)), [], []
+    weight, batch, taken = nn.Parameter(torch.zeros(1)), [], []
 
     def unit_loss(unit: int, generator: torch.Generator) -> Tensor:
-        lot.append(unit)
+        batch.append(unit)
         return slope(unit) * weight.sum()
 
     def remember(optimiser: torch.optim.Optimizer, *_: object) -> None:
         assert weight.grad is not None
-        taken.append((lot.copy(), weight.grad.clone()))
-        lot.clear()
+        taken.append((batch.copy(), weight.grad.clone()))
+        batch.clear()
 
     recipe: dict[str, Any] = {"steps": plan.steps, "expected_batch": plan.expected_batch, "clip": 1.0, "draws": 1}
     recipe |= {"learning_rate": 1e-3, "average_decay": 0.9, "precision": "fp32"}
@@ -169,27 +169,29 @@ def test_mistake_02_no_discriminator_and_no_autoencoder_learns_from_private_pati
 
 def test_mistake_03_the_sampler_is_the_one_that_is_accounted_for(study: Study, tmp_path: Path) -> None:
     plan = free_plan(24, 6, 1500)
-    lots = [lot for lot, _ in private_steps(plan, study.private.split("train"), tmp_path, slope=lambda unit: 1.0)]
-    sizes, rate = np.array([len(lot) for lot in lots]), Ledger.load(tmp_path / "privacy.json").mechanisms[0]
+    batches = [
+        batch for batch, _ in private_steps(plan, study.private.split("train"), tmp_path, slope=lambda unit: 1.0)
+    ]
+    sizes, rate = np.array([len(batch) for batch in batches]), Ledger.load(tmp_path / "privacy.json").mechanisms[0]
     expected, spread = 24 * rate.sampling_rate, 24 * rate.sampling_rate * (1 - rate.sampling_rate)
-    assert (rate.steps, len(lots)) == (1500, 1500)
+    assert (rate.steps, len(batches)) == (1500, 1500)
     assert sizes.mean() == pytest.approx(expected, abs=4 * math.sqrt(spread / 1500))
     assert sizes.var() == pytest.approx(spread, rel=4 * math.sqrt(2 / 1500))  # of shuffled batches: 0
-    joined = np.bincount(np.concatenate(lots).astype(int), minlength=24) / 1500
+    joined = np.bincount(np.concatenate(batches).astype(int), minlength=24) / 1500
     assert abs(joined - rate.sampling_rate).max() < 4 * math.sqrt(spread / 24 / 1500)
 
 
 def test_mistake_04_the_divisor_is_the_expected_batch(study: Study, tmp_path: Path) -> None:
     taken = private_steps(free_plan(24, 6, 30), study.private.split("train"), tmp_path, slope=lambda unit: 1.0)
-    assert len({len(lot) for lot, _ in taken}) > 3
-    for lot, gradient in taken:
-        assert gradient.item() == pytest.approx(len(lot) / 6, rel=1e-6)
+    assert len({len(batch) for batch, _ in taken}) > 3
+    for batch, gradient in taken:
+        assert gradient.item() == pytest.approx(len(batch) / 6, rel=1e-6)
 
 
 def test_mistake_05_empty_lots_are_steps_with_noise(study: Study, tmp_path: Path) -> None:
     plan = free_plan(24, 1, 40, clip=1.0, noise_multiplier=4.0)
     taken = private_steps(plan, study.private.split("train"), tmp_path, slope=lambda unit: 1.0)
-    empty = [gradient.item() for lot, gradient in taken if not lot]
+    empty = [gradient.item() for batch, gradient in taken if not batch]
     assert len(taken) == 40
     assert len(empty) >= 5
     assert len(set(empty)) == len(empty)
@@ -201,8 +203,8 @@ def test_mistake_06_every_patient_is_clipped_alone_and_whole(
 ) -> None:
     patients = study.private.split("train")
     plan = free_plan(24, 12, 20, clip=0.5)
-    for lot, gradient in private_steps(plan, patients, tmp_path, slope=lambda unit: 1e6 * (-1) ** unit):
-        balance = sum((-1) ** unit for unit in lot)
+    for batch, gradient in private_steps(plan, patients, tmp_path, slope=lambda unit: 1e6 * (-1) ** unit):
+        balance = sum((-1) ** unit for unit in batch)
         assert gradient.item() == pytest.approx(0.5 * balance / 12, abs=1e-5)  # clipped after the sum: 0.5 / 12
 
     seen: list[float] = []
@@ -215,16 +217,16 @@ def test_mistake_06_every_patient_is_clipped_alone_and_whole(
 
     monkeypatch.setattr(PrivatePlan, "clipped", counted)
     joined: list[int] = []
-    sample = PrivatePlan.sample_lot
+    sample = PrivatePlan.sample_batch
 
     def sampled(plan: PrivatePlan, generator: np.random.Generator) -> np.ndarray:
-        lot = sample(plan, generator)
-        joined.append(lot.sum())
-        return lot
+        batch = sample(plan, generator)
+        joined.append(batch.sum())
+        return batch
 
-    monkeypatch.setattr(PrivatePlan, "sample_lot", sampled)
+    monkeypatch.setattr(PrivatePlan, "sample_batch", sampled)
     ledger = finetuned_afresh(study).ledger
-    assert len(patients.owners) == 48  # two volumes each: one gradient a patient, not a volume
+    assert len(patients.patient_index) == 48  # two volumes each: one gradient a patient, not a volume
     assert len(seen) == sum(joined)
     assert max(seen) <= ledger.mechanisms[0].clip
 
@@ -258,7 +260,7 @@ def test_mistake_08_what_has_been_encoded_tells_nothing_of_who_was_in_the_lots(
         with pytest.raises(KeyboardInterrupt):
             finetuned_afresh(of)
     real, simulated = (of.private.split("train") for of in (hospital, study))
-    assert encoded[real.name] == [len(real.owners)]
+    assert encoded[real.name] == [len(real.patient_index)]
     assert encoded[simulated.name] == [0]  # drawn and encoded as they're met: nobody is exposed
 
 
@@ -295,7 +297,9 @@ def test_mistake_08_a_run_on_real_patients_shows_and_leaves_nothing_of_them(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"epsilon"}
     ledger = json.loads((folder / "privacy.json").read_text())
-    assert not [field for field in {**ledger, **ledger["mechanisms"][0]} if field in ("loss", "norm", "lot", "lots")]
+    assert not [
+        field for field in {**ledger, **ledger["mechanisms"][0]} if field in ("loss", "norm", "batch", "batches")
+    ]
 
 
 def test_mistake_09_a_guarantee_for_volumes_is_never_stated_as_if_for_patients(study: Study, tmp_path: Path) -> None:

@@ -122,9 +122,9 @@ def test_evaluating_a_model_leaves_a_row_with_interval_and_patients_for_every_me
     assert finished.returncode == 0, finished.stderr[-3000:]
     metrics = [json.loads(path.read_text()) for path in runs.glob("evaluate-*/metrics.json")]
     (rows,) = [m["rows"] for m in metrics if m["epsilon"] == 1]
-    (foreign,) = [m["rows"] for m in metrics if m["model"].startswith("folder-")]
-    assert foreign[0]["metric"] == rows[0]["metric"] == "FD-EffNet"
-    assert foreign[0]["value"] == pytest.approx(rows[0]["value"], rel=1e-3)
+    (external,) = [m["rows"] for m in metrics if m["model"].startswith("folder-")]
+    assert external[0]["metric"] == rows[0]["metric"] == "FD-EffNet"
+    assert external[0]["value"] == pytest.approx(rows[0]["value"], rel=1e-3)
     assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation"} <= {row["metric"] for row in rows}
     for row in rows:
         assert row["n_patients"] > 0 or row["value"] is None
@@ -175,8 +175,8 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, ac
     terms = {"name": "hospital", "role": "private", "splits": others, "budget": {"epsilon": 10, "delta": 1e-5}}
     path.write_text(yaml.safe_dump(manifest | terms))
     cohorts = ("cohort_public", "acdc", "cohort_private", str(path), "data_root_private", str(acdc_root))
-    asked = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
-    assert "to agree, set the parameter spend to True" in asked.stderr
+    requested = papermill("07_gallery", *cohorts, "epsilons", "10", runs=runs)
+    assert "to agree, set the parameter spend to True" in requested.stderr
     finished = papermill("07_gallery", *cohorts, "epsilons", "10", "spend", "True", runs=runs)
     assert finished.returncode == 0, finished.stderr[-3000:]
     (folder,) = runs.glob("finetune-*")

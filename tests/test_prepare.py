@@ -188,7 +188,7 @@ def test_every_split_holds_what_the_contract_says(cohort):
         assert len(patients) == len(patients.ids) == n
         assert patients.attributes.shape == (2 * n, 14)
         assert patients.attributes.dtype == np.float32
-        assert patients.owners.tolist() == [patient for patient in range(n) for _ in range(2)]
+        assert patients.patient_index.tolist() == [patient for patient in range(n) for _ in range(2)]
         for record in patients:
             assert record.images.shape == record.labels.shape == (2, *GRID.shape)
             assert (record.images.dtype, record.labels.dtype) == (np.float32, np.uint8)
@@ -225,7 +225,7 @@ def test_a_subset_renumbers_its_volumes(cohort):
     patients = cohort.split("train")
     some = patients.subset([9, 2, 5])
     assert some.ids == tuple(patients.ids[i] for i in (9, 2, 5))
-    assert some.owners.tolist() == [0, 0, 1, 1, 2, 2]
+    assert some.patient_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(some.attributes, patients.attributes[[18, 19, 4, 5, 10, 11]])
     assert np.array_equal(some.images([2]), patients.images([4]))
     assert some.subset([1])[0].id == patients.ids[2]
@@ -249,7 +249,7 @@ def test_patients_may_have_any_number_of_volumes(tmp_path):
     ]
     store_patients(tmp_path, len(records), records)
     patients = Patients(load_manifest("phantom_public"), "train", tmp_path)
-    assert patients.owners.tolist() == [0, 1, 1, 1, 1, 2, 2, 3]
+    assert patients.patient_index.tolist() == [0, 1, 1, 1, 1, 2, 2, 3]
     assert [len(record.images) for record in patients] == counts
     assert [record.labels.max() for record in patients.subset([3, 1])] == [3, 1]
     assert patients.subset([3, 1]).images([1, 3])[:, 0, 0, 0].tolist() == [0.25, 0.25]
@@ -284,7 +284,7 @@ def test_patients_on_demand_are_drawn_when_they_are_read_and_are_the_same(cohort
     again = prepare(manifest, store=tmp_path, limits=LIMITS, on_demand=True).split("train")
     assert np.array_equal(again[3].images, expected[3].images)
     assert len(drawn) == 2
-    every = np.arange(len(expected.owners))
+    every = np.arange(len(expected.patient_index))
     assert np.array_equal(again.images(every), expected.images(every))
     assert sorted(drawn) == sorted(expected.ids)
     for split in ("validation", "test"):

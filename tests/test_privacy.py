@@ -178,19 +178,19 @@ def test_neighbouring_cohorts_differ_by_at_most_the_clip_and_meet_the_same_lot(
     targets[patient] *= 10**log_scale
 
     def gradient(with_patient: bool) -> tuple[Tensor, list[int]]:
-        lot = []
+        batch = []
 
         def loss(unit: int, generator: torch.Generator) -> Tensor | None:
-            lot.append(unit)
+            batch.append(unit)
             return (weights * targets[unit]).sum() if with_patient or unit != patient else None
 
-        return terms.gradient(3, [weights], loss, SEEDED), lot
+        return terms.gradient(3, [weights], loss, SEEDED), batch
 
-    (one, lot), (other, same_lot) = gradient(True), gradient(False)
+    (one, batch), (other, same_lot) = gradient(True), gradient(False)
     rounding = 2**-23 * (one.norm() + other.norm())  # of the float32 that a step is handed out in
     assert (one.double() - other.double()).norm() <= terms.clip / terms.expected_batch + rounding
-    assert lot == same_lot
-    assert patient in lot or torch.equal(one, other)
+    assert batch == same_lot
+    assert patient in batch or torch.equal(one, other)
 
 
 def test_who_else_is_in_the_lot_changes_no_ones_draws() -> None:
@@ -258,21 +258,21 @@ def test_a_gradient_that_is_not_finite_contributes_zero_and_nobody_is_told(
 
 
 @pytest.fixture(scope="module")
-def lots() -> np.ndarray:
+def batches() -> np.ndarray:
     """Bool (3000 steps, 200 patients): who joins, each with probability 0.2."""
     terms = plan(n_patients=200, expected_batch=40, steps=3000)
-    return np.stack([terms.sample_lot(SEEDED.generator(step, 0)) for step in range(3000)])
+    return np.stack([terms.sample_batch(SEEDED.generator(step, 0)) for step in range(3000)])
 
 
-def test_every_patient_joins_at_the_accounted_rate(lots: np.ndarray) -> None:
-    joined = lots.sum(axis=0)
+def test_every_patient_joins_at_the_accounted_rate(batches: np.ndarray) -> None:
+    joined = batches.sum(axis=0)
     z = (joined - 3000 * 0.2) / math.sqrt(3000 * 0.2 * 0.8)
     assert abs(z).max() < 4.5
     assert stats.kstest(z, "norm").pvalue > 1e-3
 
 
-def test_lot_sizes_are_binomial(lots: np.ndarray) -> None:
-    sizes, binomial = lots.sum(axis=1), stats.binom(200, 0.2)
+def test_lot_sizes_are_binomial(batches: np.ndarray) -> None:
+    sizes, binomial = batches.sum(axis=1), stats.binom(200, 0.2)
     assert sizes.mean() == pytest.approx(40, abs=4 * binomial.std() / math.sqrt(3000))
     assert sizes.var() == pytest.approx(binomial.var(), rel=4 * math.sqrt(2 / 3000))  # a shuffled batch has none
     edges = np.array([0, 32, 35, 37, 39, 41, 43, 45, 48, 201])
@@ -280,11 +280,11 @@ def test_lot_sizes_are_binomial(lots: np.ndarray) -> None:
     assert stats.chisquare(np.histogram(sizes, edges)[0], expected * 3000 / expected.sum()).pvalue > 1e-3
 
 
-def test_patients_join_independently_of_each_other_and_of_the_step_before(lots: np.ndarray) -> None:
-    pairs = np.corrcoef(lots.T)[np.triu_indices(200, 1)] * math.sqrt(3000)
+def test_patients_join_independently_of_each_other_and_of_the_step_before(batches: np.ndarray) -> None:
+    pairs = np.corrcoef(batches.T)[np.triu_indices(200, 1)] * math.sqrt(3000)
     assert abs(pairs).max() < 5.5  # of 19,900 pairs
     assert pairs.var() == pytest.approx(1, abs=0.06)
-    follow = [np.corrcoef(lots[1:, p], lots[:-1, p])[0, 1] for p in range(200)]
+    follow = [np.corrcoef(batches[1:, p], batches[:-1, p])[0, 1] for p in range(200)]
     assert max(map(abs, follow)) * math.sqrt(2999) < 4.5
 
 
@@ -292,15 +292,15 @@ def test_the_divisor_is_the_expected_batch_whatever_the_lot() -> None:
     terms, weights = plan(clip=100.0, steps=40), torch.zeros(1, requires_grad=True)
     sizes = []
     for step in range(40):
-        lot: list[int] = []
+        batch: list[int] = []
 
-        def loss(unit: int, generator: torch.Generator, lot: list[int] = lot) -> Tensor:
-            lot.append(unit)
+        def loss(unit: int, generator: torch.Generator, batch: list[int] = batch) -> Tensor:
+            batch.append(unit)
             return weights.sum()
 
         gradient = terms.gradient(step, [weights], loss, SEEDED)
-        assert gradient.item() == pytest.approx(len(lot) / 10, rel=1e-6)
-        sizes.append(len(lot))
+        assert gradient.item() == pytest.approx(len(batch) / 10, rel=1e-6)
+        sizes.append(len(batch))
     assert len(set(sizes)) > 5
 
 
@@ -308,10 +308,10 @@ def test_an_empty_lot_still_takes_a_noisy_step() -> None:
     terms, weights = plan(expected_batch=1, steps=30, noise_multiplier=1.0), torch.zeros(4000, requires_grad=True)
     empty = 0
     for step in range(30):
-        lot: list[int] = []
+        batch: list[int] = []
         # a loss of zero: whoever is in the lot adds nothing
-        gradient = terms.gradient(step, [weights], lambda unit, _, lot=lot: lot.append(unit), SEEDED)  # type: ignore[misc]
-        if not lot:
+        gradient = terms.gradient(step, [weights], lambda unit, _, batch=batch: batch.append(unit), SEEDED)  # type: ignore[misc]
+        if not batch:
             empty += 1
             assert gradient.double().std().item() == pytest.approx(terms.clip, rel=0.06)
     assert 3 <= empty <= 20  # 36 % of 30 expected
@@ -363,17 +363,17 @@ def test_a_draw_of_noise_is_an_average_that_gives_no_single_draw_away() -> None:
 def test_the_generator_is_chacha20_as_in_rfc_8439_keyed_by_256_bits_of_the_system(
     key: bytes, block: int, stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    requested = []
 
     def system(bits: int) -> int:
-        asked.append(bits)
+        requested.append(bits)
         return int.from_bytes(key, "little")
 
     monkeypatch.setattr(secrets, "randbits", system)
     raw: Any = Randomness(None, simulated=False).generator(0, 0).bit_generator
     keystream = raw.random_raw(8 * (block + 1)).astype("<u8").tobytes()
     assert keystream[64 * block :][:32].hex() == stream  # appendix A.1 of the RFC
-    assert asked == [256]
+    assert requested == [256]
 
 
 def test_a_seed_for_real_patients_is_refused() -> None:
@@ -706,8 +706,8 @@ def test_planning_is_a_command_that_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = "cardiac_ldm.privacy.__main__"
-    asked = "--epsilon 1 --n-patients 60 --n-parameters 10000 --hours 0.2 --seconds-per-patient 0.9"
-    monkeypatch.setattr(sys, "argv", [module, "plan", *asked.split()])
+    requested = "--epsilon 1 --n-patients 60 --n-parameters 10000 --hours 0.2 --seconds-per-patient 0.9"
+    monkeypatch.setattr(sys, "argv", [module, "plan", *requested.split()])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("cardiac_ldm.privacy", run_name="__main__")
     assert not ended.value.code

@@ -57,7 +57,7 @@ class Records(Patients):
         self.records = records
         self.groups = tuple(record.group for record in records)
         self.attributes = np.concatenate([record.attributes for record in records])
-        self.owners = np.repeat(np.arange(len(records)), 2)
+        self.patient_index = np.repeat(np.arange(len(records)), 2)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -223,7 +223,7 @@ def evaluation(tmp_path: Path) -> Path:
         json.dumps(said | {"rows": [row, row | distance, row | distance | women, row | {"value": None}]})
     )
     (folder / "anatomy.csv").write_text(
-        "owner,attribute,asked,measured\n0,LVEDV,150.5,140\n0,LVESV,,60\n0,ESED,1,0.9\n"
+        "patient,attribute,requested,measured\n0,LVEDV,150.5,140\n0,LVESV,,60\n0,ESED,1,0.9\n"
     )
     return folder
 
@@ -258,7 +258,7 @@ def test_a_release_goes_with_what_was_measured_and_a_page_that_shows_it(
 
 
 def test_the_page_says_so_where_nothing_could_be_measured(tmp_path: Path, evaluation: Path, drawn: Volumes) -> None:
-    (evaluation / "anatomy.csv").write_text("owner,attribute,asked,measured\n0,LVEDV,150.5,\n")
+    (evaluation / "anatomy.csv").write_text("patient,attribute,requested,measured\n0,LVEDV,150.5,\n")
     said = json.loads((evaluation / "metrics.json").read_text())
     unknown = [row | {"value": None, "low": None, "high": None} for row in said["rows"]]
     (evaluation / "metrics.json").write_text(json.dumps(said | {"rows": unknown}))
@@ -348,16 +348,34 @@ def test_a_source_line_carries_the_metrics_themselves() -> None:
     assert json.loads(base64.b64decode(payload)) == metrics(1, 0.5)
 
 
-def arm(name: str, against: str, value: float | None, metric: str = "Dice", unit: str = "") -> dict[str, object]:
+def training_set(
+    name: str, against: str, value: float | None, metric: str = "Dice", unit: str = ""
+) -> dict[str, object]:
     ends = {"low": value and value - 0.1, "high": value and value + 0.1}
-    about = {"arm": name, "against": against, "metric": metric, "attribute": "LV", "n_patients": 9, "unit": unit}
+    about = {
+        "training_set": name,
+        "against": against,
+        "metric": metric,
+        "attribute": "LV",
+        "n_patients": 9,
+        "unit": unit,
+    }
     return about | {"value": value} | ends
 
 
 def test_arms_of_training_data_stand_beside_each_other_and_beyond_a_baseline() -> None:
-    baselines = {"model": "useful-baselines-1", "rows": [arm("public", "", 0.5), arm("few private", "", 0.3)]}
-    drawn: list[dict[str, object]] = [arm("synthetic", "", None), arm("few private + synthetic", "", 0.7)]
-    drawn += [arm("few private + synthetic", "public", 0.2), arm("synthetic", "", 12.5, "mean absolute error", "mL")]
+    baselines = {
+        "model": "useful-baselines-1",
+        "rows": [training_set("public", "", 0.5), training_set("few private", "", 0.3)],
+    }
+    drawn: list[dict[str, object]] = [
+        training_set("synthetic", "", None),
+        training_set("few private + synthetic", "", 0.7),
+    ]
+    drawn += [
+        training_set("few private + synthetic", "public", 0.2),
+        training_set("synthetic", "", 12.5, "mean absolute error", "mL"),
+    ]
     rows = utility_rows(baselines, [{"epsilon": 1.0, "model": "useful-2", "rows": drawn}])
     table = utility_table(rows)
     assert list(table.index) == ["public", "few private", "few private + synthetic (ε = 1)", "synthetic (ε = 1)"]
@@ -365,8 +383,12 @@ def test_arms_of_training_data_stand_beside_each_other_and_beyond_a_baseline() -
     assert table.loc["synthetic (ε = 1)", "Dice LV"] == "not known"  # the decoder gave no labels
     assert table.loc["synthetic (ε = 1)", "mean absolute error LV (mL)"] == "12.5 [12.4, 12.6]"
     (beyond,) = rows[rows.against == "public"].to_dict("records")
-    assert (beyond["arm"], beyond["metric"], beyond["value"]) == ("few private + synthetic (ε = 1)", "Dice LV", 0.2)
-    assert dict(zip(rows.arm, rows.run, strict=True))["public"] == "useful-baselines-1"
+    assert (beyond["training_set"], beyond["metric"], beyond["value"]) == (
+        "few private + synthetic (ε = 1)",
+        "Dice LV",
+        0.2,
+    )
+    assert dict(zip(rows.training_set, rows.run, strict=True))["public"] == "useful-baselines-1"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_shipped_weights_are_small() -> None:
 def test_shipped_models_load_without_a_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path))
     study = Study(Parameters(profile="laptop"))
-    _ = study.instruments
+    _ = study.anatomy_networks
     assert not study.load_autoencoder().training
     assert not study.denoiser(study.pretrained).training
     assert not list(tmp_path.iterdir())

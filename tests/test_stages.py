@@ -126,7 +126,7 @@ def test_the_workflow_runs_a_chapter_after_those_that_do_what_it_needs() -> None
     source = (ROOT / "Snakefile").read_text()
     table = source[source.index("CHAPTERS = {") + len("CHAPTERS = ") : source.index("\n}\n") + 2]
     chapters = ast.literal_eval(re.sub(r"\b(HALF|CORES)\b", "1", table))
-    asked = {
+    requested = {
         name: set(re.findall(r"study\.(\w+)", (ROOT / "notebooks" / f"{notebook}.md").read_text()))
         for name, (_, notebook, *_) in chapters.items()
     }
@@ -135,7 +135,7 @@ def test_the_workflow_runs_a_chapter_after_those_that_do_what_it_needs() -> None
         after[name] = set(before).union(*(after[other] for other in before))
     first: dict[str, str] = {}
     for name in chapters:
-        for declared in needed(asked[name]):
+        for declared in needed(requested[name]):
             assert first.setdefault(declared, name) in {name} | after[name], f"{name} needs {declared}"
     assert {"autoencoder", "pretrained", "trained_privately", "evaluation"} <= set(first)
 
@@ -172,8 +172,8 @@ def behind(needs: tuple[str, ...]) -> set[Stage]:
 
 @pytest.mark.parametrize("declared", STAGES.values(), ids=STAGES)
 def test_a_stage_asks_only_for_what_its_key_hashes(declared: Stage) -> None:
-    asked = {inspect.getattr_static(Study, name) for name in needed({*named(declared.work)}, COHORTS)} - {declared}
-    for other in asked - behind(declared.needs):
+    requested = {inspect.getattr_static(Study, name) for name in needed({*named(declared.work)}, COHORTS)} - {declared}
+    for other in requested - behind(declared.needs):
         assert set(other.settings) <= set(declared.settings), f"{declared.name}: settings of {other.name}"
         assert behind(other.needs) <= behind(declared.needs), f"{declared.name}: needs of {other.name}"
 

@@ -207,15 +207,17 @@ def test_what_synthetic_patients_teach_stands_beside_real_ones(
     useful, baselines = study.useful(0), study.useful_baselines
     drawn = study.training_cohort(0).volumes
     public = study.public.split("train")
-    requests = {tuple(row) for row in np.nan_to_num(drawn.attributes)}
-    assert requests == {tuple(row) for row in np.nan_to_num(public.attributes)}  # of nobody it's tested on, or private
+    conditions = {tuple(row) for row in np.nan_to_num(drawn.attributes)}
+    assert conditions == {
+        tuple(row) for row in np.nan_to_num(public.attributes)
+    }  # of nobody it's tested on, or private
     assert study.training_cohort(0).ledger == study.pretrained.ledger
     names = ["public", "private", "few private"]
     rows = utility_rows(baselines.metrics, [useful.metrics])
-    arms = [*names, "synthetic (public data only)", "few private + synthetic (public data only)"]
-    assert list(rows.arm.unique()) == arms
-    for arm in arms:
-        assert set(rows[rows.arm == arm].against) == {"", *names} - {arm}
+    training_sets = [*names, "synthetic (public data only)", "few private + synthetic (public data only)"]
+    assert list(rows.training_set.unique()) == training_sets
+    for training_set in training_sets:
+        assert set(rows[rows.training_set == training_set].against) == {"", *names} - {training_set}
     assert set(rows[rows.against == ""].n_patients) == {len(study.reference)}
     assert set(rows.metric) >= {"Dice LV", "phase accuracy", "mean absolute error LVEDV (mL)"}  # this decoder labels
     assert set(rows.run) == {baselines.folder.name, useful.folder.name}
@@ -236,4 +238,4 @@ def test_real_private_patients_teach_nothing_but_the_mechanism(
     study = Study(Parameters(profile=str(TINY), cohort_private=str(path)))
     monkeypatch.setattr(Study, "private", property(lambda _: pytest.fail("nobody may look at them")))
     rows = utility_rows(study.useful_baselines.metrics, [study.useful(0).metrics])
-    assert list(rows.arm.unique()) == ["public", "synthetic (public data only)"]
+    assert list(rows.training_set.unique()) == ["public", "synthetic (public data only)"]

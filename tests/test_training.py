@@ -79,7 +79,7 @@ def with_heart(profile: Profile) -> AutoencoderSettings:
 
 
 def random_latents(patients: Patients) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((len(patients.owners), 2, 13, 12, 12)).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((len(patients.patient_index), 2, 13, 12, 12)).astype(np.float32)
 
 
 def test_nothing_that_is_trained_without_noise_takes_private_patients(
@@ -210,8 +210,8 @@ def test_blurred_images_say_nothing_of_their_texture() -> None:
 
 def test_empty_slices_are_one_at_most_of_a_batch(public: Cohort) -> None:
     patients = public.split("train")
-    n_filled = int(patients.images(np.arange(len(patients.owners))).any(axis=(2, 3)).sum())
-    assert n_filled < len(patients.owners) * 13 - 1
+    n_filled = int(patients.images(np.arange(len(patients.patient_index))).any(axis=(2, 3)).sum())
+    assert n_filled < len(patients.patient_index) * 13 - 1
     everything, _ = _random_slices(patients, 99, 999, np.random.default_rng(0))
     assert everything.shape == (n_filled + 1, 1, 96, 96)
     assert everything.any(dim=-1).any(dim=-1).sum() == n_filled
@@ -219,7 +219,7 @@ def test_empty_slices_are_one_at_most_of_a_batch(public: Cohort) -> None:
 
 def test_slices_come_with_their_own_labels(public: Cohort) -> None:
     patients = public.split("train")
-    every = np.arange(len(patients.owners))
+    every = np.arange(len(patients.patient_index))
     label_of = dict(
         zip(
             map(bytes, patients.images(every).reshape(-1, 96, 96)),
@@ -312,7 +312,7 @@ def test_a_reconstruction_is_empty_where_a_synthetic_volume_of_its_depth_is(
 ) -> None:
     settings = profile.autoencoder.model_copy(update={} if grain else {"texture": None})
     patients = public.split("train")
-    images, model = patients.images(np.arange(len(patients.owners))), settings.build().eval()
+    images, model = patients.images(np.arange(len(patients.patient_index))), settings.build().eval()
     drawn = reconstruct(model, images, 0)
     depths = patients.attributes[:, ATTRIBUTE_NAMES.index("DEPTH")].astype(int)
     assert depths.min() < GRID.n_slices
@@ -400,7 +400,7 @@ def test_the_latent_scale_standardises_public_latents(
     patients, (model, _) = public.split("train"), trained
     stored = Latents(model, patients, tmp_path / "latents.zarr")
     latents = stored[:]
-    assert latents.shape == stored.shape == (len(stored), 2, 13, 12, 12) == (len(patients.owners), 2, 13, 12, 12)
+    assert latents.shape == stored.shape == (len(stored), 2, 13, 12, 12) == (len(patients.patient_index), 2, 13, 12, 12)
     assert latents.dtype == np.float32
     assert latents.mean(axis=(0, 2, 3, 4)) == pytest.approx([0, 0], abs=1e-3)
     assert latents.std(axis=(0, 2, 3, 4)) == pytest.approx([1, 1], abs=1e-3)
@@ -433,7 +433,7 @@ def test_latents_are_encoded_when_they_are_asked_for_and_once(public: Cohort, pr
     assert np.array_equal(again[[2]], some[1:2])
     assert len(calls) == 2
     everything = again[:]
-    assert len(calls) == len(patients.owners)
+    assert len(calls) == len(patients.patient_index)
     assert np.array_equal(everything[[5, 2, 5]], some)
     assert np.array_equal(latents[np.arange(3)], everything[:3])
     whole = Latents(model, patients, tmp_path / "other.zarr")[:]
@@ -464,7 +464,7 @@ def test_latents_asked_for_at_once_or_by_one_that_was_killed_are_whole(
     after: list[bytes] = []
     model = counting(model, after)
     assert np.array_equal(Latents(model, patients, tmp_path / "killed.zarr")[:], expected)
-    assert len(after) == len(patients.owners) - 3
+    assert len(after) == len(patients.patient_index) - 3
 
 
 def test_the_held_out_loss_is_one_number_a_patient_and_the_same_each_time(public: Cohort, profile: Profile) -> None:

@@ -17,10 +17,10 @@ from cardiac_ldm.evaluation import utility as module
 from cardiac_ldm.evaluation.utility import (
     PENALTIES,
     Utility,
-    compare_arms,
+    compare_training_sets,
     labelled_volumes,
     ridge,
-    tabulate_arms,
+    tabulate_training_sets,
     training_patients,
     utility,
 )
@@ -118,7 +118,7 @@ def test_hearts_labelled_at_random_serve_less_and_the_pair_says_so(trained, real
     attributes = train.attributes.copy()
     attributes[:, LVEDV] = np.repeat(np.random.default_rng(0).permutation(attributes[::2, LVEDV]), 2)
     shuffled = reached(replace(train, attributes=attributes), real)
-    rows = compare_arms(trained, shuffled, resamples=200, seed=0)
+    rows = compare_training_sets(trained, shuffled, resamples=200, seed=0)
     for metric, attribute in (("Dice", "LV"), ("R2", "LVEDV")):
         worth, ours, theirs = (value_of(some, metric, attribute) for some in (rows, trained.rows, shuffled.rows))
         assert worth.value == pytest.approx(ours.value - theirs.value)
@@ -176,7 +176,7 @@ def test_volumes_without_labels_teach_all_but_segmentation(monkeypatch, trained,
     assert missing.equals(blank.rows.metric == "Dice")
     assert blank.outcomes.index.equals(trained.outcomes.index)
     for first, second in ((trained, blank), (blank, trained)):  # whichever of the two lacks them
-        assert compare_arms(first, second, resamples=20, seed=0).value.isna().equals(missing)
+        assert compare_training_sets(first, second, resamples=20, seed=0).value.isna().equals(missing)
 
 
 def test_everything_follows_from_the_seed(real):
@@ -240,7 +240,7 @@ def test_arms_are_compared_patient_by_patient():
     rng = np.random.default_rng(0)
     truth, dice = rng.normal(150, 30, 40), rng.uniform(0, 0.9, 40)
     perfect, blind = made_up("a", truth, truth, dice + 0.1), made_up("b", np.full(40, truth.mean()), truth, dice)
-    rows = compare_arms(perfect, blind, resamples=200, seed=0)
+    rows = compare_training_sets(perfect, blind, resamples=200, seed=0)
     assert value_of(rows, "R2", "LVEDV").value == pytest.approx(1)
     assert value_of(rows, "mean absolute error", "LVEDV").value == pytest.approx(-np.abs(truth - truth.mean()).mean())
     better = value_of(rows, "Dice", "LV")
@@ -250,11 +250,14 @@ def test_arms_are_compared_patient_by_patient():
 
 def test_every_arm_stands_alone_and_beyond_each_other_baseline():
     truth = np.arange(10.0)
-    arms = {name: made_up(name, truth + error, truth, 0.5) for name, error in (("a", 0), ("b", 1), ("c", 3))}
-    with_rows = [replace(arm, rows=module._rows([arm.outcomes], 20, 0)) for arm in arms.values()]
-    table = tabulate_arms(with_rows, with_rows[:2], resamples=20, seed=0)
+    training_sets = {name: made_up(name, truth + error, truth, 0.5) for name, error in (("a", 0), ("b", 1), ("c", 3))}
+    with_rows = [
+        replace(training_set, rows=module._rows([training_set.outcomes], 20, 0))
+        for training_set in training_sets.values()
+    ]
+    table = tabulate_training_sets(with_rows, with_rows[:2], resamples=20, seed=0)
     errors = table[table.metric == "mean absolute error"]
-    found = {(row.arm, row.against): row.value for row in errors.itertuples()}
+    found = {(row.training_set, row.against): row.value for row in errors.itertuples()}
     alone = {("a", ""): 0, ("b", ""): 1, ("c", ""): 3}
     assert found == alone | {("a", "b"): -1, ("b", "a"): 1, ("c", "a"): 3, ("c", "b"): 2}
 
@@ -262,7 +265,9 @@ def test_every_arm_stands_alone_and_beyond_each_other_baseline():
 def test_arms_tested_on_others_are_not_compared():
     truth = np.arange(10.0)
     with pytest.raises(ParameterError, match="synthetic: wasn't tested on the patients of real"):
-        compare_arms(made_up("real", truth, truth, 1), made_up("synthetic", truth, truth + 1, 1), resamples=2, seed=0)
+        compare_training_sets(
+            made_up("real", truth, truth, 1), made_up("synthetic", truth, truth + 1, 1), resamples=2, seed=0
+        )
 
 
 def patients(secret=False, labelled=True) -> Any:
@@ -275,7 +280,7 @@ def patients(secret=False, labelled=True) -> Any:
         secret=secret,
         labelled=np.full(2, labelled),
         attributes=volumes.attributes,
-        owners=volumes.patient_index,
+        patient_index=volumes.patient_index,
         images=lambda rows: volumes.images[rows],
         labels=lambda rows: labels[rows],
     )
@@ -314,9 +319,9 @@ def test_training_patients_are_drawn_by_the_seed_from_those_who_are_labelled():
 
 def test_too_little_to_train_or_test_on_is_named(real):
     few, train = hearts(7, name="few"), hearts(8)
-    for arm, test in ((few, real), (train, few)):
+    for training_set, test in ((few, real), (train, few)):
         with pytest.raises(ParameterError, match="few: 7 patients; give at least 8"):
-            reached(arm, test)
+            reached(training_set, test)
     with pytest.raises(ParameterError, match="real: has no labels; test on patients whose labels were given"):
         reached(train, replace(real, labels=None))
     attributes = train.attributes.copy()

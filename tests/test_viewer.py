@@ -134,8 +134,8 @@ def test_only_a_front_end_gets_the_script_that_draws(session, seen_by):
         ]
     )
     manager = AsyncKernelManager(kernel_name="python3", session=session(username=""))
-    asked, shown = NotebookClient(notebook, km=manager, timeout=120).execute().cells
-    assert asked.outputs[0].text.strip() == seen_by
+    requested, shown = NotebookClient(notebook, km=manager, timeout=120).execute().cells
+    assert requested.outputs[0].text.strip() == seen_by
     html = shown.outputs[0].data["text/html"]
     assert (html == "<p>heart</p>") == (session is Session)
 

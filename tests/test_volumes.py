@@ -15,8 +15,8 @@ from cardiac_ldm.errors import ParameterError, PrivacyError
 def some(n_patients: int, name: str = "hearts", seed: int = 0) -> Volumes:
     rng, shape = np.random.default_rng(seed), (2 * n_patients, 13, 96, 96)
     attributes = rng.normal(size=(2 * n_patients, 14)).astype(np.float32)
-    owners, labels = np.repeat(np.arange(n_patients), 2), rng.integers(4, size=shape, dtype=np.uint8)
-    return Volumes(name, rng.random(shape, np.float32), attributes, owners, labels)
+    patient_index, labels = np.repeat(np.arange(n_patients), 2), rng.integers(4, size=shape, dtype=np.uint8)
+    return Volumes(name, rng.random(shape, np.float32), attributes, patient_index, labels)
 
 
 def test_cohorts_add_up_and_nobody_becomes_another() -> None:

@@ -157,12 +157,12 @@ def test_a_real_private_cohort_is_never_trained_on_without_privacy(tmp_path: Pat
     manifest |= {"splits": {"train": names[:8], "validation": names[8:9], "test": names[9:]}}
     manifest |= {"root": str(tmp_path / "files"), "budget": {"epsilon": 20, "delta": 1e-5}}
     path.write_text(yaml.safe_dump(manifest))
-    asked = {"cohort_private": str(path), "profile": str(TINY)}
-    settings = WorkflowSettings.read(asked)
+    requested = {"cohort_private": str(path), "profile": str(TINY)}
+    settings = WorkflowSettings.read(requested)
     assert settings.budgets == ["1", "10"]
     assert "would-spend" in settings.would_spend  # looks at both before one is spent
     with pytest.raises(StudyError, match="inf on hospital would reveal real private patients"):
-        WorkflowSettings.read(asked | {"epsilons": "1,inf"})
+        WorkflowSettings.read(requested | {"epsilons": "1,inf"})
 
 
 @pytest.mark.parametrize("name", [ODD, "plain.yaml", "'.yaml", '".yaml', "-r.yaml", "ä ß.yaml", "a=b,c.yaml"])
@@ -209,9 +209,9 @@ def test_pythons_that_are_named_are_those_for_which_the_pinned_versions_resolve(
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     rows = json.loads((RESULTS / "python_versions.json").read_text())["rows"]
     resolved = [row["python"] for row in rows if row["system"] == "Linux x86-64" and row["resolves"]]
-    asked = SpecifierSet(project["requires-python"])
-    assert all(version in asked for version in resolved)
-    assert not {"3.11.4", "3.15"} & set(asked.filter(["3.11.4", "3.15"]))
+    requested = SpecifierSet(project["requires-python"])
+    assert all(version in requested for version in resolved)
+    assert not {"3.11.4", "3.15"} & set(requested.filter(["3.11.4", "3.15"]))
     named = [classifier.rpartition(" ")[2] for classifier in project["classifiers"] if "Python" in classifier]
     assert named == [".".join(version.split(".")[:2]) for version in resolved]
 
@@ -359,9 +359,9 @@ def test_slurm_runs_the_whole_study(clone: Path, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(scheduler)
     shutil.rmtree(clone / "runs" / "executed", ignore_errors=True)
     patient = ("--jobs", "2", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
-    asked = ("--config", f"profile=runs/{ODD}", "epsilons=1.0, 10,1")
+    requested = ("--config", f"profile=runs/{ODD}", "epsilons=1.0, 10,1")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    workflow = snakemake(clone, "--workflow-profile", "slurm", *patient, *asked, PATH=path)
+    workflow = snakemake(clone, "--workflow-profile", "slurm", *patient, *requested, PATH=path)
     said = output_of(workflow)
     assert workflow.returncode == 0, said + "".join(
         p.read_text() for p in clone.glob(".snakemake/slurm_logs/*/*/*.log")

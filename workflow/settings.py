@@ -89,8 +89,8 @@ class WorkflowSettings:
     def would_spend(self) -> list[str]:
         """The command that looks at all budgets of real patients before one of them is spent; nothing otherwise."""
         named = {name: value for name, value in self.parameters.items() if name not in ("seed", "spend")}
-        asked = named | {"epsilons": ",".join(self.budgets)}
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+        requested = named | {"epsilons": ",".join(self.budgets)}
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in requested.items()]
         return [sys.executable, "-m", "cardiac_ldm.privacy", "would-spend", *options] if self.secret else []
 
     def papermill(self, **budgets: str) -> list[str]:

@@ -69,9 +69,9 @@ class Volumes:
         """
         require_releasable(patients, leak)
         patients = require_labelled(patients, labelled_for) if labelled_for else patients
-        volumes = np.arange(len(patients.owners))
+        volumes = np.arange(len(patients.patient_index))
         labels = patients.labels(volumes) if labelled_for else None
-        return cls(patients.name, patients.images(volumes), patients.attributes, patients.owners, labels)
+        return cls(patients.name, patients.images(volumes), patients.attributes, patients.patient_index, labels)
 
     def __add__(self, other: "Volumes") -> "Volumes":
         """Both together, without labels where either has none; nobody of the one is anybody of the other."""
@@ -88,7 +88,7 @@ class Volumes:
         """Write to one compressed file, images at 8 bits; the name isn't kept."""
         temporary = path.with_suffix(".tmp.npz")
         images = (self.images * 255).round().astype(np.uint8)
-        parts = {"images": images, "attributes": self.attributes, "owners": self.patient_index}
+        parts = {"images": images, "attributes": self.attributes, "patient_index": self.patient_index}
         labels = {} if self.labels is None else {"labels": self.labels}
         np.savez_compressed(temporary, **parts | labels)  # type: ignore[arg-type]
         temporary.replace(path)
@@ -98,4 +98,4 @@ class Volumes:
         """Read what `save` wrote; named after its folder, which is its run's."""
         with np.load(path) as stored:
             images = stored["images"].astype(np.float32) / 255
-            return cls(path.parent.name, images, stored["attributes"], stored["owners"], stored.get("labels"))
+            return cls(path.parent.name, images, stored["attributes"], stored["patient_index"], stored.get("labels"))

@@ -130,11 +130,11 @@ def check(
 
 def _shared(summaries: Mapping[str, Summary]) -> list[tuple[tuple[str, ...], str]]:
     """Patients with the very same image, and its names."""
-    owners: dict[str, dict[str, str]] = defaultdict(dict)
+    patient_index: dict[str, dict[str, str]] = defaultdict(dict)
     for patient, summary in summaries.items():
         for name, digest in summary.files.items():
-            owners[digest][patient] = name
-    return [(tuple(o), " = ".join(o.values())) for o in owners.values() if len(o) > 1]
+            patient_index[digest][patient] = name
+    return [(tuple(o), " = ".join(o.values())) for o in patient_index.values() if len(o) > 1]
 
 
 def _list(title: str, entries: list[tuple[str, str]]) -> None:

@@ -88,11 +88,11 @@ def refuse_twins(built: Path, manifest: Manifest, store: Path) -> None:
     The guarantee is for one person: somebody with two names would have half of it. Pictures are the same if their
     voxels are, however they are stored; and one person's visits are one person's.
     """
-    owners: dict[str, tuple[str, str]] = {}
+    patient_index: dict[str, tuple[str, str]] = {}
     for split in SPLITS:
         for row in read_rows(built, split):
             for what in (row["person"], *row["voxels"]):
-                name, its_split = owners.setdefault(what, (row["id"], split))
+                name, its_split = patient_index.setdefault(what, (row["id"], split))
                 if name != row["id"] and (manifest.secret or its_split != split):
                     names = f": {name} ({its_split}) and {row['id']} ({split}); take one of them out of the cohort"
                     raise CohortError(for_holders_eyes(manifest, store, "one person has two names", names))

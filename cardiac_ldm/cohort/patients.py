@@ -187,7 +187,7 @@ class Patients(Sequence[PatientRecord]):
         return np.cumsum([0, *(len(row.attributes) for row in self._rows)])
 
     @cached_property
-    def owners(self) -> np.ndarray:
+    def patient_index(self) -> np.ndarray:
         """int64 (n_volumes,): index of the patient to whom each volume belongs."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
@@ -202,9 +202,9 @@ class Patients(Sequence[PatientRecord]):
     def _read(self, what: str, volumes: Sequence[int] | np.ndarray) -> np.ndarray:
         volumes = np.asarray(volumes, np.int64)
         read = np.empty(volumes.shape, _VOLUME[what])
-        owners = self.owners[volumes]
-        for index in np.unique(owners):
-            places = np.flatnonzero(owners == index)
+        patient_index = self.patient_index[volumes]
+        for index in np.unique(patient_index):
+            places = np.flatnonzero(patient_index == index)
             row = self._rows[index]
             file = volumes_file(self.path, self.split, row.number)
             if self._draw and not file.exists():

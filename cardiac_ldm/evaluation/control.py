@@ -47,7 +47,7 @@ def read_anatomy(volumes: Volumes, segmenter: Segmenter, classifier: PhaseClassi
     """Measure what volumes show, beside the attributes requested, NaN where nothing was.
 
     Returns:
-        A tidy table with columns owner, attribute, asked, measured in the attribute's unit: for every patient or
+        A tidy table with columns patient, attribute, requested, measured in the attribute's unit: for every patient or
         request one row per attribute that labels tell, NaN where the segmentation lacks the structure, and one ESED
         row per volume, measured as the probability of end-diastole. DEPTH is left out: padding sets it, no heart has
         to be drawn for it.
@@ -68,18 +68,18 @@ def read_anatomy(volumes: Volumes, segmenter: Segmenter, classifier: PhaseClassi
     for owner in np.unique(volumes.patient_index):
         own = np.flatnonzero(volumes.patient_index == owner)
         measured = measure_attributes({"ED" if phases[i] else "ES": segmented[i] for i in own}, GRID.spacing_mm)
-        asked = dict(zip(ATTRIBUTE_NAMES, attributes[own[0]], strict=True))
-        rows += [(owner, name, asked[name], value) for name, value in measured.items() if name != "DEPTH"]
+        requested = dict(zip(ATTRIBUTE_NAMES, attributes[own[0]], strict=True))
+        rows += [(owner, name, requested[name], value) for name, value in measured.items() if name != "DEPTH"]
         rows += [(owner, "ESED", phases[i], predicted[i]) for i in own]
-    return pd.DataFrame(rows, columns=["owner", "attribute", "asked", "measured"])
+    return pd.DataFrame(rows, columns=["patient", "attribute", "requested", "measured"])
 
 
 def phase_accuracy(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int]:
     """Share of volumes whose predicted phase is the one requested: the statistic over patients, and their number."""
-    volumes = table[(table.attribute == "ESED") & table.asked.notna()]
-    right = (volumes.asked == (volumes.measured > 0.5)).groupby(volumes.owner).agg(["sum", "count"])
-    found, asked = right.to_numpy(np.float64).T
-    return lambda patients: float(found[patients].sum() / asked[patients].sum()), len(right)
+    volumes = table[(table.attribute == "ESED") & table.requested.notna()]
+    right = (volumes.requested == (volumes.measured > 0.5)).groupby(volumes.patient).agg(["sum", "count"])
+    found, requested = right.to_numpy(np.float64).T
+    return lambda patients: float(found[patients].sum() / requested[patients].sum()), len(right)
 
 
 def phase_order(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int]:
@@ -87,8 +87,12 @@ def phase_order(table: pd.DataFrame) -> tuple[Callable[[np.ndarray], float], int
 
     A dilated heart at end-systole looks like many another's end-diastole, even in real patients; rarely like its own.
     """
-    volumes = table[(table.attribute == "ESED") & table.asked.notna()]
-    pairs = volumes.pivot_table(index="owner", columns="asked", values="measured").reindex(columns=[0.0, 1.0]).dropna()
+    volumes = table[(table.attribute == "ESED") & table.requested.notna()]
+    pairs = (
+        volumes.pivot_table(index="patient", columns="requested", values="measured")
+        .reindex(columns=[0.0, 1.0])
+        .dropna()
+    )
     right = (pairs[1.0] > pairs[0.0]).to_numpy(np.float64)
     return lambda patients: float(right[patients].mean()), len(right)
 
@@ -101,21 +105,21 @@ def agreement(table: pd.DataFrame, attribute: str) -> tuple[dict[str, Callable[[
     slope where all ask for the same.
     """
     known = table[table.attribute == attribute].dropna()
-    asked, measured = known.asked.to_numpy(np.float64), known.measured.to_numpy(np.float64)
+    requested, measured = known.requested.to_numpy(np.float64), known.measured.to_numpy(np.float64)
 
     def correlation(patients: np.ndarray) -> float:
-        x, y = asked[patients], measured[patients]
+        x, y = requested[patients], measured[patients]
         return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
 
     def slope(patients: np.ndarray) -> float:
-        x, y = asked[patients] - asked[patients].mean(), measured[patients]
+        x, y = requested[patients] - requested[patients].mean(), measured[patients]
         return float(x @ y / (x @ x)) if x.any() else float("nan")
 
     statistics = {
         "correlation": correlation,
         "slope": slope,
-        "bias": lambda patients: float((measured[patients] - asked[patients]).mean()),
-        "mean absolute error": lambda patients: float(np.abs(measured[patients] - asked[patients]).mean()),
+        "bias": lambda patients: float((measured[patients] - requested[patients]).mean()),
+        "mean absolute error": lambda patients: float(np.abs(measured[patients] - requested[patients]).mean()),
     }
     return statistics, len(known)
 
@@ -127,7 +131,7 @@ def segmentation_dice(segmenter: Segmenter, patients: Patients) -> pd.DataFrame:
         CohortError: no patient has labels but predicted ones.
     """
     patients = require_labelled(patients, "the Dice score")
-    volumes = np.arange(len(patients.owners))
+    volumes = np.arange(len(patients.patient_index))
     return volume_dice(segmenter, patients.images(volumes), patients.labels(volumes))
 
 
@@ -152,16 +156,16 @@ def calibration(table: pd.DataFrame, bins: int = 6, *, resamples: int, seed: int
     """
     rows = []
     for attribute in CALIBRATED:
-        known = table[table.attribute == attribute].dropna().sort_values("asked")
+        known = table[table.attribute == attribute].dropna().sort_values("requested")
         for rows_of_bin in np.array_split(np.arange(len(known)), max(1, min(bins, len(known) // MIN_PATIENTS))):
             part = known.iloc[rows_of_bin]
-            about = {"attribute": attribute, "asked": part.asked.mean()}
+            about = {"attribute": attribute, "requested": part.requested.mean()}
             rows.append(about | _interval("measured", part.measured.to_numpy(np.float64), resamples, seed))
     return pd.DataFrame(rows)
 
 
-def base_requests(patients: Patients, n_patients: int) -> tuple[np.ndarray, np.ndarray]:
-    """What at most `n_patients` ask for, at end-diastole and end-systole: attributes (2n, 14), owners int64 (2n,).
+def base_conditions(patients: Patients, n_patients: int) -> tuple[np.ndarray, np.ndarray]:
+    """What at most `n_patients` ask for, at end-diastole and end-systole: attributes (2n, 14), patients int64 (2n,).
 
     They are spread over the split, since cohorts are often sorted by disease.
 
@@ -171,7 +175,7 @@ def base_requests(patients: Patients, n_patients: int) -> tuple[np.ndarray, np.n
     """
     require_releasable(patients, "the attributes of patients, through what is asked for")
     phases = patients.attributes[:, _ESED]
-    both = [rows for rows in rows_of(patients.owners) if {0.0, 1.0} <= set(phases[rows])]
+    both = [rows for rows in rows_of(patients.patient_index) if {0.0, 1.0} <= set(phases[rows])]
     if min(len(both), n_patients) < MIN_PATIENTS:
         raise ParameterError(
             f"{patients.name}: {len(both)} patients ({patients.split}) have both phases, and {n_patients} are wanted; "
@@ -206,7 +210,7 @@ def counterfactuals(attributes: np.ndarray) -> dict[str, np.ndarray]:
     """The requests (n, 14) anew for every attribute in MOVES, moved by one step towards the middle of its range.
 
     So nobody is asked for what no patient has, and SEX becomes the other. Drawn by a call of `synthesise` each, with
-    the same owners in the same order as the requests themselves, they start from the same noise. Attributes that not
+    the same patients in the same order as the requests themselves, they start from the same noise. Attributes that not
     all patients know are left out.
     """
     known = [name for name in MOVES if np.isfinite(attributes[:, ATTRIBUTE_NAMES.index(name)]).all()]
@@ -225,19 +229,19 @@ def steer(patients: Patients, read: Reader, *, resamples: int, seed: int) -> tup
     Raises:
         PrivacyError, ParameterError: as `base_requests`.
     """
-    attributes, owners = base_requests(patients, STEERED)
-    requests = {"nothing": attributes} | counterfactuals(attributes)
-    anatomy = pd.concat([read(some, owners).assign(moved=name) for name, some in requests.items()])
-    return anatomy, response(anatomy, attributes, owners, resamples=resamples, seed=seed)
+    attributes, patient_index = base_conditions(patients, STEERED)
+    conditions = {"nothing": attributes} | counterfactuals(attributes)
+    anatomy = pd.concat([read(some, patient_index).assign(moved=name) for name, some in conditions.items()])
+    return anatomy, response(anatomy, attributes, patient_index, resamples=resamples, seed=seed)
 
 
 def response(
-    table: pd.DataFrame, attributes: np.ndarray, owners: np.ndarray, *, resamples: int, seed: int
+    table: pd.DataFrame, attributes: np.ndarray, patient_index: np.ndarray, *, resamples: int, seed: int
 ) -> pd.DataFrame:
     """How far every attribute moves, in what is drawn, when one of them is moved by one step and the noise stays.
 
-    table: of `read_anatomy`, for the requests, attributes (n, 14) of owners (n,), and their `counterfactuals`, with the
-    column moved: "nothing" or which attribute.
+    table: of `read_anatomy`, for the requests, attributes (n, 14) of patients (n,), and their `counterfactuals`, with
+    the column moved: "nothing" or which attribute.
 
     Returns:
         A row per moved and measured attribute: moved, attribute, asked and change (means over patients, as if all had
@@ -247,19 +251,19 @@ def response(
         patients' can be measured both times.
     """
     read = {
-        name: part.pivot(index="owner", columns="attribute", values=["asked", "measured"])
+        name: part.pivot(index="patient", columns="attribute", values=["requested", "measured"])
         for name, part in table[table.attribute != "ESED"].groupby("moved")
     }
     base, rows = read["nothing"], []
     for name in (n for n in MOVES if n in read):
-        direction = pd.Series(_direction(attributes, name), owners).groupby(level=0).first()
+        direction = pd.Series(_direction(attributes, name), patient_index).groupby(level=0).first()
         change = (read[name] - base).mul(direction, axis="index")
         for attribute in (a for a in ATTRIBUTE_NAMES if a in base["measured"]):
             patients = change.xs(attribute, axis="columns", level="attribute").dropna()
-            about = {"moved": name, "attribute": attribute, "asked": patients.asked.mean()}
+            about = {"moved": name, "attribute": attribute, "requested": patients.requested.mean()}
             rows.append(about | _interval("change", patients.measured.to_numpy(np.float64), resamples, seed))
     found = pd.DataFrame(rows)
-    numbers = found[["asked", "change", "low", "high"]]
+    numbers = found[["requested", "change", "low", "high"]]
     return found.join(numbers.div(found.attribute.map(STEPS), axis="index").add_suffix("_steps"))
 
 
@@ -301,10 +305,10 @@ def reach(
     Raises:
         PrivacyError, ParameterError: as `base_requests` of patients and `public_span` of public ones.
     """
-    attributes, owners = (rows[::2] for rows in base_requests(patients, STEERED))
+    attributes, patient_index = (rows[::2] for rows in base_conditions(patients, STEERED))
     span = public_span(public)
     levels = ladder(*span["LVEDV"])
-    anatomy = pd.concat([read(magnified(attributes, level), owners).assign(level=level) for level in levels])
+    anatomy = pd.concat([read(magnified(attributes, level), patient_index).assign(level=level) for level in levels])
     return anatomy, beyond_range(anatomy, span, resamples=resamples, seed=seed)
 
 
@@ -328,7 +332,7 @@ def beyond_range(
     for attribute in MAGNIFIED:
         for level, own in table[table.attribute == attribute].groupby("level"):
             patients = own.dropna()
-            about = {"attribute": attribute, "level": level, "asked": patients.asked.mean()}
+            about = {"attribute": attribute, "level": level, "requested": patients.requested.mean()}
             rows.append(about | _interval("measured", patients.measured.to_numpy(np.float64), resamples, seed))
     found = pd.DataFrame(rows)
     return found.assign(where=np.select([found.level < smallest, found.level > largest], ["below", "above"], "inside"))

@@ -33,20 +33,22 @@ def similarity_of_pairs(volumes: Volumes, *, partners: int = 4, seed: int) -> np
     Returns:
         float64 (patients, patients), symmetric: a pair's mean MS-SSIM over its phases, NaN where it wasn't drawn.
     """
-    owners, phases = volumes.patient_index, volumes.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
+    patient_index, phases = volumes.patient_index, volumes.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
     rng, pairs = np.random.default_rng(seed), []
     for phase in np.unique(phases):
         ring = rng.permutation(np.flatnonzero(phases == phase))
         for step in range(1, min(partners, (len(ring) - 1) // 2) + 1):
-            pairs += [(i, j) for i, j in zip(ring, np.roll(ring, step), strict=True) if owners[i] != owners[j]]
-    n_patients = int(owners.max()) + 1
+            pairs += [
+                (i, j) for i, j in zip(ring, np.roll(ring, step), strict=True) if patient_index[i] != patient_index[j]
+            ]
+    n_patients = int(patient_index.max()) + 1
     total, count = np.zeros((n_patients, n_patients)), np.zeros((n_patients, n_patients))
     bar = tqdm(range(0, len(pairs), _BATCH), desc="MS-SSIM", unit="batch", leave=False)
     for start in bar:
         first, second = np.array(pairs[start : start + _BATCH]).T
         x, y = (torch.from_numpy(volumes.images[side, SLICES]) for side in (first, second))
         value = compute_ms_ssim(x, y, spatial_dims=2, weights=SCALE_WEIGHTS).flatten().double().numpy()
-        for a, b in ((owners[first], owners[second]), (owners[second], owners[first])):
+        for a, b in ((patient_index[first], patient_index[second]), (patient_index[second], patient_index[first])):
             np.add.at(total, (a, b), value)
             np.add.at(count, (a, b), 1)
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
@@ -111,5 +113,5 @@ def attribute_neighbours(
 
 
 def _hearts(table: pd.DataFrame) -> pd.DataFrame:
-    """What's measured, a row per owner and a column per attribute."""
-    return table[table.attribute != "ESED"].pivot(index="owner", columns="attribute", values="measured")
+    """What's measured, a row a patient and a column per attribute."""
+    return table[table.attribute != "ESED"].pivot(index="patient", columns="attribute", values="measured")

@@ -56,9 +56,9 @@ def paper_fid(first: np.ndarray, second: np.ndarray) -> float:
 
 def frechet_infinity(
     first: np.ndarray,
-    first_owners: np.ndarray,
+    first_index: np.ndarray,
     second: np.ndarray,
-    second_owners: np.ndarray,
+    second_index: np.ndarray,
     *,
     size: int,
     pairs: int,
@@ -84,7 +84,7 @@ def frechet_infinity(
     """
     metric = "Frechet distance extrapolated"
     _require_features(metric, first, second)
-    n_first, n_second = int(first_owners.max()) + 1, None if second is first else int(second_owners.max()) + 1
+    n_first, n_second = int(first_index.max()) + 1, None if second is first else int(second_index.max()) + 1
     _require_patients(metric, size, 2 * max(_PARTS))
     _require_patients(metric, n_first // 2 if n_second is None else min(n_first, n_second), size)
     counts = [size // parts for parts in _PARTS]
@@ -94,7 +94,7 @@ def frechet_infinity(
         """The mean over disjoint parts of n patients."""
         cuts = [slice(start, start + n) for start in range(0, size - n + 1, n)]
         distances = [
-            frechet_distance(first[np.isin(first_owners, some[cut])], second[np.isin(second_owners, others[cut])])
+            frechet_distance(first[np.isin(first_index, some[cut])], second[np.isin(second_index, others[cut])])
             for cut in cuts
         ]
         return float(np.mean(distances))
@@ -117,7 +117,7 @@ class KernelDistance:
     """
 
     def __init__(
-        self, first: np.ndarray, first_owners: np.ndarray, second: np.ndarray, second_owners: np.ndarray
+        self, first: np.ndarray, first_index: np.ndarray, second: np.ndarray, second_index: np.ndarray
     ) -> None:
         """Sum the kernel of features (n, d) and (m, d) by the patients who own them: (n,) and (m,), from 0.
 
@@ -126,9 +126,9 @@ class KernelDistance:
         """
         _require_features("KID", first, second)
         self._blocks = {
-            "11": _block_sums(first, first_owners, first, first_owners),
-            "22": _block_sums(second, second_owners, second, second_owners),
-            "12": _block_sums(first, first_owners, second, second_owners),
+            "11": _block_sums(first, first_index, first, first_index),
+            "22": _block_sums(second, second_index, second, second_index),
+            "12": _block_sums(first, first_index, second, second_index),
         }
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> float:
@@ -171,9 +171,9 @@ class NeighbourMeasures:
     def __init__(
         self,
         synthetic: np.ndarray,
-        synthetic_owners: np.ndarray,
+        synthetic_index: np.ndarray,
         real: np.ndarray,
-        real_owners: np.ndarray,
+        real_index: np.ndarray,
         *,
         k: int = 5,
     ) -> None:
@@ -184,11 +184,11 @@ class NeighbourMeasures:
         """
         _require_features("precision, recall, density and coverage", synthetic, real)
         self._k = k
-        self._synthetic_owners, self._real_owners = synthetic_owners, real_owners
+        self._synthetic_owners, self._real_owners = synthetic_index, real_index
         self._between = _distances(real, synthetic)
-        self._to_synthetic = _to_patients(self._between, synthetic_owners)
-        self._within_synthetic = _to_others(synthetic, synthetic_owners)
-        self._within_real = _to_others(real, real_owners)
+        self._to_synthetic = _to_patients(self._between, synthetic_index)
+        self._within_synthetic = _to_others(synthetic, synthetic_index)
+        self._within_real = _to_others(real, real_index)
 
     def __call__(self, synthetic: np.ndarray, real: np.ndarray) -> Neighbourhood:
         """Give the four between these synthetic patients and these real ones, nobody repeated.
@@ -222,22 +222,22 @@ def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return torch.cdist(a, b).numpy()
 
 
-def _to_patients(distances: np.ndarray, owners: np.ndarray) -> np.ndarray:
+def _to_patients(distances: np.ndarray, patient_index: np.ndarray) -> np.ndarray:
     """From slices to slices (n, m), to the nearest slice of each patient (n, patients)."""
-    return np.stack([distances[:, rows].min(axis=1, initial=np.inf) for rows in rows_of(owners)], axis=1)
+    return np.stack([distances[:, rows].min(axis=1, initial=np.inf) for rows in rows_of(patient_index)], axis=1)
 
 
-def _to_others(features: np.ndarray, owners: np.ndarray) -> np.ndarray:
+def _to_others(features: np.ndarray, patient_index: np.ndarray) -> np.ndarray:
     """From each slice to each patient of its own cohort (n, patients), infinite to the one who owns it."""
-    distances = _to_patients(_distances(features, features), owners)
-    distances[np.arange(len(owners)), owners] = np.inf
+    distances = _to_patients(_distances(features, features), patient_index)
+    distances[np.arange(len(patient_index)), patient_index] = np.inf
     return distances
 
 
-def _rows(owners: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rows(patient_index: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of these patients, and their weights: patients weigh alike, so do the rows of one; they sum to 1."""
-    rows = np.flatnonzero(np.isin(owners, patients))
-    weights = 1 / np.bincount(owners[rows])[owners[rows]]
+    rows = np.flatnonzero(np.isin(patient_index, patients))
+    weights = 1 / np.bincount(patient_index[rows])[patient_index[rows]]
     return rows, weights / weights.sum()
 
 
@@ -271,11 +271,12 @@ def _require_patients(metric: str, found: int, needed: int) -> None:
 
 
 def _block_sums(
-    x: np.ndarray, x_owners: np.ndarray, y: np.ndarray, y_owners: np.ndarray
+    x: np.ndarray, x_index: np.ndarray, y: np.ndarray, y_index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums of the kernel and numbers of pairs, both (patients of x, patients of y)."""
     in_x, in_y = (
-        np.equal.outer(np.arange(owners.max() + 1), owners).astype(np.float64) for owners in (x_owners, y_owners)
+        np.equal.outer(np.arange(patient_index.max() + 1), patient_index).astype(np.float64)
+        for patient_index in (x_index, y_index)
     )
     kernel = (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
     return in_x @ kernel @ in_y.T, np.outer(in_x.sum(axis=1), in_y.sum(axis=1))

@@ -82,9 +82,9 @@ def half_samples(
     return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread, size)
 
 
-def rows_of(owners: np.ndarray) -> Sequence[np.ndarray]:
-    """For every owner 0..n-1, the rows (int64) that are theirs."""
-    return [np.flatnonzero(owners == owner) for owner in range(int(owners.max()) + 1)]
+def rows_of(patient_index: np.ndarray) -> Sequence[np.ndarray]:
+    """For every patient 0..n-1, the rows (int64) that are theirs."""
+    return [np.flatnonzero(patient_index == patient) for patient in range(int(patient_index.max()) + 1)]
 
 
 def records(table: pd.DataFrame, digits: int = 10) -> list[dict[str, Any]]:

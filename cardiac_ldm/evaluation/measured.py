@@ -1,4 +1,4 @@
-"""What the instruments read from a cohort, synthetic or real, once: features, similarity, anatomy and groups."""
+"""What networks read from a cohort, synthetic or real, once: features, similarity, anatomy and groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,28 +21,30 @@ AGES = (50, 65)
 
 @dataclass(frozen=True)
 class Measured:
-    """What the instruments read from one cohort, synthetic or real; intervals are taken from it. Picklable.
+    """What networks read from one cohort, synthetic or real; intervals are taken from it. Picklable.
 
-    features: encoder -> float32 (slices, d); feature_owners: int64 (slices,); similarity: float64 (patients, patients),
-    NaN where not drawn; anatomy: table of owner, attribute, asked, measured; groups: a row a patient, missing where
-    unknown.
+    features: encoder -> float32 (slices, d); feature_patient_index: int64 (slices,); similarity: float64 (patients,
+    patients), NaN where not drawn; anatomy: table of patient, attribute, requested, measured; groups: a row a
+    patient, missing where unknown.
     """
 
     name: str
     n_patients: int
     features: Mapping[str, np.ndarray]
-    feature_owners: np.ndarray
+    feature_patient_index: np.ndarray
     similarity: np.ndarray
     anatomy: pd.DataFrame
     groups: pd.DataFrame
 
 
-def groups_of(attributes: np.ndarray, owners: np.ndarray, diseases: Sequence[str | None] | None = None) -> pd.DataFrame:
-    """Sex, age band and disease of patients or requests 0..m-1 = owners (n,) with attributes (n, 14); None if unknown.
+def groups_of(
+    attributes: np.ndarray, patient_index: np.ndarray, diseases: Sequence[str | None] | None = None
+) -> pd.DataFrame:
+    """Sex, age band and disease of patients or requests 0..m-1 (n,) with attributes (n, 14); None if unknown.
 
     diseases: one a patient.
     """
-    first = np.unique(owners, return_index=True)[1]
+    first = np.unique(patient_index, return_index=True)[1]
     age, sex = (attributes[first, ATTRIBUTE_NAMES.index(name)] for name in ("AGE", "SEX"))
     bands = (f"under {AGES[0]}", f"{AGES[0]} to {AGES[1] - 1}", f"{AGES[1]} and over")
     return pd.DataFrame(
@@ -71,9 +73,9 @@ def measure(
     Raises:
         ParameterError: fewer than 8 requests, one without a volume, or a phase not given.
     """
-    n_patients, owners = volumes.n_patients, volumes.patient_index
-    if n_patients < MIN_PATIENTS or n_patients != owners.max() + 1:
-        last = owners.max() if n_patients else "none"
+    n_patients, patient_index = volumes.n_patients, volumes.patient_index
+    if n_patients < MIN_PATIENTS or n_patients != patient_index.max() + 1:
+        last = patient_index.max() if n_patients else "none"
         raise ParameterError(
             f"{volumes.name}: {n_patients} patients with volumes, numbered to {last}; at least {MIN_PATIENTS}, "
             "from 0 on"
@@ -85,10 +87,10 @@ def measure(
         volumes.name,
         n_patients,
         {encoder: slice_features(volumes.images, network) for encoder, network in encoders.items()},
-        np.repeat(owners, N_SLICES),
+        np.repeat(patient_index, N_SLICES),
         similarity_of_pairs(volumes, seed=seed),
         read_anatomy(volumes, segmenter, classifier),
-        groups_of(volumes.attributes, owners, diseases),
+        groups_of(volumes.attributes, patient_index, diseases),
     )
 
 

@@ -34,19 +34,19 @@ _RESOLUTION = 1e-9
 class Embedded:
     """The volumes of a cohort as points in the spaces where Euclidean distances are taken.
 
-    vectors: name of the space -> (n_volumes, d). owners: int64 (n_volumes,), the patient or request of each volume,
+    vectors: name of the space -> (n_volumes, d). patient_index: int64 (n_volumes,), each volume's patient or request,
     from 0 on, nobody without a volume. groups: a row per patient, a column per grouping ("sex", "disease"), missing
     where unknown; for patients only.
     """
 
     vectors: Mapping[str, np.ndarray]
-    owners: np.ndarray
+    patient_index: np.ndarray
     groups: pd.DataFrame | None = None
 
     @property
     def n_patients(self) -> int:
         """Number of patients or requests."""
-        return int(self.owners.max(initial=-1)) + 1
+        return int(self.patient_index.max(initial=-1)) + 1
 
 
 def embed_real(patients: Patients, autoencoder: Autoencoder) -> Embedded:
@@ -56,8 +56,10 @@ def embed_real(patients: Patients, autoencoder: Autoencoder) -> Embedded:
         PrivacyError: they are private and not simulated.
     """
     require_releasable(patients, "who among private patients resembles a synthetic volume")
-    vectors = _vectors(patients.images, len(patients.owners), autoencoder)
-    return Embedded(vectors, patients.owners, groups_of(patients.attributes, patients.owners, patients.groups))
+    vectors = _vectors(patients.images, len(patients.patient_index), autoencoder)
+    return Embedded(
+        vectors, patients.patient_index, groups_of(patients.attributes, patients.patient_index, patients.groups)
+    )
 
 
 def embed(volumes: Volumes, autoencoder: Autoencoder) -> Embedded:
@@ -83,17 +85,17 @@ def memorised(
 
 
 def patient_distances(
-    first: np.ndarray, first_owners: np.ndarray, second: np.ndarray, second_owners: np.ndarray
+    first: np.ndarray, first_index: np.ndarray, second: np.ndarray, second_index: np.ndarray
 ) -> np.ndarray:
     """Smallest Euclidean distances over the pairs of volumes (n, d) and (m, d): float64 (patients, patients).
 
-    owners: int64 (n,) and (m,), the patient or request of each volume, from 0. A pure function: it guards nobody.
+    patient_index: int64 (n,) and (m,), each volume's patient or request, from 0. A pure function: it guards nobody.
     """
     points = torch.from_numpy(first).double()
     blocks = [torch.cdist(points, some.double()).numpy() for some in torch.from_numpy(second).split(512)]
     distances = np.concatenate(blocks, axis=1)
-    smallest = np.full((int(first_owners.max()) + 1, int(second_owners.max()) + 1), np.inf)
-    np.minimum.at(smallest, (first_owners[:, None], second_owners[None]), distances)
+    smallest = np.full((int(first_index.max()) + 1, int(second_index.max()) + 1), np.inf)
+    np.minimum.at(smallest, (first_index[:, None], second_index[None]), distances)
     return smallest
 
 
@@ -139,7 +141,7 @@ def memorisation(
     for space, points in synthetic.vectors.items():
         distances = np.concatenate(
             [
-                patient_distances(points, synthetic.owners, other.vectors[space], other.owners)
+                patient_distances(points, synthetic.patient_index, other.vectors[space], other.patient_index)
                 for other in (train, held_out)
             ],
             axis=1,
@@ -152,11 +154,14 @@ def memorisation(
             parts = [is_train, *(_exchanged(is_train, codes, rng) for _ in range(permutations))]
             ratios = np.stack([_log_ratios(ranked, part[order]) for part in parts])
             for code, name in enumerate(names):
-                asked = np.flatnonzero(codes[nearest] == code)
-                about = {"space": space, "grouping": grouping, "group": name, "n_requests": len(asked)}
-                votes = (1 - np.sign(ratios[:, asked])) / 2
-                for statistic, values, sign in (("nearer to training", votes, 1), ("log ratio", ratios[:, asked], -1)):
-                    tested = _tested(values, sign, nearest[asked], resamples, seed)
+                requested = np.flatnonzero(codes[nearest] == code)
+                about = {"space": space, "grouping": grouping, "group": name, "n_requests": len(requested)}
+                votes = (1 - np.sign(ratios[:, requested])) / 2
+                for statistic, values, sign in (
+                    ("nearer to training", votes, 1),
+                    ("log ratio", ratios[:, requested], -1),
+                ):
+                    tested = _tested(values, sign, nearest[requested], resamples, seed)
                     rows.append(about | {"statistic": statistic} | tested)
     columns = ["space", "grouping", "group", "statistic", "value", "low", "high", "chance", "p_value"]
     table = pd.DataFrame(rows)[[*columns, "n_requests", "n_patients"]]
@@ -233,19 +238,21 @@ def _tested(values: np.ndarray, sign: int, nearest: np.ndarray, resamples: int, 
 def _suspicious_pairs(distances: np.ndarray, n_train: int, k: int) -> pd.DataFrame:
     ours, others = distances[:, :n_train], distances[:, n_train:]
     ratios = np.exp(ours.min(axis=1) - others.min(axis=1))
-    requests = ratios.argsort(kind="stable")[:k]
-    return pd.DataFrame({"request": requests, "patient": ours.argmin(axis=1)[requests], "ratio": ratios[requests]})
+    conditions = ratios.argsort(kind="stable")[:k]
+    return pd.DataFrame(
+        {"request": conditions, "patient": ours.argmin(axis=1)[conditions], "ratio": ratios[conditions]}
+    )
 
 
 def _check(synthetic: Embedded, train: Embedded, held_out: Embedded) -> None:
     for name, cohort in (("synthetic", synthetic), ("train", train), ("held_out", held_out)):
-        n_patients = len(np.unique(cohort.owners))
+        n_patients = len(np.unique(cohort.patient_index))
         if n_patients < MIN_PATIENTS:
             raise ParameterError(f"{name}: {n_patients} patients with volumes; give at least {MIN_PATIENTS}")
         if n_patients != cohort.n_patients:
             raise ParameterError(
-                f"{name}.owners: {n_patients} patients, numbered {cohort.owners.min()} to {cohort.owners.max()}; "
-                "number them from 0 on, with no gap"
+                f"{name}.patient_index: {n_patients} patients, numbered {cohort.patient_index.min()} to "
+                f"{cohort.patient_index.max()}; number them from 0 on, with no gap"
             )
         if set(cohort.vectors) != set(synthetic.vectors):
             raise ParameterError(
@@ -253,7 +260,7 @@ def _check(synthetic: Embedded, train: Embedded, held_out: Embedded) -> None:
                 "synthetic cohort; embed all alike"
             )
         for space, vectors in cohort.vectors.items():
-            expected = len(cohort.owners), synthetic.vectors[space].shape[1]
+            expected = len(cohort.patient_index), synthetic.vectors[space].shape[1]
             if vectors.shape != expected:
                 raise ParameterError(
                     f"{name}.vectors[{space!r}]: shape {vectors.shape}, expected {expected}: a row for each owner, as "

@@ -81,7 +81,12 @@ def estimate(
         for metric, distance in _distances(cohort, real, size).items()
     }
     if size >= LEAST["FD-EffNet extrapolated"]:
-        features = cohort.features["EffNet"], cohort.feature_owners, real.features["EffNet"], real.feature_owners
+        features = (
+            cohort.features["EffNet"],
+            cohort.feature_patient_index,
+            real.features["EffNet"],
+            real.feature_patient_index,
+        )
         curve, found[Measure("FD-EffNet extrapolated")] = frechet_infinity(*features, size=size, **draw)
         sizes = [curve.assign(**Measure(AT_SIZE)._asdict())]
     if small := [f"{metric} ({least})" for metric, least in LEAST.items() if size < least]:
@@ -162,8 +167,8 @@ def differences(
     Raises:
         ParameterError: they weren't asked for the same.
     """
-    asked = [m.anatomy[["owner", "attribute", "asked"]].reset_index(drop=True) for m in (first, second)]
-    if not asked[0].equals(asked[1]):
+    requested = [m.anatomy[["patient", "attribute", "requested"]].reset_index(drop=True) for m in (first, second)]
+    if not requested[0].equals(requested[1]):
         raise ParameterError(f"{second.name}: wasn't asked for what {first.name} was; compare models on one request")
     known = first.anatomy.measured.notna().to_numpy() & second.anatomy.measured.notna().to_numpy()
     near, far = (_distances(model, real, size) for model in (first, second))
@@ -200,7 +205,7 @@ def _difference(first: Callable[..., float], second: Callable[..., float], *pati
 
 def _distances(first: Measured, real: Measured, size: int) -> dict[str, Distance]:
     """Distances and neighbour measures between `size` patients of either cohort, as far as these are enough."""
-    seen = first.features["EffNet"], first.feature_owners, real.features["EffNet"], real.feature_owners
+    seen = first.features["EffNet"], first.feature_patient_index, real.features["EffNet"], real.feature_patient_index
     found: dict[str, Distance] = {
         "FD-EffNet": _of_features(frechet_distance, first, real, "EffNet"),
         "KID": KernelDistance(*seen),
@@ -217,7 +222,7 @@ def _distances(first: Measured, real: Measured, size: int) -> dict[str, Distance
 
 def _of_features(distance: Distance, first: Measured, second: Measured, encoder: str) -> Distance:
     """A distance between features as one between patients."""
-    ours, theirs = rows_of(first.feature_owners), rows_of(second.feature_owners)
+    ours, theirs = rows_of(first.feature_patient_index), rows_of(second.feature_patient_index)
 
     def between(some: np.ndarray, others: np.ndarray) -> float:
         return distance(
@@ -239,7 +244,7 @@ def _statistics(cohort: Measured, grouped: bool = True) -> dict[Measure, Statist
     }
     tables: list[tuple[dict[str, str], pd.DataFrame]] = [({}, cohort.anatomy)]
     for (grouping, group), members in _groups(cohort).items() if grouped else ():
-        own = cohort.anatomy[cohort.anatomy.owner.isin(members)]
+        own = cohort.anatomy[cohort.anatomy.patient.isin(members)]
         tables.append(({"grouping": grouping, "group": group}, own))
     told = set(cohort.anatomy.attribute) - {"ESED"}
     for about, table in tables:

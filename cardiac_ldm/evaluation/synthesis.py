@@ -24,7 +24,7 @@ def synthesise(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
     attributes: np.ndarray,
-    owners: np.ndarray,
+    patient_index: np.ndarray,
     *,
     steps: int,
     guidance: float,
@@ -40,21 +40,21 @@ def synthesise(
     """
     size, device = GRID.size // autoencoder.reduction, device_of(autoencoder)
     shape = (autoencoder.latent_channels, GRID.n_slices, size, size)
-    noise = torch.stack([_normal([seed, owner], *shape) for owner in owners])
-    asked, volumes, labels = torch.from_numpy(attributes), [], []
-    n_batches = len(range(0, len(asked), batch))
+    noise = torch.stack([_normal([seed, owner], *shape) for owner in patient_index])
+    requested, volumes, labels = torch.from_numpy(attributes), [], []
+    n_batches = len(range(0, len(requested), batch))
     with tqdm(total=n_batches * steps, desc="sample", unit="step") as bar:
-        for rows in torch.arange(len(asked)).split(batch):
-            start, wanted = noise[rows].to(device), asked[rows].to(device)
+        for rows in torch.arange(len(requested)).split(batch):
+            start, wanted = noise[rows].to(device), requested[rows].to(device)
             latents = sampler(denoiser, start, wanted, guidance, steps, bar.update)
             texture = torch.stack(
-                [_normal([seed, owners[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
+                [_normal([seed, patient_index[row], 1 + row], GRID.n_slices, GRID.size, GRID.size) for row in rows]
             )
             drawn, meant = autoencoder.decode_labelled(latents, texture.to(device))
             volumes.append(drawn.cpu().numpy())
             labels += [] if meant is None else [meant.cpu().numpy()]
     images, meant_labels = np.concatenate(volumes), np.concatenate(labels) if labels else None
-    cohort = Volumes("synthetic", images, attributes, owners, meant_labels)
+    cohort = Volumes("synthetic", images, attributes, patient_index, meant_labels)
     slices = np.arange(GRID.n_slices)
     for row, depth in enumerate(attributes[:, ATTRIBUTE_NAMES.index("DEPTH")]):
         if np.isfinite(depth):

@@ -1,6 +1,6 @@
 """What volumes are worth as training data: train on them, test on real patients (Esteban et al., arXiv 1706.02633).
 
-Which volumes those are, an arm of the comparison, is the caller's: synthetic, real, or both together.
+Which volumes those are, a training set of the comparison, is the caller's: synthetic, real, or both together.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def training_patients(patients: Patients, n_patients: int, seed: int) -> Patient
 
 
 def utility(
-    arms: Sequence[Volumes],
+    training_sets: Sequence[Volumes],
     test: Volumes,
     *,
     segmenter: TrainingSettings,
@@ -90,11 +90,11 @@ def utility(
     """
     if test.labels is None:
         raise ParameterError(f"{test.name}: has no labels; test on patients whose labels were given")
-    for cohort in (*arms, test):
+    for cohort in (*training_sets, test):
         _check(cohort)
     phased, filled, seen = _phased(test), _filled(test), _features(test)
     found = []
-    for train in arms:
+    for train in training_sets:
         _check_phases(train)
         dice = pd.DataFrame(np.nan, index=np.unique(test.patient_index), columns=list(STRUCTURES))
         if train.labels is not None:
@@ -111,8 +111,8 @@ def utility(
     return found
 
 
-def compare_arms(first: Utility, second: Utility, *, resamples: int, seed: int) -> pd.DataFrame:
-    """What the first arm reaches beyond the second, on the same resampled test patients: rows as in `Utility.rows`.
+def compare_training_sets(first: Utility, second: Utility, *, resamples: int, seed: int) -> pd.DataFrame:
+    """What one training set reaches beyond another, on the same resampled test patients: rows as in `Utility.rows`.
 
     Raises:
         ParameterError: they weren't tested on the same patients.
@@ -122,8 +122,10 @@ def compare_arms(first: Utility, second: Utility, *, resamples: int, seed: int) 
     return _rows([first.outcomes, second.outcomes], resamples, seed)
 
 
-def tabulate_arms(arms: Sequence[Utility], baselines: Sequence[Utility], *, resamples: int, seed: int) -> pd.DataFrame:
-    """What every arm reaches (`against` is ""), and what it reaches beyond each of the other baselines.
+def tabulate_training_sets(
+    training_sets: Sequence[Utility], baselines: Sequence[Utility], *, resamples: int, seed: int
+) -> pd.DataFrame:
+    """What every training set reaches (`against` is ""), and what it reaches beyond each of the other baselines.
 
     Returns:
         Columns arm, against, and those of `Utility.rows`.
@@ -131,11 +133,11 @@ def tabulate_arms(arms: Sequence[Utility], baselines: Sequence[Utility], *, resa
     Raises:
         ParameterError: as `compare_arms`.
     """
-    parts = [arm.rows.assign(arm=arm.name, against="") for arm in arms]
-    for arm, other in product(arms, baselines):
-        if arm.name != other.name:
-            beyond = compare_arms(arm, other, resamples=resamples, seed=seed)
-            parts.append(beyond.assign(arm=arm.name, against=other.name))
+    parts = [training_set.rows.assign(training_set=training_set.name, against="") for training_set in training_sets]
+    for training_set, other in product(training_sets, baselines):
+        if training_set.name != other.name:
+            beyond = compare_training_sets(training_set, other, resamples=resamples, seed=seed)
+            parts.append(beyond.assign(training_set=training_set.name, against=other.name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -223,19 +225,19 @@ _MEASURES: dict[tuple[str, str | None, str], tuple[list[str], Callable[[np.ndarr
 """Metric, attribute or structure, and unit; the columns of `Utility.outcomes` it takes, and how."""
 
 
-def _rows(arms: list[pd.DataFrame], resamples: int, seed: int) -> pd.DataFrame:
+def _rows(training_sets: list[pd.DataFrame], resamples: int, seed: int) -> pd.DataFrame:
     """Every measure of one arm, or the first's minus the second's; of patients in whom it's known in both."""
     rows = []
     for (metric, attribute, unit), (columns, measure) in _MEASURES.items():
-        paired = pd.concat([arm[columns] for arm in arms], axis=1).dropna()
-        known = np.split(paired.to_numpy(np.float64), len(arms), axis=1)
+        paired = pd.concat([training_set[columns] for training_set in training_sets], axis=1).dropna()
+        known = np.split(paired.to_numpy(np.float64), len(training_sets), axis=1)
         estimate = bootstrap(partial(_beyond, measure, known), len(known[0]), resamples=resamples, seed=seed)
         rows.append({"metric": metric, "attribute": attribute, **asdict(estimate), "unit": unit})
     return pd.DataFrame(rows)
 
 
 def _beyond(measure: Callable[[np.ndarray], float], known: list[np.ndarray], patients: np.ndarray) -> float:
-    first, *others = (measure(arm[patients]) for arm in known)
+    first, *others = (measure(training_set[patients]) for training_set in known)
     return first - sum(others)
 
 

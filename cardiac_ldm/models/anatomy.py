@@ -1,4 +1,4 @@
-"""The instruments that read a heart: a segmenter, which also finds it, and a phase classifier; a laptop trains them."""
+"""The networks that read a heart: a segmenter, which also finds it, and a phase classifier; a laptop trains them."""
 
 from dataclasses import dataclass
 from functools import cache

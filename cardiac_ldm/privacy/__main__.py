@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, field in CompareParameters.model_fields.items():
         if name not in ("spend", "seed"):
             spend.add_argument(f"--{name.replace('_', '-')}", default=field.default)
-    plan = commands.add_parser("plan", help="lots, steps and noise that a budget and some hours allow; costs of tuning")
+    plan = commands.add_parser(
+        "plan", help="batches, steps and noise that a budget and some hours allow; costs of tuning"
+    )
     for name, kind in (("epsilon", float), ("n-patients", int), ("n-parameters", int), ("hours", float)):
         plan.add_argument(f"--{name}", type=kind, required=True)
     plan.add_argument("--seconds-per-patient", type=float, required=True, help="of one private gradient")

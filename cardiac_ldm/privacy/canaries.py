@@ -1,4 +1,4 @@
-"""Canaries: made-up patients in a plan's lots, by whose scores an attacker guesses who was in.
+"""Canaries: made-up patients in a plan's batches, by whose scores an attacker guesses who was in.
 
 Audits with canaries alone touch no patient. Losses and scores of real patients are private: what is computed from them
 has no noise and stays with the holder of the patients.
@@ -19,7 +19,7 @@ EXCESS = 1e3
 """A canary's gradient is this many times as long as the clip, so that a clip that is missing or too large shows."""
 
 UnitLoss = Callable[[int, torch.Generator], Tensor | None]
-LotLoss = Callable[[Sequence[int]], UnitLoss]
+BatchLoss = Callable[[Sequence[int]], UnitLoss]
 
 
 def draw_canaries(
@@ -45,7 +45,7 @@ def with_canaries(
     """A `unit_loss` for `PrivatePlan.gradient` in which the last m of the plan's units are canaries.
 
     A canary that is in has a gradient along its signs, `EXCESS` times as long as the clip. One that was left out
-    contributes nothing, though lots are drawn with it as with everyone: the plan stays what it is.
+    contributes nothing, though batches are drawn with it as with everyone: the plan stays what it is.
 
     Args:
         unit_loss: of the other units; not called for canaries.
@@ -77,7 +77,7 @@ def evidence(gradient: Tensor, signs: np.ndarray, plan: PrivatePlan) -> np.ndarr
 
     The log-likelihood ratio log(1 - q + q exp((x - 1/2) / sigma^2)) of its component x along the canary's direction,
     in clips: summed over steps, no score finds canaries more surely (Neyman and Pearson). With much noise the sum is
-    as good as that of x; at noise multipliers below 1 and small lots it shows twice the epsilon. Without noise, x.
+    as good as that of x; at noise multipliers below 1 and small batches it shows twice the epsilon. Without noise, x.
     """
     clip = plan.clip if math.isfinite(plan.clip) else 1.0
     blocks = gradient[: signs.size].cpu().double().numpy().reshape(signs.shape)
@@ -164,25 +164,30 @@ def ledger_scores(
 
 
 def sensitivity(
-    plan: PrivatePlan, parameters: Sequence[Tensor], lot_loss: LotLoss, lot: Sequence[int], added: int, seed: int = 0
+    plan: PrivatePlan,
+    parameters: Sequence[Tensor],
+    batch_loss: BatchLoss,
+    batch: Sequence[int],
+    added: int,
+    seed: int = 0,
 ) -> float:
-    """How far one more unit moves the sum of a lot's clipped gradients, in clips: what must not exceed 1.
+    """How far one more unit moves the sum of a batch's clipped gradients, in clips: what must not exceed 1.
 
-    |sum over lot and added - sum over lot| / C. Where a unit's loss depends on nobody else, it's the norm of what the
-    added one contributes, which is clipped. Where it does, the others' contributions move too, each by up to 2.
+    |sum over batch and added - sum over batch| / C. Where a unit's loss depends on nobody else, it's the norm of
+    what the added one contributes, which is clipped. Where it does, the others' contributions move too, each by up to 2.
 
     Args:
-        lot_loss: gives the `unit_loss` of a lot; the mechanism's own is the same for every lot.
+        batch_loss: gives the `unit_loss` of a batch; the mechanism's own is the same for every batch.
         seed: of the units' noise draws, the same with and without the added one.
     """
     randomness = Randomness(seed, simulated=True)
 
     def total(units: Sequence[int]) -> Tensor:
-        loss, summed = lot_loss(units), torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        loss, summed = batch_loss(units), torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
         for unit in units:
             found = loss(unit, randomness.draws(0, unit))
             if found is not None:
                 summed += plan.clipped(found, parameters)
         return summed
 
-    return float(torch.linalg.vector_norm(total([*lot, added]) - total(lot))) / plan.clip
+    return float(torch.linalg.vector_norm(total([*batch, added]) - total(batch))) / plan.clip

@@ -38,7 +38,7 @@ class Randomness:
     Args:
         seed: None for the operating system's entropy, fresh at every call and stored nowhere.
         simulated: whether the private patients are simulated.
-        run: which run and stage it is for: two runs of one seed must share no lot and no noise, or they don't compose.
+        run: which run and stage it is for: two runs of one seed share no batch and no noise, or they don't compose.
 
     Raises:
         PrivacyError: a seed is given for real patients: noise that can be reproduced is no noise.
@@ -62,11 +62,11 @@ class Randomness:
         return np.random.Generator(ChaCha(key=int.from_bytes(digest, "big")))
 
     def draws(self, step: int, unit: int) -> torch.Generator:
-        """For one unit's timesteps and diffusion noise, whoever else is in the lot; these need not be secret."""
+        """For one unit's timesteps and diffusion noise, whoever else is in the batch; these need not be secret."""
         return torch.Generator().manual_seed(int(self.generator(step, _FIRST_UNIT + unit).integers(2**63)))
 
 
-_LOT, _NOISE, _FIRST_UNIT = 0, 1, 2
+_BATCH, _NOISE, _FIRST_UNIT = 0, 1, 2
 TOGETHER = ("cuda",)
 """Kinds of device on which several patients' gradients are taken at once, where their loss gives them so."""
 
@@ -161,7 +161,7 @@ class PrivatePlan:
 
     @property
     def sampling_rate(self) -> float:
-        """The probability q with which each joins a lot: expected batch over all places, whatever a lot's size."""
+        """The probability q with which each joins a batch: the expected batch over all places, whatever its size."""
         return self.expected_batch / self.n_patients
 
     def mechanisms(self, stage: str, tuned: str) -> tuple[Mechanism, ...]:
@@ -188,8 +188,8 @@ class PrivatePlan:
         `unit_loss(unit, generator)` is the scalar mean loss over all of one unit's volumes and noise draws, or None for
         a unit without volumes; on a CPU it is called from as many threads as torch uses, one core each, because one
         patient is too little work for several cores. On a GPU, where that is too little too, a loss that has a method
-        `gradients(units, draws)` gives those of several, (n, d) a time. An empty lot gives noise alone. Under
-        torch.distributed the first process draws lot and noise, every process takes its share of the lot, and all get
+        `gradients(units, draws)` gives those of several, (n, d) a time. An empty batch gives noise alone. Under
+        torch.distributed the first process draws batch and noise, every process takes its share of it, and all get
         the same gradient.
 
         Raises:
@@ -199,10 +199,10 @@ class PrivatePlan:
             raise PrivacyError(f"step: {step} is not one of the {self.steps} that the ledger accounts for; no gradient")
         device, several = parameters[0].device, distributed.is_initialized()
         rank, processes = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
-        joins = torch.from_numpy(self.sample_lot(randomness.generator(step, _LOT))).to(device)
+        joins = torch.from_numpy(self.sample_batch(randomness.generator(step, _BATCH))).to(device)
         if several:
             distributed.broadcast(joins, 0)
-        lot = joins.nonzero().flatten().tolist()[rank::processes]
+        batch = joins.nonzero().flatten().tolist()[rank::processes]
         total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
 
         def of(unit: int) -> Tensor | None:
@@ -210,11 +210,11 @@ class PrivatePlan:
             return None if loss is None else self.clipped(loss, parameters)
 
         if device.type in TOGETHER and (at_once := getattr(unit_loss, "gradients", None)):
-            for gradients in at_once(lot, partial(randomness.draws, step)):
+            for gradients in at_once(batch, partial(randomness.draws, step)):
                 total += self.clipped_rows(gradients).sum(dim=0, dtype=torch.float64)
         else:
             with _a_core_each(device) as spread:
-                for gradient in spread(of, lot):
+                for gradient in spread(of, batch):
                     if gradient is not None:
                         total += gradient
         if several:
@@ -228,8 +228,8 @@ class PrivatePlan:
             distributed.broadcast(total, 0)
         return (total / self.expected_batch).float()
 
-    def sample_lot(self, generator: np.random.Generator) -> np.ndarray:
-        """Bool (n_patients,): each joins the lot on their own with probability q; the lot may be empty."""
+    def sample_batch(self, generator: np.random.Generator) -> np.ndarray:
+        """Bool (n_patients,): each joins the batch on their own with probability q; the batch may be empty."""
         return generator.random(self.n_patients) < self.sampling_rate
 
     def clipped(self, loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ def propose(
         and of_run, sqrt(steps) times as much, if the gradient kept its direction.
 
     Raises:
-        ParameterError: the hours don't suffice for 30 steps of the smallest lot (16 patients).
+        ParameterError: the hours don't suffice for 30 steps of the smallest batch (16 patients).
     """
     visits, rows = int(hours * 3600 / seconds_per_patient), []
     for batch in (2**power for power in range(4, 20)):

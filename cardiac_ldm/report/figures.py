@@ -192,7 +192,7 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     return figure.update_yaxes(title="FD-EffNet").update_layout(height=420, margin={"t": 70})
 
 
-def asked_and_measured(points: pd.DataFrame) -> go.Figure:
+def requested_and_measured(points: pd.DataFrame) -> go.Figure:
     """Return one panel per attribute: what was measured against what was asked for, with the identity.
 
     points: columns `attribute`, `asked` and `measured` (in the attribute's unit) and `run` (which model; it colours the
@@ -201,15 +201,17 @@ def asked_and_measured(points: pd.DataFrame) -> go.Figure:
     """
     means = "low" in points
     runs, panels = list(points["run"].unique()), [TITLES[name] for name in points["attribute"].unique()]
-    ends = points.groupby("attribute", sort=False)["asked"].agg(["min", "max"]).melt(ignore_index=False)["value"]
-    identity = pd.DataFrame({"attribute": ends.index, "asked": ends.to_numpy(), "measured": ends.to_numpy(), "run": ""})
+    ends = points.groupby("attribute", sort=False)["requested"].agg(["min", "max"]).melt(ignore_index=False)["value"]
+    identity = pd.DataFrame(
+        {"attribute": ends.index, "requested": ends.to_numpy(), "measured": ends.to_numpy(), "run": ""}
+    )
     table = pd.concat([identity, points], ignore_index=True)
     if means:
         table = table.assign(above=table["high"] - table["measured"], below=table["measured"] - table["low"])
     rows = math.ceil(len(panels) / 3)
     figure = px.line(
         table.assign(panel=table["attribute"].map(TITLES)),
-        x="asked",
+        x="requested",
         y="measured",
         error_y="above" if means else None,
         error_y_minus="below" if means else None,
@@ -222,7 +224,7 @@ def asked_and_measured(points: pd.DataFrame) -> go.Figure:
         facet_row_spacing=0.3 / rows,
         facet_col_spacing=0.08,
         category_orders={"panel": panels},
-        labels={"asked": "asked for"},
+        labels={"requested": "asked for"},
     )
     said = " [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>%{customdata[2]} patients" if means else ""
     figure.update_traces(
@@ -237,11 +239,11 @@ def asked_and_measured(points: pd.DataFrame) -> go.Figure:
 
 
 def beyond_range(table: pd.DataFrame) -> go.Figure:
-    """Return `asked_and_measured` on log axes, beyond all patients too; open points lie outside of what these have.
+    """Return `requested_and_measured` on log axes, beyond all patients too; open points lie outside of what these have.
 
     table: rows of `beyond_range` in `evaluation.control` for one model, with the column `run`.
     """
-    figure = asked_and_measured(table)
+    figure = requested_and_measured(table)
     inside = [part["where"] == "inside" for _, part in table.groupby("attribute", sort=False)]
     models = [trace for trace in figure.data if trace.name]
     for trace, known in zip(models, inside, strict=True):
@@ -269,10 +271,10 @@ def response_matrix(table: pd.DataFrame) -> go.Figure:
     moved, measured = (list(dict.fromkeys(table[column])) for column in ("moved", "attribute"))
     units = {a.name: a.unit for a in ATTRIBUTES}
     cells = table.assign(
-        text=[_said(*steps) for steps in table[["change_steps", "asked_steps"]].to_numpy(dtype=float)],
+        text=[_said(*steps) for steps in table[["change_steps", "requested_steps"]].to_numpy(dtype=float)],
         hover=[
             f"{row.moved} moved by one step, {row.attribute} by {row.change:.3g} [{row.low:.3g}, {row.high:.3g}] "
-            f"{units[str(row.attribute)]} where {row.asked:.3g} was asked; {row.n_patients} patients"
+            f"{units[str(row.attribute)]} where {row.requested:.3g} was asked; {row.n_patients} patients"
             for row in table.itertuples()
         ],
     )
@@ -303,12 +305,12 @@ def response_matrix(table: pd.DataFrame) -> go.Figure:
     return figure.update_layout(height=150 + 44 * len(moved), margin={"l": 130, "t": 130, "b": 20})
 
 
-def _said(change: float, asked: float) -> str:
+def _said(change: float, requested: float) -> str:
     """A cell's text: what happened and, where anything was, what was asked."""
     if not math.isfinite(change):
         return "not<br>read"
-    happened, wanted = (f"{round(steps, 2) + 0:.2f}".replace("-", "−") for steps in (change, asked))
-    return f"{happened}<br>of {wanted}" if abs(asked) >= 0.005 else happened
+    happened, wanted = (f"{round(steps, 2) + 0:.2f}".replace("-", "−") for steps in (change, requested))
+    return f"{happened}<br>of {wanted}" if abs(requested) >= 0.005 else happened
 
 
 def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
@@ -316,12 +318,12 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
 
     rows: columns `arm`, `metric`, `value`, `low`, `high` and `n_patients`. columns: panels in a row.
     """
-    panels, arms = list(rows["metric"].unique()), list(rows["arm"].unique())
+    panels, training_sets = list(rows["metric"].unique()), list(rows["training_set"].unique())
     n_rows = math.ceil(len(panels) / columns)
     figure = px.scatter(
         rows.assign(above=rows["high"] - rows["value"], below=rows["value"] - rows["low"]),
         x="value",
-        y="arm",
+        y="training_set",
         error_x="above",
         error_x_minus="below",
         custom_data=["low", "high", "n_patients"],
@@ -329,11 +331,13 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
         facet_col_wrap=columns,
         facet_row_spacing=(0.2 if columns > 1 else 0.5) / n_rows,
         facet_col_spacing=0.03,
-        category_orders={"metric": panels, "arm": arms},
-        labels={"value": "", "arm": ""},
+        category_orders={"metric": panels, "training_set": training_sets},
+        labels={"value": "", "training_set": ""},
     )
     figure.for_each_trace(
-        lambda trace: trace.update(marker_color=[BLUE if "synthetic" in arm else GREY for arm in trace.y])
+        lambda trace: trace.update(
+            marker_color=[BLUE if "synthetic" in training_set else GREY for training_set in trace.y]
+        )
     )
     figure.update_traces(
         error_x={"color": RULE, "thickness": 1.5, "width": 0},
@@ -342,7 +346,7 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
         "<extra></extra>",
     )
     figure.update_yaxes(automargin=True)
-    return _facets(figure, 90 + n_rows * (60 + 26 * len(arms)), {"l": 10, "b": 40}, shared_y=True)
+    return _facets(figure, 90 + n_rows * (60 + 26 * len(training_sets)), {"l": 10, "b": 40}, shared_y=True)
 
 
 def utility_dots(rows: pd.DataFrame) -> go.Figure:

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from cardiac_ldm.cohort import Volumes
-from cardiac_ldm.report.figures import asked_and_measured, interval_dots
+from cardiac_ldm.report.figures import interval_dots, requested_and_measured
 from cardiac_ldm.report.tables import metrics_table, patients_name
 from cardiac_ldm.report.walls import captions, synthetic_wall
 
@@ -56,7 +56,7 @@ for.</p>
 $control
 <h2>Everything that was measured</h2>
 <p>Distances have a floor, which the $patients reach among themselves at the same numbers. Control has a ceiling, which
-the same instruments reach on their volumes. Intervals are over patients.</p>
+the same networks reach on their volumes. Intervals are over patients.</p>
 $table
 </body>
 </html>
@@ -68,7 +68,7 @@ def write_page(
 ) -> Path:
     """Write `quality.html`, and the `plotly.min.js` that it loads, into a release.
 
-    metrics: of `metrics.json`. anatomy: table of owner, attribute, asked, measured, as `read_anatomy` gives it. cohort:
+    metrics: of `metrics.json`. anatomy: table of patient, attribute, requested, measured, of `read_anatomy`. cohort:
     on which both were measured. statement: of its privacy, in Markdown. Returns the page's path.
     """
     with pd.option_context("display.max_colwidth", None):
@@ -85,7 +85,9 @@ def write_page(
         "distances": _html("distances", _distances(floors, patients_name(metrics)))
         if floors
         else "<p>No distance was measured.</p>",
-        "control": _html("control", asked_and_measured(pairs)) if len(pairs) else "<p>No heart could be measured.</p>",
+        "control": _html("control", requested_and_measured(pairs))
+        if len(pairs)
+        else "<p>No heart could be measured.</p>",
         "table": table,
     }
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
@@ -104,10 +106,10 @@ def _html(name: str, figure: go.Figure) -> str:
 def _distances(rows: Sequence[Mapping[str, Any]], patients: str) -> go.Figure:
     """Return one panel per distance: the synthetic cohort's, and the floor of patients called so."""
     table = pd.DataFrame(
-        {"metric": row["metric"], "arm": arm, "n_patients": row["n_patients"]}
+        {"metric": row["metric"], "training_set": training_set, "n_patients": row["n_patients"]}
         | dict(zip(("value", "low", "high"), (row[side] for side in sides), strict=True))
         for row in rows
-        for arm, sides in (("synthetic", _SIDES[0]), (patients, _SIDES[1]))
+        for training_set, sides in (("synthetic", _SIDES[0]), (patients, _SIDES[1]))
     )
     figure = interval_dots(table.astype(dict.fromkeys(_SIDES[0], float)), columns=1)
     return figure.update_xaxes(rangemode="tozero")

@@ -73,10 +73,10 @@ def attributes_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
     columns = {}
     for name, patients in cohorts.items():
         require_releasable(patients, "means and spreads of the patients' attributes")
-        group = np.array([str(g or "") for g in patients.groups])[patients.owners]
+        group = np.array([str(g or "") for g in patients.groups])[patients.patient_index]
         for label in sorted(set(group)):
             rows = patients.attributes[group == label].astype(np.float64)
-            columns[name, label, f"{len(set(patients.owners[group == label]))} patients"] = [
+            columns[name, label, f"{len(set(patients.patient_index[group == label]))} patients"] = [
                 _moments(column) for column in rows.T
             ]
     return pd.DataFrame(columns, index=pd.Index(TITLES.values(), name="attribute"))
@@ -235,7 +235,7 @@ def source(run: str, metrics: Mapping[str, Any]) -> HTML:
 
 
 def utility_rows(baselines: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """What arms are worth as training data, from the metrics of `useful_baselines` and `useful`: one row a measure.
+    """What training sets are worth, from the metrics of `useful_baselines` and `useful`: one row a measure.
 
     Columns arm, against ("", or the baseline beyond which it's counted, patient by patient), metric, value, low, high,
     n_patients, run. What isn't known is left out: Dice, of models whose decoder gives no labels.
@@ -245,19 +245,19 @@ def utility_rows(baselines: Mapping[str, Any], models: Sequence[Mapping[str, Any
         drawn = f"synthetic ({model_name(float(metrics['epsilon']))})" if "epsilon" in metrics else "synthetic"
         rows = pd.DataFrame(metrics["rows"])
         units = rows["unit"].map(lambda unit: f" ({unit})" if unit else "")
-        arms = rows["arm"].str.replace("synthetic", drawn, regex=False)
-        tables.append(rows.assign(arm=arms, metric=_titles(rows) + units, run=metrics["model"]))
-    columns = ["arm", "against", "metric", "value", "low", "high", "n_patients", "run"]
+        training_sets = rows["training_set"].str.replace("synthetic", drawn, regex=False)
+        tables.append(rows.assign(training_set=training_sets, metric=_titles(rows) + units, run=metrics["model"]))
+    columns = ["training_set", "against", "metric", "value", "low", "high", "n_patients", "run"]
     table = pd.concat([rows[columns] for rows in tables], ignore_index=True)
     return table.astype({"value": float, "low": float, "high": float}).dropna(subset=["value"])
 
 
 def utility_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The arms of `utility_rows` by measure, one string a cell: value [low, high]."""
+    """The training sets of `utility_rows` by measure, one string a cell: value [low, high]."""
     alone = rows[rows["against"] == ""]
     cells = [f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in alone.itertuples()]
-    table = alone.assign(cell=cells).pivot(index="arm", columns="metric", values="cell")
-    table = table.reindex(index=alone["arm"].unique(), columns=alone["metric"].unique())
+    table = alone.assign(cell=cells).pivot(index="training_set", columns="metric", values="cell")
+    table = table.reindex(index=alone["training_set"].unique(), columns=alone["metric"].unique())
     return table.fillna("not known").rename_axis(columns=None)
 
 
@@ -313,7 +313,7 @@ def memorisation_table(found: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     rows: dict[tuple[str, str], dict[str, object]] = {}
     for model, metrics in found.items():
         for row in (row for row in metrics["memorisation"] if row["grouping"] is None):
-            sizes = {"requests": row["n_requests"], "nearest patients": row["n_patients"]}
+            sizes = {"conditions": row["n_requests"], "nearest patients": row["n_patients"]}
             cells = rows.setdefault((model, row["space"]), sizes)
             cells[f"{row['statistic']} [95 %]"] = _cell(row["value"], row["low"], row["high"])
             cells[f"p ({row['statistic']})"] = f"{row['p_value']:.3f}"

@@ -67,7 +67,7 @@ def train_segmenter(
     """
     require_public(patients, "the labels of private patients through the segmenter's weights")
     patients = require_labelled(patients, "training a segmenter")
-    volumes, dice = np.arange(len(patients.owners)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    volumes, dice = np.arange(len(patients.patient_index)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
     device = compute_device()
 
     def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:

@@ -315,7 +315,7 @@ def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random
 
     Of the empty ones, which all look alike, there is one at most.
     """
-    chosen = rng.choice(len(patients.owners), min(volumes, len(patients.owners)), replace=False)
+    chosen = rng.choice(len(patients.patient_index), min(volumes, len(patients.patient_index)), replace=False)
     stack = rearrange(patients.images(chosen), "v d h w -> (v d) 1 h w")
     labels = rearrange(patients.labels(chosen), "v d h w -> (v d) 1 h w")
     filled = stack.any(axis=(1, 2, 3))
@@ -327,7 +327,7 @@ def _random_slices(patients: Patients, volumes: int, slices: int, rng: np.random
 @torch.no_grad()
 def _set_latent_scale(model: Autoencoder, patients: Patients, rng: np.random.Generator) -> None:
     """Standardise latents by the mean and deviation of each channel over 64 public volumes."""
-    chosen = rng.choice(len(patients.owners), min(64, len(patients.owners)), replace=False)
+    chosen = rng.choice(len(patients.patient_index), min(64, len(patients.patient_index)), replace=False)
     latents = model.encode(torch.from_numpy(patients.images(chosen)).to(device_of(model)))
     model.latent_std.copy_(latents.std(dim=(0, 2, 3, 4)))
     model.latent_mean.copy_(latents.mean(dim=(0, 2, 3, 4)))
@@ -338,7 +338,7 @@ def reconstruct(model: Autoencoder, images: np.ndarray, seed: int) -> np.ndarray
     """What is left of float32 volumes (n, 13, 96, 96) after encoding and decoding; `seed` draws their texture.
 
     Slices beyond a patient's stack are all zero in a prepared volume, and stay so, as in synthetic cohorts: otherwise
-    instruments read hearts out of what the decoder makes of padding.
+    the segmenter reads hearts out of what the decoder makes of padding.
     """
     device, generator, drawn = device_of(model), torch.Generator().manual_seed(seed), []
     for batch in tqdm(torch.from_numpy(images).split(8), desc="reconstruct"):

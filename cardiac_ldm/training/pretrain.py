@@ -69,7 +69,7 @@ class Latents:
     def __init__(self, autoencoder: Autoencoder, patients: Patients, path: Path) -> None:
         self._autoencoder, self._patients, self._path = autoencoder, patients, path
         size = GRID.size // autoencoder.reduction
-        self.shape = len(patients.owners), autoencoder.latent_channels, GRID.n_slices, size, size
+        self.shape = len(patients.patient_index), autoencoder.latent_channels, GRID.n_slices, size, size
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not (path / "zarr.json").exists():
@@ -184,4 +184,4 @@ def held_out_loss(model: Denoiser, latents: np.ndarray | Latents, patients: Pati
             noise = torch.randn(batch.shape, generator=generator)
             given = (part.to(device) for part in (batch, attributes[rows], torch.full((len(rows),), step), noise))
             total[rows.numpy()] += model.loss(*given).cpu().numpy() / draws
-    return np.bincount(patients.owners, total) / np.bincount(patients.owners)
+    return np.bincount(patients.patient_index, total) / np.bincount(patients.patient_index)

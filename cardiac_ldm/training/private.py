@@ -66,13 +66,13 @@ def train_privately(
 ) -> None:
     """Run a plan on private patients; leaves the moving average in `tuned`, `privacy.json` and `state.pt` in `folder`.
 
-    Simulated patients' seed gives every run and stage its own lots and noise: what several runs reveal together is
+    Simulated patients' seed gives every run and stage its own batches and noise: what several runs reveal together is
     stated as of independent ones.
 
     The ledger of the whole plan is on disk before the first step. The state is saved every `save_every` seconds, synced
     before it replaces the last one; a killed run goes on from there. The steps after it are taken again: their
     updates were never written, so nobody has seen them. No loss, norm or count is kept or shown; the progress of a run
-    on real patients, whose rate would tell how large lots were, goes to a file.
+    on real patients, whose rate would tell how large batches were, goes to a file.
 
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds the state of another run.

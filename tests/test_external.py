@@ -15,7 +15,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Volumes, load_manifest
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
-from cardiac_ldm.evaluation.foreign import read_folder
+from cardiac_ldm.evaluation.external import read_folder
 from cardiac_ldm.privacy import public_ledger
 from cardiac_ldm.report.card import write_release
 from tests import miniatures as mini
