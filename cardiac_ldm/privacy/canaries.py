@@ -174,7 +174,7 @@ def sensitivity(
     """How far one more unit moves the sum of a batch's clipped gradients, in clips: what must not exceed 1.
 
     |sum over batch and added - sum over batch| / C. Where a unit's loss depends on nobody else, it's the norm of
-    what the added one contributes, which is clipped. Where it does, the others' contributions move too, each by up to 2.
+    what the added one contributes, which is clipped. Where it does, the others' move too, each by up to 2.
 
     Args:
         batch_loss: gives the `unit_loss` of a batch; the mechanism's own is the same for every batch.
