@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from benchmarks import RESULTS, keep
 from cardiac_ldm.trained import ROOT
@@ -63,6 +65,14 @@ def timed(part: str, clone: Path, logs: Path) -> dict[str, object]:
     return {"command": COMMANDS[part], "seconds": round(seconds), "core_seconds": round(cores), "load": round(load, 1)}
 
 
+def sentence(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What README says of these measurements."""
+    cores = {part["cores"] for part in parts.values()}
+    times = [f"`{part['command']}` {part['seconds'] / 60:.1f}" for name, part in parts.items() if name != SET_UP]
+    set_up = parts[SET_UP]["seconds"] / 60
+    return f"On {', '.join(map(str, cores))} cores, in minutes, the set-up's {set_up:.1f} apart: {', '.join(times)}."
+
+
 def main() -> None:
     """Clone, set up, time; keep one entry a part, with the machine that it was measured on."""
     arguments = argparse.ArgumentParser(description=__doc__)
@@ -89,7 +99,9 @@ def main() -> None:
         print(f"{part}: {COMMANDS[part]}", file=sys.stderr, flush=True)
         parts[part] = timed(part, clone, logs) | where
     shutil.rmtree(clone)
-    keep("first_contact", parts={part: parts[part] for part in COMMANDS if part in parts})
+    parts = {part: parts[part] for part in COMMANDS if part in parts}
+    print(sentence(parts), file=sys.stderr)
+    keep("first_contact", parts=parts)
 
 
 if __name__ == "__main__":

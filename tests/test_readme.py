@@ -1,7 +1,9 @@
 """README says what was measured and what is there."""
 
+import json
 import re
 
+from benchmarks import first_contact
 from cardiac_ldm.parameters import EvaluateParameters, FinetuneParameters
 from cardiac_ldm.trained import ROOT
 
@@ -13,6 +15,12 @@ def test_every_parameter_of_the_table_is_one() -> None:
     names = {name for row in rows for name in re.findall(r"\w+", row)}
     assert names
     assert names <= {*EvaluateParameters.model_fields, *FinetuneParameters.model_fields}
+
+
+def test_the_times_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/first_contact.json").read_text())
+    assert set(measured["parts"]) == set(first_contact.COMMANDS)
+    assert first_contact.sentence(measured["parts"]) in README.replace("\n", " ")
 
 
 def test_every_file_that_it_links_is_there() -> None:
