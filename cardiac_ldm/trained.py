@@ -140,6 +140,7 @@ class Trained:
     def described(self, name: str) -> dict[str, object]:
         """What the weights of a public stage depend on, as shipped ones say it."""
         profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
+        stages: dict[str, list[str]] = {"pretrain": ["autoencoder", "pretrained"]}
         settings: dict[str, list[object]] = {
             "anatomy": [profile.anatomy],
             "autoencoder": [profile.autoencoder],
@@ -147,7 +148,9 @@ class Trained:
         }
         train = profile.patients["public"].train
         cohort = {"name": manifest.name, "reader": plain(manifest.reader), "train": train}
-        return {"settings": [plain(part) for part in settings[name]], "cohort": cohort, "seed": self.seed}
+        versions = [getattr(type(self), stage).version for stage in stages.get(name, [name])]
+        described = {"settings": [plain(part) for part in settings[name]], "versions": versions}
+        return described | {"cohort": cohort, "seed": self.seed}
 
     def shipped(self, declared: Stage) -> Run | None:
         """The run of a public stage that came with the library, if it's the one that is asked for."""
