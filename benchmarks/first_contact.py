@@ -46,7 +46,11 @@ def environment(clone: Path) -> dict[str, str]:
 
 
 def timed(part: str, clone: Path, logs: Path) -> dict[str, object]:
-    """Run a part's command, with its output in a file and nothing on standard input; ends here where it fails."""
+    """Run a part's command, with its output in a file and nothing on standard input.
+
+    Raises:
+        RuntimeError: it fails, or changes what is committed.
+    """
     for left in LEFT:
         shutil.rmtree(clone / left, ignore_errors=True)
     log, load = logs / f"{part}.log", os.getloadavg()[0]
@@ -58,9 +62,9 @@ def timed(part: str, clone: Path, logs: Path) -> dict[str, object]:
         )
     seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if finished.returncode:
-        sys.exit(f"{COMMANDS[part]}: ended with {finished.returncode}; {log} and {log}.out say why")
+        raise RuntimeError(f"{COMMANDS[part]}: ended with {finished.returncode}; {log} and {log}.out say why")
     if changed := subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True).stdout:
-        sys.exit(f"{COMMANDS[part]}: changed what is committed:\n{changed}")
+        raise RuntimeError(f"{COMMANDS[part]}: changed what is committed:\n{changed}")
     cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"command": COMMANDS[part], "seconds": round(seconds), "core_seconds": round(cores), "load": round(load, 1)}
 
@@ -95,13 +99,18 @@ def main() -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
     }
+    failed: list[str] = []
     for part in dict.fromkeys([SET_UP, *wanted]):
         print(f"{part}: {COMMANDS[part]}", file=sys.stderr, flush=True)
-        parts[part] = timed(part, clone, logs) | where
+        try:
+            parts[part] = timed(part, clone, logs) | where
+        except RuntimeError as failure:
+            failed.append(str(failure))
+            continue
+        keep("first_contact", parts={part: parts[part] for part in COMMANDS if part in parts})
     shutil.rmtree(clone)
-    parts = {part: parts[part] for part in COMMANDS if part in parts}
-    print(sentence(parts), file=sys.stderr)
-    keep("first_contact", parts=parts)
+    print(*failed, sentence({part: parts[part] for part in COMMANDS if part in parts}), sep="\n", file=sys.stderr)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
