@@ -22,6 +22,8 @@ from cardiac_ldm.trained import Trained
 from cardiac_ldm.training.leaks import scaled_by_batch, sensitivities
 from cardiac_ldm.training.pretrain import pretrain
 
+pytestmark = pytest.mark.slow
+
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "nobody", "public_data": "phantom_public"}
 
 

@@ -31,6 +31,8 @@ from sphinx.errors import ExtensionError
 from cardiac_ldm.errors import StudyError
 from cardiac_ldm.report.viewer import show_synthetic
 
+pytestmark = pytest.mark.slow
+
 BOOK = Path(__file__).parents[1] / "book"
 CHROMIUM = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),

@@ -33,6 +33,8 @@ from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state
 from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune
 from tests.conftest import TINY, store_patients
 
+pytestmark = pytest.mark.slow
+
 PROFILE = Profile.load(str(TINY))
 SEEDED, ENTROPY = Randomness(5, simulated=True), Randomness(None, simulated=True)
 BROAD = PROFILE.denoiser

@@ -42,6 +42,8 @@ from cardiac_ldm.training.private import PrivateSettings, train_privately
 from tests import miniatures
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 Real = Callable[..., Study]
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "hospital (train)", "public_data": "phantom_public"}
 NOBODY = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))

@@ -36,6 +36,8 @@ from cardiac_ldm.parameters import (
 from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = "notebooks/03_dp_finetune.ipynb"
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 

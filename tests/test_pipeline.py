@@ -18,6 +18,8 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -30,6 +30,8 @@ from workflow import clean
 from workflow.publish import publish
 from workflow.settings import WorkflowSettings, budget_name, only_workflow
 
+pytestmark = pytest.mark.slow
+
 ODD = 'it\'s "a" $HOME `id` {b}; & profile.yaml'
 """What a shell, a scheduler and Snakemake's formatting would each take for something else."""
 SLURM = ("sbatch", "srun", "sacct", "squeue", "scancel", "sinfo", "scontrol", "sacctmgr", "sshare")
