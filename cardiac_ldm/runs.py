@@ -133,7 +133,7 @@ class Stage:
 
     def described(self, study: Any, *arguments: Any) -> dict[str, object]:  # noqa: ANN401
         """What the key hashes."""
-        given = [argument for argument in arguments if not isinstance(argument, Run)]
+        given = [float(x) if isinstance(x, int) else x for x in arguments if not isinstance(x, Run)]
         upstream = [need.key for need in arguments if isinstance(need, Run)]
         for name in self.needs:
             need = getattr(study, name)

@@ -189,10 +189,8 @@ class Trained:
         patients, settings = self.private.split("train"), self.profile.finetune
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
-        plan, public_data = (
-            settings.plan(epsilon, settings.delta, patients.places),
-            load_manifest(self.parameters.cohort_public).name,
-        )
+        plan = settings.plan(epsilon, settings.delta, patients.places)
+        public_data = load_manifest(self.parameters.cohort_public).name
         if patients.secret and is_first_process():
             words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
             ledger = plan.ledger(randomness, stage="denoiser", **words, public_data=public_data)
@@ -201,16 +199,7 @@ class Trained:
         if patients.secret:
             _ = latents[:]  # else what had been encoded would tell who was in the batches
         model = self.denoiser(self.pretrained)
-        left = finetune(
-            model,
-            patients,
-            latents,
-            plan,
-            settings,
-            randomness,
-            run.folder,
-            public_data,
-        )
+        left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data)
         if patients.secret and is_first_process():
             Record().finish(left)
         return {"epsilon": plain(epsilon)}

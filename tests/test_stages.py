@@ -212,6 +212,7 @@ def test_a_stage_is_done_once_and_anew_when_what_its_key_hashes_changes(
     assert again.second(1.0).metrics == first.metrics == {"epsilon": 1.0}
     assert (again.done, study.done) == ([], ["first", "second"])
     others = [Counted(tmp_path, of_size(2)).second(1.0), Counted(tmp_path, of_size(1), seed=1).second(1.0)]
+    assert study.second(1).key == first.key
     keys = {run.key for run in (first, study.second(2.0), *others)}
     newer: Callable[[Any], Any] = stage("second", 2, needs=("first",))
     monkeypatch.setattr(Counted, "second", newer(Counted.second.work))
