@@ -319,7 +319,7 @@ def test_a_first_cell_that_is_run_again_ignores_what_later_cells_defined(tmp_pat
         ("evaluation.resamples", 0, "evaluation.resamples"),
         ("evaluation.half_sample_pairs", 1, "evaluation.half_sample_pairs"),
         ("evaluation.inception", "nowhere.pt", "evaluation.inception"),
-        ("utility.few", 11, "few: 11 of an arm's 10 patients"),
+        ("utility.few", 11, "few: 11 of a training set's 10 patients"),
         ("utility.few", 7, "utility.few: 7"),
         ("patients.public.train", 0, "patients.public.train: 0"),
         ("anatomy.segmenter.batch", 0, "anatomy.segmenter.batch: 0"),
