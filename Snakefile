@@ -1,8 +1,7 @@
 # The study as a workflow: every chapter is a notebook, run by papermill; then the book of the run is built in runs/book.
 # snakemake --cores 2 --config profile=demo epsilons=1,10
 # On a cluster: snakemake --workflow-profile slurm (or kubernetes), see profiles/.
-import shlex
-import sys
+import shlex, sys
 
 from cardiac_ldm.errors import StudyError
 from workflow.settings import WorkflowSettings, forget_killed, only_workflow, runs_folder
@@ -34,36 +33,28 @@ CHAPTERS = {
     "gallery": (["evaluate"], "07_gallery", "epsilons", HALF, 1, 32, 4),
 }
 
-
 def executed(rule_name):
     """The executed notebooks of a rule: one, or one for each budget."""
     notebook, takes = CHAPTERS[rule_name][1:3]
     each = [f"-eps{epsilon}" for epsilon in STUDY.budgets] if takes == "epsilon" else [""]
     return [f"{EXECUTED}/{notebook}{end}.ipynb" for end in each]
 
-
 def given(takes):
     """What gives papermill the parameters of a rule's notebook; `:q` quotes each."""
     budgets = {"epsilons": ",".join(["0", *STUDY.budgets])} if takes == "epsilons" else {}
     return lambda wildcards: STUDY.papermill(**budgets, **dict(wildcards.items()))
 
-
-wildcard_constraints:
-    epsilon=r"[\w.+-]+",
-
+wildcard_constraints: epsilon=r"[\w.+-]+",
 
 rule book:
     localrule: True
     input: [path for name in CHAPTERS for path in executed(name)],
     output: f"{RUNS}/book/_build/html/index.html",
     params: python=sys.executable, build=f"{ROOT}/book/build.py", executed=EXECUTED, into=f"{RUNS}/book",
-    shell:
-        "rm -rf {params.into:q}; exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
-
+    shell: "rm -rf {params.into:q}; exec {params.python:q} {params.build:q} {params.executed:q} {params.into:q}"
 
 for name, (after, notebook, takes, threads_, gpus, gigabytes, hours) in CHAPTERS.items():
     stem = notebook + ("-eps{epsilon}" if takes == "epsilon" else "")
-
     rule:
         name: name
         input: f"{ROOT}/notebooks/{notebook}.ipynb", [path for other in after for path in executed(other)],
