@@ -421,6 +421,7 @@ def random_settings(rng: np.random.Generator) -> tuple[dict[str, Any], float]:
     return {"epsilon": epsilon, "delta": delta, "n_patients": n, "expected_batch": batch, "steps": steps}, noise
 
 
+@pytest.mark.slow
 def test_the_stated_epsilon_of_200_random_plans_is_dp_accountings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cardiac_ldm.privacy.accounting.epsilon_rdp", lambda terms, delta: math.inf)  # not asked here
     rng, ratios = np.random.default_rng(2024), []
