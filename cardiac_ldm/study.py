@@ -78,7 +78,7 @@ class Study(Trained):
         return self.draw(self.denoiser(model), attributes, patient_index)
 
     def draw(self, denoiser: Denoiser, attributes: np.ndarray, patient_index: np.ndarray) -> Volumes:
-        """Volumes for attributes (n, 14), asked by patient_index (n,)."""
+        """Volumes for attributes (n, 14) of patients (n,)."""
         settings = self.profile.sampling.model_dump()
         return synthesise(self.load_autoencoder(), denoiser, attributes, patient_index, **settings, seed=self.seed)
 

@@ -1,6 +1,6 @@
 """Two violations of latent diffusion systems that let one patient change what all others contribute: for showing that.
 
-No stage that trains uses them. Each gives the `lot_loss` that `privacy.canaries.sensitivity` takes.
+No stage that trains uses them. Each gives the `batch_loss` that `privacy.canaries.sensitivity` takes.
 """
 
 from collections.abc import Sequence
