@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.models.anatomy import HeartFinder
 from cardiac_ldm.models.autoencoder import Autoencoder
@@ -22,6 +24,7 @@ from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import Latents, pretrain
+from cardiac_ldm.training.subspace import Directions, public_directions
 
 ROOT = Path(__file__).resolve().parents[1]
 Metrics = Mapping[str, Any]
@@ -161,6 +164,21 @@ class Trained:
 
     # --- Private models ---
 
+    @property
+    def start(self) -> Run:
+        """Where private training starts: the public model, or the public directions along which it goes on."""
+        return self.directions if self.profile.finetune.subspace else self.pretrained
+
+    @stage("subspace", 1, settings=("finetune.subspace",), needs=("pretrained",), title="public directions")
+    def directions(self, run: Run) -> Metrics:
+        """The directions along which private training moves the public model, from public patients' gradients."""
+        settings = self.profile.finetune.along
+        patients = self.public.split("train")[: settings.patients]
+        latents = self.latents(self.public.split("train"), self.public)[: patients.offsets[-1]]
+        found, variance = public_directions(self.denoiser(self.pretrained), patients, latents, settings)
+        run.leave(weights=found)
+        return {"variance": variance.tolist()}
+
     def finetuned(self, epsilon: float) -> Run:
         """The denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
 
@@ -183,7 +201,7 @@ class Trained:
             Record().vouch(run.ledger)
         return run
 
-    @stage("finetune", 3, settings=("finetune",), needs=("pretrained", "private"), title="fine-tuning", together=True)
+    @stage("finetune", 3, settings=("finetune",), needs=("start", "private"), title="fine-tuning", together=True)
     def trained_privately(self, run: Run, epsilon: float) -> Metrics:
         """A private training, on simulated or on real patients."""
         patients, settings = self.private.split("train"), self.profile.finetune
@@ -199,7 +217,8 @@ class Trained:
         if patients.secret:
             _ = latents[:]  # else what had been encoded would tell who was in the batches
         model = self.denoiser(self.pretrained)
-        left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data)
+        along = self._load_directions(model) if settings.subspace else None
+        left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data, along)
         if patients.secret and is_first_process():
             Record().finish(left)
         return {"epsilon": plain(epsilon)}
@@ -240,6 +259,11 @@ class Trained:
         """The denoiser of a run, which must have its ledger, and be what that was written for."""
         _ = run.ledger
         return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
+
+    def _load_directions(self, model: Denoiser) -> Tensor:
+        weights = sum(weight.numel() for weight in model.parameters())
+        k = self.profile.finetune.along.dimensions
+        return self.directions.load(Directions(k, weights)).directions
 
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""

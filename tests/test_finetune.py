@@ -87,7 +87,7 @@ def run(
     model, plan = network.build(1), plan or plan_of(settings, len(patients))
     torch.seed()  # nothing below may draw from the global generator
     given = (patients, latents_of(patients), plan, settings, randomness, folder, "public")
-    return model, finetune(model, *given, save_every)
+    return model, finetune(model, *given, save_every=save_every)
 
 
 @pytest.fixture(scope="module")

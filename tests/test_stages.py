@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ class _Plain(ast.NodeTransformer):
         return node
 
 
+@cache
 def tree(thing: Any) -> ast.AST:
     return _Plain().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
 

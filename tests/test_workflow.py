@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -23,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from benchmarks import RESULTS
 from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER
 from cardiac_ldm.errors import ParameterError, StudyError
-from cardiac_ldm.privacy import PrivatePlan, Randomness
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
 from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 from workflow import clean
@@ -351,37 +352,113 @@ def test_a_killed_workflow_is_started_again_by_the_same_command(clone: Path, tmp
     assert is_clean(clone)
 
 
-def test_slurm_runs_the_whole_study(clone: Path, tmp_path: Path) -> None:
-    """The real executor and the real notebooks, on a scheduler that starts every job on this machine."""
-    (tmp_path / "jobs").mkdir()
-    scheduler = tmp_path / "scheduler.py"
+@dataclass
+class Studied:
+    """A study that slurm ran: the clone, and each job's call of `sbatch`."""
+
+    clone: Path
+    calls: list[list[str]]
+
+    @property
+    def runs(self) -> Path:
+        """What its stages left."""
+        return self.clone / "runs"
+
+    def chapter(self, name: str) -> nbformat.NotebookNode:
+        """An executed notebook."""
+        return nbformat.read(next(self.runs.glob(f"executed/*/{name}.ipynb")), 4)
+
+
+@pytest.fixture(scope="module")
+def studied(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+    """The whole study, by the real executor and the real notebooks, on a scheduler that starts jobs on this machine."""
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "jobs").mkdir()
+    scheduler = folder / "scheduler.py"
     scheduler.write_text(SCHEDULER.format(python=sys.executable))
     scheduler.chmod(0o755)
     for name in SLURM:
-        (tmp_path / name).symlink_to(scheduler)
+        (folder / name).symlink_to(scheduler)
     shutil.rmtree(clone / "runs" / "executed", ignore_errors=True)
     patient = ("--jobs", "2", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
     requested = ("--config", f"profile=runs/{ODD}", "epsilons=1.0, 10,1")
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     workflow = snakemake(clone, "--workflow-profile", "slurm", *patient, *requested, PATH=path)
     said = output_of(workflow)
     assert workflow.returncode == 0, said + "".join(
         p.read_text() for p in clone.glob(".snakemake/slurm_logs/*/*/*.log")
     )
-    calls = [shlex.split((job / "call").read_text()) for job in (tmp_path / "jobs").iterdir()]
+    return Studied(clone, [shlex.split((job / "call").read_text()) for job in (folder / "jobs").iterdir()])
+
+
+def test_slurm_runs_the_whole_study(studied: Studied) -> None:
+    calls = studied.calls
     assert len(calls) == 10  # chapters; the book is built where the workflow runs
     assert sum("--gpus=1" in call for call in calls) == 9
     assert {call[call.index("-t") + 1] for call in calls} == {"240", "1440", "2880"}
-    executed = sorted(path.name for path in clone.glob("runs/executed/*/*.ipynb"))
+    executed = sorted(path.name for path in studied.runs.glob("executed/*/*.ipynb"))
     assert [name for name in executed if "eps" in name] == [f"03_dp_finetune-eps{e}.ipynb" for e in ("1", "10", "inf")]
-    injected = nbformat.read(next(clone.glob("runs/executed/*/06_tradeoff.ipynb")), 4)
-    (cell,) = [cell for cell in injected.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    cells = studied.chapter("06_tradeoff").cells
+    (cell,) = [cell for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     values: dict[str, Any] = {}
     exec(cell.source, values)
     assert values["profile"] == f"runs/{ODD}"
     assert values["epsilons"] == "0,1,10,inf"
-    assert (clone / "runs" / "book" / "_build" / "html" / "index.html").read_text() == "the book"
-    assert is_clean(clone)
+    assert (studied.runs / "book" / "_build" / "html" / "index.html").read_text() == "the book"
+    assert is_clean(studied.clone)
+
+
+def test_every_chapter_runs_without_an_error(studied: Studied) -> None:
+    for path in studied.runs.glob("executed/*/*.ipynb"):
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        assert outputs
+        assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], path.name
+
+
+def test_the_audit_attacks_a_model_that_overfits(studied: Studied) -> None:
+    (control,) = studied.runs.glob("overfit-*")
+    assert Ledger.load(control / "privacy.json").guarantee == "public data only"
+    attack, copies = (json.loads((control / "metrics.json").read_text())[k] for k in ("membership", "memorisation"))
+    assert len({row["attack"] for row in attack}) == 2
+    assert len({row["space"] for row in copies}) == 3
+
+
+def test_what_is_shared_is_of_private_models_alone_and_proves_itself(studied: Studied) -> None:
+    folders = sorted((studied.runs / "release").iterdir())
+    assert len(folders) == 2  # neither the public model's nor the one's without a guarantee
+    for folder in folders:
+        statement = (folder / "STATEMENT.md").read_text()
+        assert "differential privacy per patient" in statement
+        assert len(list(folder.glob("*_E?.nii.gz"))) == len(list(folder.glob("*_seg.nii.gz"))) == 16
+        assert Ledger.load(folder / "privacy.json").guarantee == "patient-level DP"
+        assert "differential privacy per patient" in (folder / "quality.html").read_text()
+        assert json.loads((folder / "metrics.json").read_text())["model"] == folder.name
+        assert len(list(folder.iterdir())) == 2 * 16 + 6
+
+
+def test_every_metric_has_an_interval_and_a_cohort_of_files_gives_the_same(studied: Studied) -> None:
+    release = min((studied.runs / "release").iterdir())  # as if somebody else had made it
+    given = ["-p", "profile", f"runs/{ODD}", "-p", "epsilons", "0, 1, 10, inf", "-p", "folder", str(release)]
+    papermill = [str(Path(sys.executable).with_name("papermill")), "notebooks/04_evaluate.ipynb", *given]
+    finished = subprocess.run(
+        papermill,
+        cwd=studied.clone,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment(studied.clone),
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    metrics = [json.loads(path.read_text()) for path in studied.runs.glob("evaluate-*/metrics.json")]
+    (external,) = [m["rows"] for m in metrics if m["model"].startswith("folder-")]
+    (rows,) = [m["rows"] for m in metrics if m["model"] == release.name]
+    assert external[0]["metric"] == rows[0]["metric"] == "FD-EffNet"
+    assert external[0]["value"] == pytest.approx(rows[0]["value"], rel=1e-3)
+    assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation"} <= {row["metric"] for row in rows}
+    for row in rows:
+        assert row["n_patients"] > 0 or row["value"] is None
+        if row["value"] is not None and row["low"] is not None:
+            assert row["low"] <= row["high"]
 
 
 # ---- a chapter ----

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,9 +67,18 @@ class Randomness:
         return torch.Generator().manual_seed(int(self.generator(step, _FIRST_UNIT + unit).integers(2**63)))
 
 
+UnitLoss = Callable[[int, torch.Generator], Tensor | None]
 _BATCH, _NOISE, _FIRST_UNIT = 0, 1, 2
 TOGETHER = ("cuda",)
 """Kinds of device on which several patients' gradients are taken at once, where their loss gives them so."""
+
+
+class UnitGradients(Protocol):
+    """What gives several units' gradients at once."""
+
+    def gradients(self, units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
+        """Unclipped gradients, float32 (n, d) of some units at a time; of an empty place, none."""
+        ...
 
 
 def gaussian(n: int, deviation: float, generator: np.random.Generator) -> np.ndarray:
@@ -85,7 +95,7 @@ def gaussian(n: int, deviation: float, generator: np.random.Generator) -> np.nda
 
 
 @contextmanager
-def _a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Tensor | None]]]:
+def a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Any]]]:
     """A `map` whose calls run side by side, each on one core of a CPU; results come in the order of the arguments."""
     threads = torch.get_num_threads()
     if device.type != "cpu":
@@ -180,7 +190,7 @@ class PrivatePlan:
         self,
         step: int,
         parameters: Sequence[Tensor],
-        unit_loss: Callable[[int, torch.Generator], Tensor | None],
+        unit_loss: UnitLoss | UnitGradients,
         randomness: Randomness,
     ) -> Tensor:
         """The private gradient of one step: float32 (d,), the parameters' gradients end to end.
@@ -188,7 +198,8 @@ class PrivatePlan:
         `unit_loss(unit, generator)` is the scalar mean loss over all of one unit's volumes and noise draws, or None for
         a unit without volumes; on a CPU it is called from as many threads as torch uses, one core each, because one
         patient is too little work for several cores. On a GPU, where that is too little too, a loss that has a method
-        `gradients(units, draws)` gives those of several, (n, d) a time. An empty batch gives noise alone. Under
+        `gradients(units, draws)` gives those of several, (n, d) a time, and one that has nothing else does everywhere.
+        An empty batch gives noise alone. Under
         torch.distributed the first process draws batch and noise, every process takes its share of it, and all get
         the same gradient.
 
@@ -205,16 +216,17 @@ class PrivatePlan:
         batch = joins.nonzero().flatten().tolist()[rank::processes]
         total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=device)
 
-        def of(unit: int) -> Tensor | None:
-            loss = unit_loss(unit, randomness.draws(step, unit))
+        def of(loss_of: UnitLoss, unit: int) -> Tensor | None:
+            loss = loss_of(unit, randomness.draws(step, unit))
             return None if loss is None else self.clipped(loss, parameters)
 
-        if device.type in TOGETHER and (at_once := getattr(unit_loss, "gradients", None)):
+        at_once = getattr(unit_loss, "gradients", None)
+        if at_once and (device.type in TOGETHER or not callable(unit_loss)):
             for gradients in at_once(batch, partial(randomness.draws, step)):
                 total += self.clipped_rows(gradients).sum(dim=0, dtype=torch.float64)
-        else:
-            with _a_core_each(device) as spread:
-                for gradient in spread(of, batch):
+        elif callable(unit_loss):
+            with a_core_each(device) as spread:
+                for gradient in spread(partial(of, unit_loss), batch):
                     if gradient is not None:
                         total += gradient
         if several:

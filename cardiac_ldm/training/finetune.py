@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 import torch
 from einops import repeat
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -19,10 +20,11 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.device import compute_device, device_of, is_first_process
 from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
-from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness
+from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, train_privately
+from cardiac_ldm.training.subspace import MOMENTUM, SubspaceLoss, SubspaceSettings
 
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
@@ -45,13 +47,28 @@ class FinetuneSettings(PrivateSettings):
     """The private recipe.
 
     timesteps: training timesteps are drawn uniformly from [low, high) bands chosen by weight (Ghalebikesabi et al.,
-    arXiv 2302.13861). tuned: what of the denoiser learns, see `Denoiser.tunable`.
+    arXiv 2302.13861). tuned: what of the denoiser learns, see `Denoiser.tunable`; "subspace", all of it, along the
+    directions that `subspace` says.
     """
 
     delta: float = Field(gt=0, lt=1)
     attribute_dropout: float = Field(ge=0, le=1)
     timesteps: Annotated[tuple[Band, ...], AfterValidator(_some)]
-    tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*)$")
+    tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*|subspace)$")
+    subspace: SubspaceSettings | None = Field(None, exclude_if=lambda subspace: subspace is None)
+
+    @model_validator(mode="after")
+    def _directions_where_needed(self) -> Self:
+        if (self.tuned == "subspace") != (self.subspace is not None):
+            raise ValueError("subspace: goes with tuned: subspace, and that with it; give both or neither")
+        return self
+
+    @property
+    def along(self) -> SubspaceSettings:
+        """The directions, where a subspace is tuned."""
+        if self.subspace is None:
+            raise ParameterError(f"finetune.tuned: {self.tuned} has no directions; give subspace, and its settings")
+        return self.subspace
 
     def check(self, epsilon: float, cohort: str, n_patients: int, secret: bool) -> None:
         """Find, before anything is trained, what would stop the private stage of a budget.
@@ -77,6 +94,7 @@ def finetune(
     randomness: Randomness,
     folder: Path,
     public_data: str,
+    directions: Tensor | None = None,
     save_every: float = 30.0,
 ) -> Ledger:
     """Run a plan on private patients; leaves `weights.safetensors` and `privacy.json` in `folder`.
@@ -88,6 +106,7 @@ def finetune(
         model: the pre-trained denoiser; changed in place.
         latents: (n_volumes, c, d, h, w) of the patients' volumes.
         public_data: what the pre-training used, for the ledger.
+        directions: (k, d) along which all d weights learn, where a subspace is tuned.
 
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds another run.
@@ -107,7 +126,13 @@ def finetune(
         _tidy(folder)
         return ledger
     tuned, unit_loss = denoising(model, patients, latents, plan, settings)
-    train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    if directions is None:
+        train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
+    else:
+        along = SubspaceLoss(model, directions, unit_loss.gradients)
+        given = plan, settings, randomness, ledger, patients, folder, save_every
+        train_privately({"z": along.z}, along, *given, optimiser=partial(torch.optim.SGD, momentum=MOMENTUM))
+        along.move()
     merge_lora(model.cpu())
     if is_first_process():  # a ledger is never behind the weights, and what was needed to resume goes last
         save_weights(model.eval(), unbound)
@@ -132,7 +157,7 @@ def denoising(
     settings: FinetuneSettings,
 ) -> tuple[dict[str, nn.Parameter], "PatientLoss"]:
     """What of a denoiser learns, by name, and each patient's loss."""
-    tuned, device = model.tunable(settings.tuned), compute_device()
+    tuned, device = model.tunable("all" if settings.subspace else settings.tuned), compute_device()
     # places that nobody fills are empty
     offsets = np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
     given = latents, torch.from_numpy(patients.attributes), offsets
@@ -154,7 +179,7 @@ class PatientLoss:
     offsets: np.ndarray
     draws: int
     settings: FinetuneSettings
-    at_once: int = 64
+    at_once: int = 16
 
     def __call__(self, unit: int, generator: torch.Generator) -> Tensor | None:
         """The loss of a patient; None of an empty place."""
@@ -192,6 +217,10 @@ class PatientLoss:
                 left = left[self.at_once :]
 
     def _gradients(self, patients: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        device = device_of(self.model)
+        if device.type not in dpsgd.TOGETHER:
+            with dpsgd.a_core_each(device) as spread:
+                return torch.stack(list(spread(self._gradient, patients)))
         # who has fewer rows than another repeats some, which then count nothing
         row = torch.arange(max(len(latents) for latents, *_ in patients))
         shares = torch.stack([(row < len(latents)) / len(latents) for latents, *_ in patients])
@@ -205,6 +234,11 @@ class PatientLoss:
         weights = {f"model.{name}": parameter.detach() for name, parameter in self.tuned.items()}
         each = vmap(grad(loss), in_dims=(None, *(0 for _ in (shares, *rows))))(weights, shares, *rows)
         return torch.cat([part.flatten(1) for part in each.values()], dim=1).float()
+
+    def _gradient(self, rows: tuple[Tensor, ...]) -> Tensor:
+        loss = self.losses(self.model.loss, *rows).mean()
+        parts = torch.autograd.grad(loss, list(self.tuned.values()), allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts]).float()
 
 
 class _Loss(nn.Module):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import require_reachable
+from cardiac_ldm.privacy.dpsgd import UnitGradients, UnitLoss
 from cardiac_ldm.progress import tqdm
 from cardiac_ldm.settings import Precision, Settings
 from cardiac_ldm.training.checkpoint import load_state, save_state, update_average
@@ -55,7 +56,7 @@ class PrivateSettings(Settings):
 
 def train_privately(
     tuned: Mapping[str, nn.Parameter],
-    unit_loss: Callable[[int, torch.Generator], Tensor | None],
+    unit_loss: UnitLoss | UnitGradients,
     plan: PrivatePlan,
     settings: PrivateSettings,
     randomness: Randomness,
@@ -63,6 +64,7 @@ def train_privately(
     patients: Patients,
     folder: Path,
     save_every: float = 30.0,
+    optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> None:
     """Run a plan on private patients; leaves the moving average in `tuned`, `privacy.json` and `state.pt` in `folder`.
 
@@ -83,7 +85,7 @@ def train_privately(
     randomness = Randomness(randomness.seed, simulated=randomness.simulated, run=own)
     parameters = list(tuned.values())
     average = {name: p.detach().clone() for name, p in tuned.items()}
-    optimiser = torch.optim.Adam(parameters, settings.learning_rate)
+    moves = optimiser(parameters, settings.learning_rate)
     cohort = hashlib.sha256(repr(patients.people).encode()).hexdigest() if patients.secret else patients.path.name
     run = {"ledger": ledger.model_dump_json(), "settings": settings.model_dump_json(), "cohort": cohort}
     state, done = folder / "state.pt", 0
@@ -96,7 +98,7 @@ def train_privately(
             for name, parameter in tuned.items():
                 parameter.copy_(saved["tuned"][name])
                 average[name].copy_(saved["average"][name])
-        optimiser.load_state_dict(saved["optimiser"])
+        moves.load_state_dict(saved["optimiser"])
         done = saved["step"]
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,11 +120,11 @@ def train_privately(
             gradient = plan.gradient(step, parameters, unit_loss, randomness)
             for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
-            optimiser.step()
+            moves.step()
             update_average(average, tuned, step, settings.average_decay)
             if is_first_process() and time.monotonic() - written >= save_every:
                 progress = {"step": step + 1, "tuned": dict(tuned), "average": average}
-                save_state(state, **progress, **run, optimiser=optimiser.state_dict())
+                save_state(state, **progress, **run, optimiser=moves.state_dict())
                 written = time.monotonic()
     with torch.no_grad():
         for name, parameter in tuned.items():
