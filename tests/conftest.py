@@ -30,6 +30,11 @@ def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]
     (path / "train.jsonl").write_text("".join(rows))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow begins first, or one process works on it long after the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the record of what real patients have spent: never the user's own."""
