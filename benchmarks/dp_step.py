@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.profile import Profile
+from cardiac_ldm.training.subspace import SubspaceLoss
 
 PATIENTS = 8
+DIRECTIONS = 128
 SEEDED = Randomness(0, simulated=True)
 
 
@@ -104,6 +107,11 @@ class Work:
         batches = (self.plan.sample_batch(SEEDED.generator(step, 0)).sum() for step in range(500))
         self.steps = [step for step, batch in enumerate(batches) if batch == PATIENTS]
 
+    @property
+    def methods(self) -> dict[str, Callable[[int], None]]:
+        """What takes a step's gradient, by name."""
+        return {"ordinary": self.ordinary, "ours": self.ours, "subspace": self.subspace, "vmap": self.vmapped}
+
     def loss(self, latents: Tensor, attributes: Tensor, seed: int) -> Tensor:
         """Mean diffusion loss over the rows."""
         generator = torch.Generator().manual_seed(seed)
@@ -126,6 +134,26 @@ class Work:
 
         self.plan.gradient(self.steps[number], self.parameters, unit_loss, SEEDED)
 
+    def subspace(self, number: int) -> None:
+        """The same along 128 directions, through which every patient's whole gradient is read."""
+        self.along.z.grad = None
+        self.plan.gradient(self.steps[number], [self.along.z], self.along, SEEDED)
+
+    @cached_property
+    def along(self) -> SubspaceLoss:
+        """The loss along random directions: what they are changes no cost."""
+
+        def gradients(units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
+            rows = []
+            for unit in units:
+                own, seed = unit % PATIENTS, int(torch.randint(99, (), generator=draws(unit)))
+                parts = torch.autograd.grad(self.loss(self.latents[own], self.attributes[own], seed), self.parameters)
+                rows.append(torch.cat([part.flatten() for part in parts]))
+            yield torch.stack(rows)
+
+        weights = sum(parameter.numel() for parameter in self.parameters)
+        return SubspaceLoss(self.model, torch.randn(DIRECTIONS, weights) / weights, gradients)
+
     def vmapped(self, number: int) -> None:
         """vmap(grad) over patients, clipped and summed; no noise, which costs all methods the same."""
         whole = MeanLoss(self.model)
@@ -146,7 +174,7 @@ class Work:
 def ratios(case: Case) -> list[dict[str, Any]]:
     """Time of each method over ordinary training's, in alternating rounds."""
     work = Work(case)
-    methods = {"ordinary": work.ordinary, "ours": work.ours, "vmap": work.vmapped}
+    methods = work.methods
     if case.rounds < 4:
         del methods["vmap"]  # it takes minutes, and the small network shows what it costs
     taken: dict[str, list[float]] = {name: [] for name in methods}
@@ -189,7 +217,7 @@ def _peak(case: Case, method: str) -> float:
     work = Work(case)
     before = _most_held(reset=True)
     for number in (0, 1):
-        {"ordinary": work.ordinary, "ours": work.ours, "vmap": work.vmapped}[method](number)
+        work.methods[method](number)
     return _most_held() - before
 
 

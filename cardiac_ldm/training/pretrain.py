@@ -102,7 +102,7 @@ class Latents:
 
 def pretrain(
     patients: Patients,
-    latents: np.ndarray,
+    latents: np.ndarray | Latents,
     network: DenoiserSettings,
     settings: PretrainSettings,
     seed: int,
