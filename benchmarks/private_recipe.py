@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,7 @@ from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import held_out_loss, random_loss
+from cardiac_ldm.training.subspace import SubspaceSettings
 
 N_VALIDATION = 100
 SHARE = 6
@@ -74,6 +75,9 @@ GRID = [
     Recipe(10, {"learning_rate": 2e-3}),
     Recipe(1, {"timesteps": ((30, 150, 1.0),)}),
 ]
+PUBLIC = {"dimensions": 384, "patients": 400, "draws": 8, "power": 0.25}
+ALONG = {"tuned": "subspace", "subspace": SubspaceSettings.model_validate(PUBLIC), "learning_rate": 3.0, "clip": 0.03}
+SUBSPACE = [Recipe(1, ALONG), Recipe(10, ALONG), Recipe(0.1, ALONG), Recipe(1, ALONG | {"learning_rate": 1.0})]
 
 
 def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
@@ -117,7 +121,7 @@ def _share(public: np.ndarray, tuned: np.ndarray, unbounded: np.ndarray, chosen:
     return float(100 * (public - tuned)[chosen].mean() / (public - unbounded)[chosen].mean())
 
 
-def rehearse() -> dict[str, object]:
+def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
     """Run what has not been run yet; one row a recipe, kept as soon as it's there."""
     study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
     train, validation = study.private.split("train"), study.private.split("validation")[:N_VALIDATION]
@@ -126,10 +130,11 @@ def rehearse() -> dict[str, object]:
     before = held_out_loss(study.denoiser(study.pretrained), held_out, validation)
     about: dict[str, Any] = {"run": study.pretrained.key, "public_loss": float(before.mean())}
     about |= {"n_patients": len(validation), "patients": len(train)}
-    about["signal"] = signal(study)
+    if part == "rehearsal":
+        about["signal"] = signal(study)
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
-    for recipe in tqdm(GRID, desc="recipes"):
+    for recipe in tqdm(grid, desc="recipes"):
         settings = study.profile.finetune.model_copy(update=BASE | dict(recipe.changes))
         described = json.dumps([str(recipe.epsilon), study.private.key, settings.model_dump(mode="json")])
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
@@ -138,7 +143,11 @@ def rehearse() -> dict[str, object]:
         batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
         smaller = replace(plan, epsilon=math.inf, expected_batch=batch, noise_multiplier=noise)
         model = study.denoiser(study.pretrained)
-        finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public")
+        directions = None
+        if settings.subspace:
+            study.profile = study.profile.model_copy(update={"finetune": settings})
+            directions = study.load_directions(model)
+        finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public", directions)
         change = held_out_loss(model.eval(), held_out, validation) - before
         worth = bootstrap(partial(_mean, change), len(change), resamples=1000, seed=0)
         rows.append(
@@ -155,7 +164,7 @@ def rehearse() -> dict[str, object]:
             }
         )
         print(rows[-1], flush=True)
-        keep_part("rehearsal", about | {"rows": rows})
+        keep_part(part, about | {"rows": rows})
     return about | {"rows": rows}
 
 
@@ -217,16 +226,19 @@ def keep_part(part: str, found: Mapping[str, object]) -> None:
     """Write one part's results beside what is known of the other."""
     path = RESULTS / "private_recipe.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    keep("private_recipe", **{name: known[name] for name in ("rehearsal", "private") if name in known} | {part: found})
+    keep(
+        "private_recipe",
+        **{name: known[name] for name in ("rehearsal", "private", "subspace") if name in known} | {part: found},
+    )
 
 
 def main() -> None:
-    """Measure the parts that are asked for, or both."""
+    """Measure the parts that are asked for, or all."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("parts", nargs="*", choices=["rehearsal", "private", []], help="both unless told")
-    parts = arguments.parse_args().parts or ["rehearsal", "private"]
-    for part in parts:
-        keep_part(part, rehearse() if part == "rehearsal" else run_private())
+    arguments.add_argument("parts", nargs="*", choices=["rehearsal", "subspace", "private", []], help="all unless told")
+    for part in arguments.parse_args().parts or ["rehearsal", "subspace", "private"]:
+        grid = {"rehearsal": GRID, "subspace": SUBSPACE}.get(part)
+        keep_part(part, rehearse(part, grid) if grid else run_private())
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class Trained:
         if patients.secret:
             _ = latents[:]  # else what had been encoded would tell who was in the batches
         model = self.denoiser(self.pretrained)
-        along = self._load_directions(model) if settings.subspace else None
+        along = self.load_directions(model) if settings.subspace else None
         left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data, along)
         if patients.secret and is_first_process():
             Record().finish(left)
@@ -260,7 +260,8 @@ class Trained:
         _ = run.ledger
         return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
 
-    def _load_directions(self, model: Denoiser) -> Tensor:
+    def load_directions(self, model: Denoiser) -> Tensor:
+        """The public directions float16 (k, d) along which a model's d weights learn."""
         weights = sum(weight.numel() for weight in model.parameters())
         k = self.profile.finetune.along.dimensions
         return self.directions.load(Directions(k, weights)).directions
