@@ -299,7 +299,8 @@ def _moments(name: str) -> np.ndarray:
 def _tilted(prior: np.ndarray, moments: np.ndarray, measured: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """The density p that minimises (E_p[moments] - measured)^2 / 2 errors + KL(p, prior).
 
-    It's prior * exp(moments @ tilt) / Z: maximum entropy with quadratic slack (Dudik, Phillips and Schapire, JMLR 8, 2007); its convex dual is minimised.
+    It's prior * exp(moments @ tilt) / Z: maximum entropy with quadratic slack (Dudik, Phillips and Schapire, JMLR 8,
+    2007). Its convex dual is minimised.
     """
     log_prior, slack = np.log(np.maximum(prior, 1e-12)), errors * _DOUBT
 
