@@ -29,7 +29,6 @@ FREE = ("LVEDV", "LVEF", "RVEDV", "RVEF", "MYOESTHICK", "MYOEDTHICK", "AGE", "SE
 patient's but a volume's."""
 SHARE = 0.1
 """The part of a release's epsilon that its table gets."""
-STAGE = "attributes"
 FILE = "table.safetensors"
 
 _FREE = [ATTRIBUTE_NAMES.index(name) for name in FREE]
@@ -135,7 +134,7 @@ class TablePlan:
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """Two measurements of everybody, composed: as two steps whose batch is all places."""
         everybody = {"sampling_rate": 1.0, "expected_batch": self.n_patients, "clip": 1.0, "draws": 1}
-        described = {"stage": STAGE, "tuned": "table", "noise_multiplier": self.noise_multiplier, "steps": 2}
+        described = {"stage": "attributes", "tuned": "table", "noise_multiplier": self.noise_multiplier, "steps": 2}
         return (Mechanism.model_validate(described | everybody),)
 
     def ledger(self, randomness: Randomness, *, private_data: str, public_data: str) -> Ledger:
@@ -174,6 +173,32 @@ class TablePlan:
             return total + gaussian(len(total), norm * self.noise_multiplier, randomness.generator(step, 1))
 
         return fit(rows, noisy, self.noise_multiplier, self.n_patients, fit(public))
+
+
+@dataclass(frozen=True)
+class TableRecipe:
+    """A budget's table, as the record asks for it: see `spending`."""
+
+    delta: float
+
+    def check(self, epsilon: float, cohort: str, n_patients: int, secret: bool) -> None:
+        """Find, before anything is prepared, what would stop the table of a budget.
+
+        Raises:
+            PrivacyError: real patients wouldn't be protected.
+            ParameterError: a setting is out of its range.
+        """
+        if secret and math.isinf(epsilon):
+            raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
+        require_sensible(epsilon, self.delta, n_patients)
+
+    def plan(self, epsilon: float, places: int) -> TablePlan:
+        """The plan of a budget."""
+        return TablePlan.for_budget(epsilon, self.delta, places)
+
+    def mechanisms(self, epsilon: float, places: int) -> tuple[Mechanism, ...]:
+        """What it spends."""
+        return self.plan(epsilon, places).mechanisms
 
 
 def require_sensible(epsilon: float, delta: float, n_patients: int) -> None:
