@@ -101,7 +101,7 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
 def _described(m: Mechanism) -> str:
     if m.tuned == "table":
         return (
-            f"Gaussian mechanism: {m.steps} measurements of every patient's attributes, each of norm {m.clip:g} at most, "
+            f"Gaussian mechanism: {m.steps} measurements of all patients' attributes, of norm {m.clip:g} at most each, "
             f"noise multiplier {m.noise_multiplier:.4g}"
         )
     return (
