@@ -31,7 +31,7 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 
 SIZES, BUDGETS = (80, 400, 4000), (0.1, 1.0, math.inf)
-DRAWS, SAMPLED = 16, 4000
+DRAWS, SAMPLED = 12, 4000
 SHARES, RELEASES = (0.05, 0.1, 0.2, 0.4), (1.0, 10.0)
 _COLUMNS = [ATTRIBUTE_NAMES.index(name) for name in FREE]
 _RANGES = np.array([ATTRIBUTES[i].high - ATTRIBUTES[i].low for i in _COLUMNS])

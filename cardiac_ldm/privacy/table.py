@@ -37,10 +37,11 @@ _LEVELS = {"SEX": 2, "DEPTH": 10}
 """Attributes that take whole values; the others' ranges are cut into `_BINS`."""
 _BINS, _MOMENTS = 64, 8
 _PAIRS = np.triu_indices(len(FREE), 1)
-_MARGINAL_NORM, _PAIR_NORM = 3.5, 10.0
+_MARGINAL_NORM, _PAIR_NORM = 2.8, 8.0
 """A patient's answers are scaled down to these norms, where they are above."""
-_DOUBT, _MISSING_SPREAD, _PAIR_SPREAD = 1.0, 0.3, 0.3
-"""How far private marginals, missing shares and correlations are thought to be from public ones."""
+_DOUBT, _MISSING_SPREAD, _PAIR_SPREAD = 3.0, 0.3, 0.3
+"""How far private densities, missing shares and correlations are thought to be from public ones. The first, and the
+norms, were chosen on `phantom_rehearsal`."""
 
 
 def rows_of(patients: Patients) -> np.ndarray:
