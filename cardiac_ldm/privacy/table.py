@@ -359,7 +359,7 @@ def _between(
 def _share(measured: float, error: float, prior: float) -> float:
     """How many are missing: nobody, or all, where noise could have made up the difference to that."""
     share = float(_between(measured, error, prior, _MISSING_SPREAD**2))
-    doubt = 2 * math.sqrt(error * _MISSING_SPREAD**2 / (error + _MISSING_SPREAD**2))
+    doubt = min(0.5, 3.5 * math.sqrt(error * _MISSING_SPREAD**2 / (error + _MISSING_SPREAD**2)))
     return 0.0 if share < doubt else 1.0 if share > 1 - doubt else share
 
 
