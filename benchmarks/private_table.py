@@ -115,17 +115,16 @@ def by_attribute(private: np.ndarray, public: np.ndarray, truth: Truth, delta: f
     ]
 
 
-def shares(study: Study, private: np.ndarray, public: np.ndarray, truth: Truth) -> list[dict[str, Any]]:
-    """What a share of a release's epsilon does to its table, and to the noise of the training beside it."""
-    recipe, places, rows = study.profile.finetune, len(private), list[dict[str, Any]]()
+def shares(study: Study, places: int) -> list[dict[str, Any]]:
+    """By how many per cent a table's share of a release's epsilon raises the noise of the training beside it."""
+    recipe, rows = study.profile.finetune, list[dict[str, Any]]()
     for epsilon in RELEASES:
         alone = recipe.plan(epsilon, recipe.delta, places).noise_multiplier
         for share in SHARES:
             plan = TablePlan.for_budget(share * epsilon, recipe.delta, places)
             beside = recipe.plan(epsilon, recipe.delta, places, plan.mechanisms)
-            row = {"epsilon": f"{epsilon:g}", "share": share, "places": places}
-            row |= {"noise": 100 * (beside.noise_multiplier / alone - 1)}
-            rows.append(row | repeated(tabled(plan, private, public), truth, DRAWS // 2))
+            noise = 100 * (beside.noise_multiplier / alone - 1)
+            rows.append({"epsilon": f"{epsilon:g}", "share": share, "places": places, "noise": noise})
     return rows
 
 
@@ -165,7 +164,7 @@ def main() -> None:
         share=SHARE,
         tables=qualities(private, public, truth, delta),
         attributes=by_attribute(private, public, truth, delta),
-        shares=shares(study, private, public, truth),
+        shares=shares(study, len(private)),
         alternative=set_up(),
     )
 
