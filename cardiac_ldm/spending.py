@@ -1,9 +1,9 @@
-"""Models of private patients: what they spent together; of real ones, what would be spent is agreed to, and charged."""
+"""Models and tables of private patients: what they spent together; of real ones, what would be is agreed to first."""
 
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,21 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, Record, Standing
+from cardiac_ldm.privacy.table import TableRecipe
 from cardiac_ldm.runs import Run
 from cardiac_ldm.training.finetune import FinetuneSettings
+
+_KINDS = ("finetune", "attributes")
+"""The names of the stages that learn from private patients."""
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What is spent of `patients` by models that `recipe` trains, whose runs are in the folder `runs`."""
+    """What is spent of `patients` by what a stage of this name makes of them by `recipe`, in the folder `runs`."""
 
     patients: Patients
-    recipe: FinetuneSettings
+    stage: str
+    recipe: FinetuneSettings | TableRecipe
     runs: Path
 
     @property
@@ -46,14 +51,11 @@ class Spending:
         for epsilon in requested:
             self.recipe.check(epsilon, patients.name, patients.places, patients.secret)
         new: dict[float, Sequence[Mechanism]] = {
-            epsilon: self.recipe.plan(epsilon, self.recipe.delta, patients.places).mechanisms(
-                "denoiser", self.recipe.tuned
-            )
-            for epsilon in requested
+            epsilon: self.recipe.mechanisms(epsilon, patients.places) for epsilon in requested
         }
         people = record.hashes(patients.people)
         self._none_unknown()
-        if any(self.runs.glob("finetune-*")):  # else the public stages, which may take hours, need not be there to know
+        if any(self._folders(self.stage)):  # else the public stages, which may take hours, need not be there to know
             new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(run(epsilon))}
         return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
 
@@ -102,13 +104,17 @@ class Spending:
         return Ledger.compose(ledgers) if ledgers else None
 
     def ledgers(self) -> list[Ledger]:
-        """Ledgers of all private models in `runs` that learnt from these patients, finished or not, by epsilon.
+        """Ledgers of all private models and tables in `runs` of these patients, finished or not, by epsilon.
 
-        Models with no guarantee are left out.
+        Those with no guarantee are left out.
         """
-        found = [Ledger.load(path) for path in self.runs.glob("finetune-*/privacy.json")]
+        found = [Ledger.load(path) for path in self._folders()]
         own = ("patient-level DP", f"{self.patients.name} ({self.patients.split})")
         return sorted((x for x in found if (x.guarantee, x.private_data) == own), key=lambda ledger: ledger.epsilon)
+
+    def _folders(self, *kinds: str) -> Iterator[Path]:
+        """The ledgers of what learnt from private patients, by the stages of these names or any."""
+        return (path for kind in kinds or _KINDS for path in self.runs.glob(f"{kind}-*/privacy.json"))
 
     def _charged(self, run: Run) -> bool:
         """Whether the patients have been charged for the run in this folder, which is done or can go on."""
@@ -117,14 +123,14 @@ class Spending:
         ledger, record = run.ledger, Record()
         if ledger.run not in {spend.run for spend in record.spends}:
             return False
-        whole = (run.folder / "weights.safetensors").exists()
+        whole = bool(ledger.weights) and all((run.folder / name).exists() for name in ledger.weights)
         return ledger.run not in record.finished or (whole and record.finished[ledger.run] == ledger.weights)
 
     def _none_unknown(self) -> None:
         """Raise PrivacyError where `runs` holds a model of real patients of which the record knows nothing."""
         record = Record()
         known = {spend.run for spend in record.spends}
-        for path in self.runs.glob("finetune-*/privacy.json"):
+        for path in self._folders():
             began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
             if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
                 record.vouch(ledger)

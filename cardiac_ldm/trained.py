@@ -1,5 +1,6 @@
 """The models of a study: its cohorts, what is trained on public patients, and what on private ones."""
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,6 +16,8 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Randomness, Record, Standing, public_ledger
+from cardiac_ldm.privacy.accounting import epsilon_pld, terms_of
+from cardiac_ldm.privacy.table import Table, TableRecipe, tabulate
 from cardiac_ldm.profile import Profile, Role
 from cardiac_ldm.progress import awaited
 from cardiac_ldm.runs import Run, Stage, place, plain, stage
@@ -225,7 +228,7 @@ class Trained:
 
     @property
     def _spending(self) -> Spending:
-        return Spending(self.private.split("train"), self.profile.finetune, self.runs)
+        return Spending(self.private.split("train"), "finetune", self.profile.finetune, self.runs)
 
     def _described_real(self, epsilon: float) -> dict[str, object]:
         """What a model of real patients depends on: no seed, no version.
@@ -239,6 +242,71 @@ class Trained:
 
     def _of_real_patients(self, epsilon: float) -> Run:
         return place(self.runs, "finetune", self._described_real(epsilon))
+
+    # --- The private table of attributes ---
+
+    def table(self, epsilon: float) -> Table:
+        """What the private patients' attributes are distributed like, for a budget of `epsilon`; 0: the public ones'.
+
+        Real patients are charged in their record, once for each table, before anything is measured.
+
+        Raises:
+            PrivacyError: what is asked for isn't to be had of real patients.
+        """
+        return (
+            Table.of_public(self.public.split("train")) if epsilon == 0 else Table.load(self.tabulated(epsilon).folder)
+        )
+
+    def tabulated(self, epsilon: float) -> Run:
+        """The run that leaves the table of a budget above 0, with its ledger."""
+        epsilon, patients = float(epsilon), self.private.split("train")
+        self._tabling.recipe.check(epsilon, patients.name, patients.places, patients.secret)
+        if not patients.secret:
+            return self.attributes(epsilon)
+        spending, agreed = self._tabling, getattr(self.parameters, "spend", False)
+        spending.agree([epsilon], self._table_of_real_patients, agreed)
+        spending.begin(self._table_of_real_patients(epsilon))
+        run = type(self).attributes.complete(self, self._described_table(epsilon), epsilon)
+        if is_first_process():
+            Record().vouch(run.ledger)
+        return run
+
+    @stage("attributes", 1, settings=("finetune.delta",), needs=("public", "private"), title="table of attributes")
+    def attributes(self, run: Run, epsilon: float) -> Metrics:
+        """The table of simulated or of real private patients' attributes."""
+        patients, recipe = self.private.split("train"), TableRecipe(self.profile.finetune.delta)
+        seed = None if patients.secret else self.seed
+        randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
+        plan, public_data = recipe.plan(epsilon, patients.places), load_manifest(self.parameters.cohort_public).name
+        if patients.secret:
+            words = {"private_data": f"{patients.name} ({patients.split})", "public_data": public_data}
+            self._tabling.charge(plan.ledger(randomness, **words), run.folder)
+        left = tabulate(patients, self.public.split("train"), plan, randomness, run.folder, public_data)
+        if patients.secret:
+            Record().finish(left)
+        return {"epsilon": plain(epsilon)}
+
+    def beside_table(self, epsilon: float, of_table: float) -> float:
+        """The budget of a fine-tuning that, with a table of a budget of `of_table`, spends `epsilon` and no more."""
+        recipe, places = self.profile.finetune, self.private.split("train").places
+        before = TableRecipe(recipe.delta).mechanisms(of_table, places)
+        (training,) = terms_of(
+            recipe.plan(epsilon, recipe.delta, places, before).mechanisms("denoiser", recipe.tuned)[1:]
+        )
+        return math.floor(1e4 * epsilon_pld((training,), recipe.delta)) / 1e4
+
+    @property
+    def _tabling(self) -> Spending:
+        recipe = TableRecipe(self.profile.finetune.delta)
+        return Spending(self.private.split("train"), "attributes", recipe, self.runs)
+
+    def _described_table(self, epsilon: float) -> dict[str, object]:
+        """What a table of real patients depends on, as `_described_real` says it of a model."""
+        settings = [self.profile.finetune.delta, plain(epsilon), self.public.key]
+        return {"stage": "attributes", "settings": [*settings, self._tabling.who, self.private.split("train").places]}
+
+    def _table_of_real_patients(self, epsilon: float) -> Run:
+        return place(self.runs, "attributes", self._described_table(epsilon))
 
     def would_spend(self, budgets: tuple[float, ...]) -> str | None:
         """What the models of all these budgets would spend of real private patients; None where they are there."""

@@ -2,7 +2,7 @@
 
 import math
 
-from cardiac_ldm.privacy import Ledger, Standing
+from cardiac_ldm.privacy import Ledger, Mechanism, Standing
 
 _SIMULATED = (
     " **These patients are simulated**, and the noise is seeded so that the run can be repeated; for patients who "
@@ -84,14 +84,7 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
     rows = {
         "unit": "patient",
         "neighbouring cohorts": ledger.adjacency,
-        **{
-            f"mechanism: {m.stage}": (
-                f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "
-                f"norm {m.clip:g}, noise multiplier {m.noise_multiplier:.4g}, {m.draws} noise draw(s) a volume; "
-                f"trained part of the network: {m.tuned}"
-            )
-            for m in ledger.mechanisms
-        },
+        **{f"mechanism: {m.stage}": _described(m) for m in ledger.mechanisms},
         "sampler": ledger.sampler,
         "accountant": f"{ledger.accountant}, which says {ledger.epsilon_pld:.4g}; Rényi DP, a looser bound, says "
         f"{ledger.epsilon_rdp:.4g}",
@@ -105,10 +98,24 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
     return "| term | value |\n| --- | --- |\n" + "".join(f"| {term} | {value} |\n" for term, value in rows.items())
 
 
+def _described(m: Mechanism) -> str:
+    if m.tuned == "table":
+        return (
+            f"Gaussian mechanism: {m.steps} measurements of all patients' attributes, of norm {m.clip:g} at most each, "
+            f"noise multiplier {m.noise_multiplier:.4g}"
+        )
+    return (
+        f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "
+        f"norm {m.clip:g}, noise multiplier {m.noise_multiplier:.4g}, {m.draws} noise draw(s) a volume; "
+        f"trained part of the network: {m.tuned}"
+    )
+
+
 def joint_statement(together: Standing, private_data: str) -> str:
     """What private models of one cohort reveal together, as Markdown."""
     return (
         f"**Together, {together.runs} private model(s) of {private_data} spent "
         f"({together.epsilon:.4g}, {together.delta:g}) per patient.** Whoever sees several of them learns more than "
-        "from any one. It's the most that any one patient has spent, those who have left since included."
+        "from any one; tables of attributes count as models. It's the most that any one patient has spent, those who "
+        "have left since included."
     )

@@ -20,7 +20,7 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.device import compute_device, device_of, is_first_process
 from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
-from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd
+from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, dpsgd
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, train_privately
@@ -83,6 +83,10 @@ class FinetuneSettings(PrivateSettings):
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
         self.require_reachable(epsilon, self.delta, n_patients)
+
+    def mechanisms(self, epsilon: float, places: int) -> tuple[Mechanism, ...]:
+        """What the private stage of a budget spends."""
+        return self.plan(epsilon, self.delta, places).mechanisms("denoiser", self.tuned)
 
 
 def finetune(
