@@ -31,6 +31,7 @@ CHAPTERS = {
     "audit": (["finetune"], "05_privacy_audit", "epsilons", HALF, 1, 64, 24),
     "tradeoff": (["evaluate"], "06_tradeoff", "epsilons", HALF, 1, 32, 4),
     "gallery": (["evaluate"], "07_gallery", "epsilons", HALF, 1, 32, 4),
+    "release": (["evaluate"], "08_release", "epsilon", HALF, 1, 32, 24),
 }
 
 def executed(rule_name):
