@@ -57,12 +57,14 @@ def release(study: Study) -> Path:
     together = standing(model.ledger, study.together() if parameters.epsilon else None)
     wanted = requests(study)
     run = place(study.runs, "release", _described(study, model, wanted))
+    begun = run.folder / "begun.txt"
+    about = _about(study, model, begun.read_text() if begun.exists() else datetime.now(UTC).date().isoformat())
+    final = study.runs / "release" / about.name
+    if final.exists():
+        raise ParameterError(f"{final} exists; move it away, or ask for another release")
     run.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(run.folder / "lock"):
-        about = _about(study, model, run)
-        final = study.runs / "release" / about.name
-        if final.exists():
-            raise ParameterError(f"{final} exists; move it away, or ask for another release")
+        begun.write_text(about.date)
         unfinished = run.folder / "unfinished"
         _draw_missing(_sampler(study, model, unfinished, run.folder / "rows"), wanted)
         measured = _measured(study, run, unfinished, wanted, plain(parameters.epsilon))
@@ -108,14 +110,11 @@ def _described(study: Study, model: Run, wanted: np.ndarray) -> dict[str, object
     return {"parameters": study.parameters.model_dump(mode="json"), "upstream": needs, "settings": settings}
 
 
-def _about(study: Study, model: Run, run: Run) -> About:
-    """What the release says of itself; its date is that of the day on which it was begun."""
+def _about(study: Study, model: Run, date: str) -> About:
+    """What the release says of itself; date: of the day on which it was begun, which a resumed one keeps."""
     parameters, ledger = study.parameters, model.ledger
     assert isinstance(parameters, ReleaseParameters)
-    begun = run.folder / "begun.txt"
-    if not begun.exists():
-        begun.write_text(datetime.now(UTC).date().isoformat())
-    date, private = begun.read_text(), load_manifest(parameters.cohort_private)
+    private = load_manifest(parameters.cohort_private)
     cohort = private.name if ledger.mechanisms else parameters.manifest("public").name
     profile = Path(parameters.profile).stem
     public = f"public train patients of {parameters.manifest('public').name}"

@@ -7,11 +7,12 @@ public patient who is like it: a model that is asked for an ejection fraction al
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from cardiac_ldm.cohort.attributes import ATTRIBUTE_NAMES, ATTRIBUTES
 from cardiac_ldm.cohort.guards import require_public
 from cardiac_ldm.cohort.patients import Patients
-from cardiac_ldm.cohort.tables import UNKNOWN, read_table
+from cardiac_ldm.cohort.tables import UNKNOWN
 from cardiac_ldm.errors import CohortError, PrivacyError
 
 OPEN = ("AGE", "SEX", "BMI")
@@ -50,13 +51,15 @@ def of_table(path: Path) -> np.ndarray:
         CohortError: a column or value is wrong, or physics forbids it; the message names file, line and value.
     """
     try:
-        names = [name.strip() for name in path.read_text("utf-8-sig").splitlines()[0].replace(";", ",").split(",")]
+        text = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").rename(columns=str.strip)
+        names = list(text)
         wanted = [name for name in ATTRIBUTE_NAMES if name in names and name != "ESED"]
         if unknown := [name for name in names if name not in wanted]:
             known = ", ".join(name for name in ATTRIBUTE_NAMES if name != "ESED")
             raise ValueError(f"has the column {unknown[0]!r}; columns are attributes: {known}")
-        text = read_table(path, path.stat().st_mtime_ns, wanted[0], tuple(wanted[1:])).reset_index()
-    except (IndexError, OSError, ValueError) as error:
+        if not len(text):
+            raise ValueError("has no rows; add the patients that are wanted")
+    except (OSError, ValueError) as error:
         raise CohortError(f"attributes: {path}: {error}") from error
     rows = np.full((len(text), len(ATTRIBUTES)), np.nan, np.float64)
     for name in wanted:
@@ -76,6 +79,7 @@ def of_table(path: Path) -> np.ndarray:
 
 
 def _number(path: Path, name: str, cell: str) -> float:
+    cell = cell.strip()
     if cell.lower() in UNKNOWN:
         return np.nan
     attribute = ATTRIBUTES[ATTRIBUTE_NAMES.index(name)]
