@@ -22,7 +22,7 @@ PARTS = {
     "The study": ["00_", "01_", "02_"],
     "Private models": ["03_"],
     "Evaluation": ["04_", "05_"],
-    "Results": ["06_", "07_"],
+    "Results": ["06_", "07_", "08_"],
     "Appendix": ["references"],
 }
 

@@ -17,6 +17,9 @@ from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.profile import Profile, Role, sentence
 
+MOST_RELEASED = 99999
+"""Synthetic patients in one release: their names have five digits."""
+
 
 class Parameters(BaseModel):
     """What every notebook takes.
@@ -201,6 +204,37 @@ class FinetuneParameters(ModelParameters):
     """Of the fine-tuning notebook: epsilon is above 0."""
 
     lowest: ClassVar[float] = float(np.nextafter(0, 1))
+
+
+class ReleaseParameters(ModelParameters):
+    """Of the notebook that releases. patients: how many synthetic ones.
+
+    attributes: what is requested of them: `public`, those of public train patients; or the path of a CSV with a row of
+    attributes a patient, taken in turn. licence: under which the holder gives the release away. share_model: whether
+    weights and ledger go with it.
+    """
+
+    patients: int = 100
+    attributes: str = "public"
+    licence: str = "no licence: the holder has not chosen one yet"
+    share_model: bool = False
+    _yes = field_validator("share_model", mode="before")(_yes_or_no)
+
+    @field_validator("patients", mode="before")
+    @classmethod
+    def _enough(cls, value: object) -> int:
+        number = _number(value)
+        if number is None or number != int(number) or not MIN_PATIENTS <= number <= MOST_RELEASED:
+            raise ValueError(f"must be a whole number from {MIN_PATIENTS}, which measures need, to {MOST_RELEASED}")
+        return int(number)
+
+    def check(self) -> None:
+        """The same, and that what would be released protects patients and has requests."""
+        if math.isinf(self.epsilon):
+            raise PrivacyError("epsilon: inf has no guarantee, so nothing of it is released; name a budget, or 0")
+        if self.attributes != "public" and not Path(self.attributes).is_file():
+            raise ParameterError(f"attributes: {self.attributes!r} is neither public nor the path of a CSV")
+        super().check()
 
 
 class CompareParameters(Parameters):

@@ -19,6 +19,12 @@ from tqdm import std
 _EVERY = 30.0
 """Seconds between two lines of a log."""
 _waiting: list[str] = []
+_silent: list[bool] = []
+
+
+def silence() -> None:
+    """Show no bars in this process: one of several that work on parts, of which another shows the whole."""
+    _silent.append(True)
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def tqdm(
     **settings: Any,  # noqa: ANN401
 ) -> "std.tqdm[Any]":
     """A bar with tqdm's `settings`, on the screen of whoever started this, or in the `file` that is given."""
-    settings |= {"desc": desc, "total": total}
+    settings |= {"desc": desc, "total": total} | ({"disable": True} if _silent else {})
     if file:
         return std.tqdm(iterable, file=file, **settings)
     screen, live = _screen()

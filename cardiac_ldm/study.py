@@ -129,7 +129,7 @@ class Study(Trained):
     def measured(self, run: Run, cohort: Run) -> Metrics:
         """What the segmenter, the phase classifier and encoders read from the cohort that a run left."""
         volumes = replace(cohort.volumes, name=cohort.folder.name)
-        same = volumes.n_patients == len(self.reference) and cohort.stage != "folder"
+        same = volumes.n_patients == len(self.reference) and cohort.stage not in ("folder", "release")
         diseases = self.reference.groups if same else None
         found = measure(volumes, *self.anatomy_networks, seed=self.seed, diseases=diseases, inception=self._inception)
         run.keep("measured", found)

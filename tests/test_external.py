@@ -16,8 +16,8 @@ from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import CohortError, PrivacyError
 from cardiac_ldm.evaluation.external import read_folder
-from cardiac_ldm.privacy import public_ledger
-from cardiac_ldm.report.card import write_release
+from cardiac_ldm.evaluation.synthesis import RELEASED
+from cardiac_ldm.report.viewer import nifti
 from tests import miniatures as mini
 from tests.test_readers import oblique
 
@@ -57,6 +57,23 @@ def folder(tmp_path: Path) -> Path:
     return write_foreign(tmp_path / "baseline")
 
 
+def write_released(cohort: Volumes, folder: Path) -> Path:
+    """Write volumes with the header that releases have, and their labels, if any, beside them."""
+    folder.mkdir()
+    rows: list[dict[str, object]] = []
+    for i, (image, attributes) in enumerate(zip(cohort.images, cohort.attributes, strict=True)):
+        name = f"{cohort.patient_index[i]:05d}_{'ED' if attributes[ESED] == 1 else 'ES'}.nii.gz"
+        (folder / name).write_bytes(nifti(image, RELEASED))
+        if cohort.labels is not None:
+            (folder / name.replace(".nii", "_seg.nii")).write_bytes(nifti(cohort.labels[i], RELEASED))
+        known: dict[str, object] = {
+            n: "" if np.isnan(value) else f"{value:.6g}" for n, value in zip(ATTRIBUTE_NAMES, attributes, strict=True)
+        }
+        rows.append({"patient": f"synthetic{cohort.patient_index[i]:05d}", "file": name} | known)
+    write_table(folder, rows)
+    return folder
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_release_comes_back_as_it_left(tmp_path: Path, labelled: bool) -> None:
     rng = np.random.default_rng(0)
@@ -68,7 +85,7 @@ def test_a_release_comes_back_as_it_left(tmp_path: Path, labelled: bool) -> None
     attributes[:, ATTRIBUTE_NAMES.index("SEX")] = 0, 0, 1, 1
     attributes[:2, ATTRIBUTE_NAMES.index("BMI")] = np.nan
     left = Volumes("synthetic", images, attributes, np.array([0, 0, 1, 1]), labels if labelled else None)
-    came = read_folder(write_release(left, public_ledger("acdc"), tmp_path / "release"))
+    came = read_folder(write_released(left, tmp_path / "release"))
     assert (came.images.dtype, came.attributes.dtype, came.patient_index.dtype) == (np.float32, np.float32, np.int64)
     np.testing.assert_allclose(came.images, images, atol=0.5 / 255 + 1e-6)
     np.testing.assert_allclose(came.attributes, attributes, rtol=1e-5)
@@ -146,7 +163,7 @@ def turn(folder: Path, axes: str, dtype: type, descrip: bytes | None = None) -> 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_release_that_was_turned_comes_back_as_it_left(tmp_path: Path, axes: str, labelled: bool) -> None:
     left = phantoms()
-    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    folder = write_released(left, tmp_path / "release")
     if not labelled:
         without_labels(folder)
     turn(folder, axes, np.uint8)
@@ -162,7 +179,7 @@ def test_a_release_that_was_turned_comes_back_as_it_left(tmp_path: Path, axes: s
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPI", "ARS", "PRI", "PLI"])
 def test_hearts_that_others_store_along_other_axes_come_upright_by_affine_and_labels(tmp_path: Path, axes: str) -> None:
     left = phantoms()
-    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    folder = write_released(left, tmp_path / "release")
     turn(folder, axes, np.int16, b"")
     came = read_folder(folder).labels
     assert came is not None
@@ -175,7 +192,7 @@ def test_hearts_that_others_store_along_other_axes_come_upright_by_affine_and_la
 @pytest.mark.filterwarnings("ignore:.*repair")
 def test_only_a_releases_own_header_has_its_volumes_taken_as_they_are(tmp_path: Path) -> None:
     left = replace(phantoms(1), images=phantoms(1).images / 2)
-    folder = write_release(left, public_ledger("acdc"), tmp_path / "release")
+    folder = write_released(left, tmp_path / "release")
     without_labels(folder)
     as_they_are = read_folder(folder).images
     np.testing.assert_allclose(as_they_are, left.images, atol=0.5 / 255 + 1e-6)

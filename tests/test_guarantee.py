@@ -26,15 +26,15 @@ import torch
 import yaml
 from torch import nn
 
-from cardiac_ldm.cohort import Cohort, Volumes, load_manifest, prepare
+from cardiac_ldm.cohort import Cohort, load_manifest, prepare
 from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.parameters import CompareParameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon_pld, epsilon_prv, public_ledger
 from cardiac_ldm.privacy.__main__ import main
 from cardiac_ldm.privacy.accounting import merged
-from cardiac_ldm.report.card import write_release
-from cardiac_ldm.report.statement import privacy_statement
+from cardiac_ldm.report.card import standing
+from cardiac_ldm.report.statement import joint_statement, privacy_statement
 from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training import private as loop
@@ -46,7 +46,6 @@ pytestmark = pytest.mark.slow
 
 Real = Callable[..., Study]
 WORDS = {"stage": "denoiser", "tuned": "all", "private_data": "hospital (train)", "public_data": "phantom_public"}
-NOBODY = Volumes("synthetic", np.zeros((0, 13, 96, 96), np.float32), np.zeros((0, 14), np.float32), np.zeros(0, int))
 
 
 @pytest.fixture
@@ -110,15 +109,14 @@ def test_row_01_every_run_on_real_patients_is_counted_and_a_seed_is_no_new_one(r
     assert together is not None
     assert (together.runs, together.epsilon) == (3, pytest.approx(spent(*tried), rel=1e-3))
     best = tried[2].finetuned(1)
-    release = write_release(NOBODY, best.ledger, tmp_path / "release")
-    statement = (release / "STATEMENT.md").read_text()
+    assert standing(best.ledger) == together
+    statement = privacy_statement(best.ledger, together)
     counted = (
         f"3, this one and those that only tried settings out included; together they spent ({together.epsilon:.4g}, 1e"
     )
     assert f"| models of these patients | {counted}" in statement
-    assert "**Together, 3 private model(s)" in statement
-    assert Ledger.load(release / "privacy.json").together == together
-    assert "tuning" not in (release / "privacy.json").read_text()  # counted, never attested
+    assert joint_statement(together, best.ledger.private_data).startswith("**Together, 3 private model(s)")
+    assert "tuning" not in best.ledger.model_dump_json()  # counted, never attested
 
 
 def test_row_02_a_folder_that_is_gone_is_spent_all_the_same(real: Real) -> None:
@@ -373,11 +371,10 @@ def test_row_08_a_release_of_real_patients_is_what_the_record_says(
     ]
     for edit in others:
         with pytest.raises(PrivacyError, match="doesn't know this model; name the record that was charged for it"):
-            write_release(NOBODY, ledger.model_copy(update=edit), tmp_path / "release")
+            standing(ledger.model_copy(update=edit))
     monkeypatch.setenv("CARDIAC_LDM_RECORD", str(tmp_path / "lost"))
     with pytest.raises(PrivacyError, match="doesn't know this model"):
         real().finetuned(1)
-    assert not list(tmp_path.glob("release*"))
 
 
 @pytest.mark.parametrize("epsilon", [500.0, 1e6, 0.001, 0.0099, 100.5, 1e-9])

@@ -423,25 +423,11 @@ def test_the_audit_attacks_a_model_that_overfits(studied: Studied) -> None:
     assert len({row["space"] for row in copies}) == 3
 
 
-def test_what_is_shared_is_of_private_models_alone_and_proves_itself(studied: Studied) -> None:
-    folders = sorted((studied.runs / "release").iterdir())
-    assert len(folders) == 2  # neither the public model's nor the one's without a guarantee
-    for folder in folders:
-        statement = (folder / "STATEMENT.md").read_text()
-        assert "differential privacy per patient" in statement
-        assert len(list(folder.glob("*_E?.nii.gz"))) == len(list(folder.glob("*_seg.nii.gz"))) == 16
-        assert Ledger.load(folder / "privacy.json").guarantee == "patient-level DP"
-        assert "differential privacy per patient" in (folder / "quality.html").read_text()
-        assert json.loads((folder / "metrics.json").read_text())["model"] == folder.name
-        assert len(list(folder.iterdir())) == 2 * 16 + 6
-
-
-def test_every_metric_has_an_interval_and_a_cohort_of_files_gives_the_same(studied: Studied) -> None:
-    release = min((studied.runs / "release").iterdir())  # as if somebody else had made it
-    given = ["-p", "profile", f"runs/{ODD}", "-p", "epsilons", "0, 1, 10, inf", "-p", "folder", str(release)]
-    papermill = [str(Path(sys.executable).with_name("papermill")), "notebooks/04_evaluate.ipynb", *given]
+def papermill(studied: Studied, notebook: str, *parameters: str) -> None:
+    """Run a notebook by hand, after the study."""
+    given = ["-p", "profile", f"runs/{ODD}", *parameters]
     finished = subprocess.run(
-        papermill,
+        [str(Path(sys.executable).with_name("papermill")), f"notebooks/{notebook}.ipynb", *given],
         cwd=studied.clone,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -449,11 +435,33 @@ def test_every_metric_has_an_interval_and_a_cohort_of_files_gives_the_same(studi
         env=environment(studied.clone),
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def released(studied: Studied) -> Path:
+    """The folder of a release of one of the study's models."""
+    papermill(studied, "08_release", "-p", "epsilon", "1", "-p", "patients", "8")
+    (folder,) = (studied.runs / "release").iterdir()
+    return folder
+
+
+def test_what_is_shared_has_a_guarantee_and_proves_itself(released: Path) -> None:
+    assert "differential privacy per patient" in (released / "STATEMENT.md").read_text()
+    assert len(list(released.glob("sub-*/anat/*.nii.gz"))) == 16
+    assert Ledger.load(released / "privacy.json").guarantee == "patient-level DP"
+    assert "differential privacy per patient" in (released / "quality.html").read_text()
+    verified = subprocess.run([sys.executable, released / "verify.py"], capture_output=True, text=True)
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_every_metric_has_an_interval_and_a_cohort_of_files_gives_the_same(studied: Studied, released: Path) -> None:
+    papermill(studied, "04_evaluate", "-p", "epsilons", "0, 1, 10, inf", "-p", "folder", str(released))
     metrics = [json.loads(path.read_text()) for path in studied.runs.glob("evaluate-*/metrics.json")]
     (external,) = [m["rows"] for m in metrics if m["model"].startswith("folder-")]
-    (rows,) = [m["rows"] for m in metrics if m["model"] == release.name]
-    assert external[0]["metric"] == rows[0]["metric"] == "FD-EffNet"
-    assert external[0]["value"] == pytest.approx(rows[0]["value"], rel=1e-3)
+    own = json.loads((released / "metrics.json").read_text())["rows"]
+    assert external[0]["metric"] == own[0]["metric"] == "FD-EffNet"
+    assert external[0]["value"] == pytest.approx(own[0]["value"], rel=1e-3)
+    (rows,) = [m["rows"] for m in metrics if m["epsilon"] == 1 and m["model"].startswith("finetune-")]
     assert {"FD-EffNet", "KID", "MS-SSIM", "phase accuracy", "correlation"} <= {row["metric"] for row in rows}
     for row in rows:
         assert row["n_patients"] > 0 or row["value"] is None

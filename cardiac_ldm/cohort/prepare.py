@@ -235,7 +235,7 @@ def _write(job: _Job, members: Mapping[str, tuple[str, ...]]) -> None:
 
 def _prepare_part(job: _Job, part: _Part) -> list[str]:
     """Prepare and write a part, its table last; give its problems, which leave it without a table."""
-    _end_with_parent()
+    end_with_parent()
     manifest, root, localiser, on_demand, work = job
     read = partial(read_patient, imaged=False) if on_demand else read_patient
     rows, problems = [], []
@@ -270,7 +270,7 @@ def _voxels(image: np.ndarray) -> str:
 
 
 @cache
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let this process die with the one that spawned it, once: orphans of a killed one would go on writing."""
     if parent := parent_process():
 

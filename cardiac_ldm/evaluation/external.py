@@ -22,7 +22,7 @@ from cardiac_ldm.errors import CohortError
 from cardiac_ldm.evaluation.synthesis import RELEASED
 
 TABLE = "attributes.csv"
-_COLUMNS = ("file", *ATTRIBUTE_NAMES)
+_COLUMNS = ("file", "labels", *ATTRIBUTE_NAMES)
 
 
 def content_of(folder: Path) -> str:
@@ -34,11 +34,12 @@ def content_of(folder: Path) -> str:
 
 
 def read_folder(folder: Path) -> Volumes:
-    """Read a synthetic cohort from a folder such as `write_release` leaves, whoever made it.
+    """Read a synthetic cohort from a folder such as a release, whoever made it.
 
     `attributes.csv` has a row per volume: patient, file (NIfTI, stored x, y, z; its path below the folder), ESED (1
-    end-diastole, 0 end-systole) and, as far as they were asked for, the other attributes, one value a patient. Labels,
-    0 background, 1 RV, 2 myocardium, 3 LV, lie beside the volumes, `_seg` in the name, of all of them or of none.
+    end-diastole, 0 end-systole) and, as far as they were asked for, the other attributes, one value a patient; or the
+    columns that the `table` reader of patients takes. Labels, 0 background, 1 RV, 2 myocardium, 3 LV, are named in the
+    column labels or lie beside the volumes, `_seg` in the name, of all of them or of none.
 
     Volumes in a release's own layout (8 bits, the study's grid and axes) are taken as they are. Others go the way of
     real patients: turned by their affine or labels, resampled round the labels, else round the middle of the field of
@@ -54,9 +55,10 @@ def read_folder(folder: Path) -> Volumes:
     """
     reading = _SyntheticReading(folder)
     rows = _rows(reading)
+    labelled = _labels_of(reading, list(rows["file"]), list(rows["labels"]))
     stacks = [
         Stack("ED" if row["ESED"] else "ES", row["file"], labels)
-        for row, labels in zip(rows.to_dict("records"), _labels_beside(reading, list(rows["file"])), strict=True)
+        for row, labels in zip(rows.to_dict("records"), labelled, strict=True)
     ]
     patients = rows.groupby("patient")
     placed = [_placed(reading, str(patient), [stacks[row] for row in own]) for patient, own in patients.indices.items()]
@@ -96,7 +98,7 @@ class _SyntheticReading(Reading):
         return stored.astype(np.uint8)
 
     def is_released(self, file: str) -> bool:
-        """Whether a volume that was read is as `write_release` leaves them, whatever has turned it since."""
+        """Whether a volume that was read is as releases have them, whatever has turned it since."""
         image = nib.load(self.root / file)
         return (
             self.is_ours(file)
@@ -138,7 +140,7 @@ class _SyntheticReading(Reading):
         return lying
 
     def is_ours(self, file: str) -> bool:
-        """Whether its header says that `write_release` wrote it."""
+        """Whether its header says that it is of a release."""
         return nib.load(self.root / file).header["descrip"].item() == RELEASED.encode()
 
 
@@ -170,8 +172,14 @@ def _plausible(volumes: Sequence[Volume]) -> bool:
 
 def _rows(reading: Reading) -> pd.DataFrame:
     """The table, sorted: patient and file as text, attributes as numbers. Raises CohortError."""
-    text = reading.table(TABLE, "patient", ("file",), ATTRIBUTE_NAMES)
-    header = next(csv.reader(reading.text(TABLE).lstrip("\ufeff").splitlines()))
+    header = next(csv.reader(reading.text(TABLE).lstrip("\ufeff").splitlines()), [])
+    if "phase" in map(str.strip, header):  # as the `table` reader has it
+        text = reading.table(TABLE, "patient", ("phase", "path"), ("labels", *ATTRIBUTE_NAMES))
+        phases = text["phase"].map({"ED": "1", "ES": "0"}).fillna("")
+        text = text.drop(columns="phase").rename(columns={"path": "file"}).assign(ESED=phases)
+        header = [{"phase": "ESED", "path": "file"}.get(name.strip(), name) for name in header]
+    else:
+        text = reading.table(TABLE, "patient", ("file",), ("labels", *ATTRIBUTE_NAMES))
     known = {name.casefold(): name for name in ("patient", *_COLUMNS)}
     for column in (name.strip() for name in header):
         if column not in known.values():
@@ -190,7 +198,7 @@ def _rows(reading: Reading) -> pd.DataFrame:
         if (phase := numbers[-1].get("ESED")) not in (0, 1):
             met = "missing" if phase is None else f"{phase:g}"
             raise reading.error(where, f"ESED is {met}, but it's needed: give 1 at end-diastole, 0 at end-systole")
-    rows = text[["patient", "file"]].join(pd.DataFrame(numbers, columns=list(ATTRIBUTE_NAMES), dtype=float))
+    rows = text[["patient", "file", "labels"]].join(pd.DataFrame(numbers, columns=list(ATTRIBUTE_NAMES), dtype=float))
     for patient, own in rows.groupby("patient"):
         where = f"{TABLE}: {patient}"
         if own["ESED"].duplicated().any():
@@ -201,9 +209,9 @@ def _rows(reading: Reading) -> pd.DataFrame:
     return rows.sort_values(["patient", "ESED"], ascending=[True, False], ignore_index=True)
 
 
-def _labels_beside(reading: Reading, files: Sequence[str]) -> list[str | None]:
+def _labels_of(reading: Reading, files: Sequence[str], named: Sequence[str]) -> list[str | None]:
     """The labels' file of each volume, all None if there are none. Raises CohortError if some lack it."""
-    beside = ["_seg.nii".join(file.rsplit(".nii", 1)) for file in files]
+    beside = [name or "_seg.nii".join(file.rsplit(".nii", 1)) for file, name in zip(files, named, strict=True)]
     lacking = [file for file in beside if not reading.exists(file)]
     if len(lacking) == len(beside):
         return [None] * len(beside)

@@ -13,7 +13,7 @@ from cardiac_ldm.models.device import device_of
 from cardiac_ldm.models.diffusion import Sampler, sample_ddim
 from cardiac_ldm.progress import tqdm
 
-RELEASED = "cardiac_ldm: short axis, base first"
+RELEASED = "synthetic, cardiac_ldm: short axis, base first"
 """`descrip` of the NIfTI files in which synthetic volumes are given away: their affines say how the heart lies."""
 RELEASED_AXES = np.array([-1.0, -1.0, -1.0])
 """Their columns, rows and slices in RAS: to the patient's left, to the back, down from the base."""

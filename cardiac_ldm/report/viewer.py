@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.evaluation.synthesis import RELEASED, RELEASED_AXES
+from cardiac_ldm.evaluation.synthesis import RELEASED_AXES
 from cardiac_ldm.report.live import embed, front_end, loader
 from cardiac_ldm.report.walls import mosaic, png
 
@@ -95,10 +95,10 @@ def _itk_image(volume: NDArray[np.float32] | NDArray[np.uint8]) -> object:
     return image
 
 
-def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
+def nifti(volume: NDArray[np.float32] | NDArray[np.uint8], description: str = "") -> bytes:
     """Return a volume (slices, height, width) in [0, 1] as a gzipped 8-bit NIfTI file on the study's grid, in mm.
 
-    uint8 labels are kept as they are; anything else is scaled to 0..255.
+    uint8 labels are kept as they are; anything else is scaled to 0..255. description: what the header says of it.
 
     The heart lies with its base up: columns run to the patient's left, as in pictures of the short axis, rows to the
     back and slices down, from base to apex; the centre is the origin. So the RV lies on the patient's right.
@@ -108,8 +108,8 @@ def nifti(volume: NDArray[np.float32] | NDArray[np.uint8]) -> bytes:
     voxels = scaled.transpose(2, 1, 0)
     affine[:3, 3] = -affine[:3, :3] @ (np.array(voxels.shape) - 1) / 2
     image = nib.Nifti1Image(voxels, affine)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = RELEASED
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = description
     image.set_sform(affine, code="aligned")
     image.set_qform(affine, code="aligned")
     return gzip.compress(image.to_bytes(), mtime=0)
