@@ -3,11 +3,15 @@
 import base64
 import gzip
 import json
+import re
+from collections.abc import Mapping
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import plotly
+import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.core.getipython import get_ipython
 from plotly.io.base_renderers import MimetypeRenderer
@@ -62,18 +66,47 @@ def _packed(path: Path) -> str:
     return base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
 
 
-def embed(kind: str, payload: str, height: int, poster: str = "") -> str:
+def embed(kind: str, payload: str, height: int, alt: str, poster: str = "") -> str:
     """Return the HTML in which the book's script finds a figure.
 
-    kind: its class. payload: JSON. height: pixels to keep free. poster: HTML shown until it's drawn.
+    kind: its class. payload: JSON. height: pixels to keep free. alt: what it shows, in words. poster: HTML shown until
+    it's drawn, in print, and where no script runs.
     """
     data = payload.replace("<", "\\u003c")  # nothing in the data may end the script element
     script = f'<script type="application/json">{data}</script>'
-    return f'<div class="{kind}" style="min-height: {height}px">{script}{poster}</div>'
+    label = f'role="group" aria-label="{escape(alt)}"'
+    return f'<div class="{kind}" {label} style="min-height: {height}px">{script}{poster}</div>'
 
 
-CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
+}
 """How plotly shows a figure: with no button that uploads it, which it has by default."""
+
+
+def alt_text(figure: Mapping[str, Any]) -> str:
+    """What a figure shows, in words: its `meta.alt`, or its panels, axes and series."""
+    layout = figure.get("layout", {})
+    if alt := (layout.get("meta") or {}).get("alt"):
+        return str(alt)
+    axes = [
+        layout[name].get("title", {}).get("text", "") for name in sorted(layout) if re.fullmatch(r"[xy]axis\d*", name)
+    ]
+    panels = [note.get("text", "") for note in layout.get("annotations", ())]
+    series = [trace.get("name", "") for trace in figure.get("data", ())]
+    found = {"Plot": panels, "axes": axes, "series": series}
+    parts = [f"{what}: {', '.join(dict.fromkeys(filter(None, names)))}" for what, names in found.items() if any(names)]
+    return re.sub("<[^>]+>", " ", "; ".join(parts)) or "Plot"
+
+
+def figure_html(figure: go.Figure, alt: str = "", poster: str = "") -> str:
+    """Return a figure as the book's script draws it. alt: what it shows; else `alt_text`. poster: as `embed` has it."""
+    shown = figure.to_dict()
+    payload = pio.to_json({**shown, "config": CONFIG}, validate=False)
+    return embed("bk-plot", payload, shown["layout"].get("height", 450), alt or alt_text(shown), poster)
 
 
 class BookRenderer(MimetypeRenderer):
@@ -82,7 +115,7 @@ class BookRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the figure as `text/html` and as plotly's JSON."""
         figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
-        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
+        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450), alt_text(fig_dict))
         if front_end() == "classic":  # the one that doesn't know plotly's mimetype
             html += loader("bk-plot")
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}

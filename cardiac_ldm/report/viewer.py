@@ -130,4 +130,4 @@ def _viewer(
         payload[0]["labels"] = base64.b64encode(nifti(labels.astype(np.uint8))).decode()
     picture = png(mosaic(volumes, min(6, len(volumes))))
     poster = f'<img alt="the middle slice of each volume" src="{picture}">'
-    return VolumeViewer(embed("bk-volumes", json.dumps({"volumes": payload}), 400, poster))
+    return VolumeViewer(embed("bk-volumes", json.dumps({"volumes": payload}), 400, ", ".join(titles), poster))
