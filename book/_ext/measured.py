@@ -8,11 +8,11 @@ so fails the build.
 import ast
 import base64
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from cardiac_ldm.report import figures
-from cardiac_ldm.report.live import figure_html
+from cardiac_ldm.report.live import embed, figure_html
 from cardiac_ldm.report.tables import model_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,18 +297,104 @@ class Headline(SphinxDirective):
             " and its change against the public model, paired over conditions (right): a change is measured where its "
             "interval excludes 0."
         )
-        figure = figure_html(figures.headline(points, changes, references), caption)
-        return captioned(
-            figure, caption, "python -m benchmarks.private_recipe private", RESULTS / "private_recipe.json"
+        figure = figures.headline(points, changes, references).update_layout(meta={"caption": caption})
+        return made_by(figure_html(figure.to_dict()), "python -m benchmarks.private_recipe private", "private_recipe")
+
+
+class Dial(SphinxDirective):
+    """The epsilon dial: each model's sample for one condition, what its budget means, and what was measured of it."""
+
+    def run(self) -> list[nodes.Node]:
+        """Take the volumes from the published gallery, and all numbers from the metrics that its chapters carry."""
+        viewer = next(
+            text
+            for cell in nbformat.read(PUBLISHED / "07_gallery.ipynb", 4).cells
+            for output in cell.get("outputs", [])
+            if "bk-volumes" in (text := output.get("data", {}).get("text/html", ""))
         )
+        volumes = json.loads(viewer.split('<script type="application/json">')[1].split("</script>")[0])["volumes"]
+        runs = [float(run["epsilon"]) for run in published()["study"]["evaluate"] if run["epsilon"] is not None]
+        budgets = {model_name(epsilon): epsilon for epsilon in runs}
+        models = [
+            {
+                "title": v["title"],
+                "nifti": v["nifti"],
+                "words": meant(budgets[v["title"]]),
+                "measures": _measures(v["title"]),
+            }
+            for v in volumes
+        ]
+        payload = json.dumps({"badge": "synthetic", "models": models})
+        alt = "Samples of models with different privacy budgets for one condition, and what was measured of each"
+        return [nodes.raw("", embed("bk-dial", payload, 700, alt), format="html")]
 
 
-def captioned(html: str, caption: str, command: str, data: Path) -> list[nodes.Node]:
-    """A figure's element with its caption, and what made it."""
-    address = f"data:application/json;base64,{base64.b64encode(data.read_bytes()).decode()}"
-    link = f'<a download="{data.name}" href="{address}">{data.name}</a>'
-    made = f"<small>Made by <code>{command}</code>; data: {link}.</small>"
-    return [nodes.raw("", f'{html}<p class="bk-caption">{escape(caption)} {made}</p>', format="html")]
+def meant(epsilon: float) -> str:
+    """What a budget means, in words."""
+    if epsilon == 0:
+        return "Trained on public patients only: no private patient can be found out by it."
+    if math.isinf(epsilon):
+        return "No privacy: nothing bounds what this model may give away of a patient."
+    factor, right = math.exp(epsilon), 1 / (1 + math.exp(-epsilon))
+    return (
+        f"ε = {epsilon:g}: adding or removing one patient changes the probability of any outcome by a factor of at "
+        f"most {format(factor, '.1f' if factor < 100 else ',.0f')} (but for δ). Whoever knows all other patients "
+        f"and gives even odds to one's having taken part is right with a probability of at most {right:.2%}."
+        + (" That is a weak promise." if factor > 100 else "")
+    )
+
+
+def _measures(model: str) -> list[dict[str, str]]:
+    """What the dial shows of a model: a name, its value and the patients'."""
+    study = published()["study"]
+    run = next(r for r in study["evaluate"] if r["epsilon"] is not None and model_name(float(r["epsilon"])) == model)
+    shown = {
+        "FD-EffNet (lower is better)": ("FD-EffNet", None, 0),
+        "coverage (higher is better)": ("coverage", None, 2),
+        "correlation of LVEDV, requested and measured": ("correlation", "LVEDV", 2),
+        "bias of LVEDV, mL": ("bias", "LVEDV", 1),
+        "correlation of LVEF": ("correlation", "LVEF", 2),
+    }
+    measures = []
+    for name, (metric, attribute, places) in shown.items():
+        row = next(r for r in run["rows"] if (r["metric"], r["attribute"], r["grouping"]) == (metric, attribute, None))
+        value = f"{row['value']:.{places}f} [{row['low']:.{places}f}, {row['high']:.{places}f}]".replace("-", "−")
+        measures.append({"name": name, "value": value, "patients": f"{row['reference']:.{places}f}"})
+    dice = [
+        c
+        for c in published()["printed"]["04_evaluate"]
+        if (c["row"], c["column"]) == (f"synthetic ({model})", "Dice myocardium")
+    ]
+    measures += [
+        {"name": "Dice (myocardium) of a segmenter trained on samples", "value": c["text"], "patients": ""}
+        for c in dice
+    ]
+    for attack in study["attack"]:
+        if model_name(float(attack["epsilon"])) == model:
+            row = next(r for r in attack["membership"] if (r["attack"], r["measure"]) == ("loss", "auc"))
+            value = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            measures.append({"name": "membership inference, AUC (0.5 is chance)", "value": value, "patients": ""})
+    for audit in study["audit"]:
+        if model_name(float(audit["epsilon"])) == model:
+            bound = max(row["shown"] for row in audit["rows"] if row["noise"] == 1)
+            measures.append({"name": "audit: largest lower bound on ε", "value": f"{bound:.2f}", "patients": ""})
+    return measures
+
+
+class Motion(SphinxDirective):
+    """The mechanism in motion: clipping and noise on a handful of made-up patients."""
+
+    def run(self) -> list[nodes.Node]:
+        """The book's script draws it."""
+        alt = "Clipping and noise on the gradients of a handful of made-up patients, with sliders"
+        return [nodes.raw("", f'<div class="bk-mechanism" role="group" aria-label="{alt}"></div>', format="html")]
+
+
+def made_by(html: str, command: str, result: str) -> list[nodes.Node]:
+    """A figure's element, and under it what made it and its data."""
+    address = f"data:application/json;base64,{base64.b64encode((RESULTS / f'{result}.json').read_bytes()).decode()}"
+    link = f'<a download="{result}.json" href="{address}">{result}.json</a>'
+    return [nodes.raw("", f"{html}<p><small>Made by <code>{command}</code>; data: {link}.</small></p>", format="html")]
 
 
 def note_results(
@@ -325,6 +411,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("claim", Bound(claimed, "claim"))
     app.add_directive("api", Reference)
     app.add_directive("headline", Headline)
+    app.add_directive("dial", Dial)
+    app.add_directive("motion", Motion)
     app.connect("env-get-outdated", note_results)
     app.connect("doctree-resolved", link_terms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import plotly
-import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.core.getipython import get_ipython
 from plotly.io.base_renderers import MimetypeRenderer
@@ -88,9 +87,10 @@ CONFIG = {
 
 
 def alt_text(figure: Mapping[str, Any]) -> str:
-    """What a figure shows, in words: its `meta.alt`, or its panels, axes and series."""
+    """What a figure shows, in words: its `meta.alt` or `meta.caption`, or its panels, axes and series."""
     layout = figure.get("layout", {})
-    if alt := (layout.get("meta") or {}).get("alt"):
+    meta = layout.get("meta") or {}
+    if alt := meta.get("alt") or meta.get("caption"):
         return str(alt)
     axes = [
         layout[name].get("title", {}).get("text", "") for name in sorted(layout) if re.fullmatch(r"[xy]axis\d*", name)
@@ -102,11 +102,28 @@ def alt_text(figure: Mapping[str, Any]) -> str:
     return re.sub("<[^>]+>", " ", "; ".join(parts)) or "Plot"
 
 
-def figure_html(figure: go.Figure, alt: str = "", poster: str = "") -> str:
-    """Return a figure as the book's script draws it. alt: what it shows; else `alt_text`. poster: as `embed` has it."""
-    shown = figure.to_dict()
-    payload = pio.to_json({**shown, "config": CONFIG}, validate=False)
-    return embed("bk-plot", payload, shown["layout"].get("height", 450), alt or alt_text(shown), poster)
+def wall_html(figure: Mapping[str, Any]) -> str:
+    """Return a picture with captions as an element that needs no script; `meta` says where they stand, in per cent."""
+    meta, alt = figure["layout"]["meta"], escape(alt_text(figure))
+    texts = "".join(
+        f'<span style="left: {x}%; top: {y}%">{escape(text)}</span>' for x, y, text in meta["captions"] if text
+    )
+    shown = (
+        f'<img alt="{alt}" src="{figure["data"][0]["source"]}">{texts}<b class="bk-badge">{escape(meta["badge"])}</b>'
+    )
+    return f'<div class="bk-wall" role="group" aria-label="{alt}">{shown}</div>'
+
+
+def figure_html(figure: Mapping[str, Any]) -> str:
+    """Return a plotly figure, as its `to_dict`, as the book draws it, with its caption."""
+    layout = figure["layout"]
+    meta = layout.get("meta") or {}
+    if "captions" in meta:
+        return wall_html(figure)
+    caption = meta.get("caption", "")
+    told = f'<p class="bk-caption">{escape(caption)}</p>' if caption else ""
+    payload = pio.to_json({**figure, "config": CONFIG}, validate=False)
+    return embed("bk-plot", payload, layout.get("height", 450), alt_text(figure), told)
 
 
 class BookRenderer(MimetypeRenderer):
@@ -115,7 +132,7 @@ class BookRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the figure as `text/html` and as plotly's JSON."""
         figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
-        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450), alt_text(fig_dict))
+        html = figure_html(fig_dict)
         if front_end() == "classic":  # the one that doesn't know plotly's mimetype
             html += loader("bk-plot")
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}
