@@ -16,14 +16,12 @@ import yaml
 from cardiac_ldm.errors import StudyError
 
 BOOK = Path(__file__).resolve().parent
-CHAPTERS = ["method", "mechanism", "models", "recipe", "data", "phantom", "references"]
 PARTS = {
-    "Background": ["method", "mechanism", "models", "recipe", "data", "phantom"],
-    "The study": ["00_", "01_", "02_"],
-    "Private models": ["03_"],
-    "Evaluation": ["04_", "05_"],
-    "Results": ["06_", "07_", "08_"],
-    "Appendix": ["references"],
+    "Results": ["results", "06_", "04_", "05_", "07_", "08_", "paper", "limits"],
+    "Methods": ["method", "mechanism", "models", "recipe"],
+    "Data and training": ["phantom", "00_", "01_", "02_", "03_"],
+    "Do it yourself": ["run", "data"],
+    "Reference": ["glossary", "api", "cite", "references"],
 }
 
 
@@ -38,12 +36,21 @@ def contents(executed: Path) -> str:
     for chapter in sorted(path.stem for path in (BOOK.parent / "notebooks").glob("*.ipynb")):
         if not any(name.split("-eps")[0] == chapter for name in names):
             raise StudyError(f"{executed} holds no {chapter}.ipynb: run the study to its end first (make study)")
-    files = [*CHAPTERS, *(f"executed/{name}" for name in names)]
+    pages = sorted(path.stem for path in BOOK.glob("*.md"))
+    files = {name: f"executed/{name}" for name in names} | {name: name for name in pages}
     parts = [
-        {"caption": caption, "chapters": [{"file": f} for f in files if Path(f).name.startswith(tuple(prefixes))]}
-        for caption, prefixes in PARTS.items()
+        {
+            "caption": caption,
+            "chapters": [{"file": files[name]} for part in chapters for name in files if _is(part, name)],
+        }
+        for caption, chapters in PARTS.items()
     ]
     return yaml.safe_dump({"format": "jb-book", "root": "intro", "parts": parts}, sort_keys=False)
+
+
+def _is(part: str, name: str) -> bool:
+    """Whether a page or notebook is the one named, or one that begins so (`03_`)."""
+    return name.startswith(part) if part.endswith("_") else name == part
 
 
 def budget(notebook: Path) -> float:
@@ -69,7 +76,7 @@ def assemble(executed: Path, book: Path) -> None:
     settings = yaml.safe_load((BOOK / "_config.yml").read_text())
     profiles = ", ".join(sorted({f"`{name}`" for name in map(profile, executed.glob("*.ipynb")) if name}))
     settings["title"] += ": your own run"
-    settings["sphinx"]["local_extensions"] = {"local_figures": str(BOOK / "_ext")}
+    settings["sphinx"]["local_extensions"] = {name: str(BOOK / "_ext") for name in ("local_figures", "measured")}
     settings["sphinx"]["config"]["own_run"] = f", with the profile {profiles}" if profiles else ""
     (book / "_config.yml").write_text(yaml.safe_dump(settings))
     (book / "_toc.yml").write_text(table)

@@ -222,7 +222,7 @@ def _bids(folder: Path, about: About, rows: list[Mapping[str, Any]], cautions: l
         "privacy.json",
         "release.json",
     ]
-    ignored += ["croissant.json", "verify.py", "SHA256SUMS", "model/", "model/**"]
+    ignored += ["croissant.json", "verify.py", "SHA256SUMS", "model", "model/", "model/**"]
     (folder / ".bidsignore").write_text("\n".join(ignored) + "\n")
 
 

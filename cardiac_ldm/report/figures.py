@@ -1,7 +1,7 @@
 """The study's figures, in plotly; importing this module makes every plotly figure show in the book and live."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import cycle
 from typing import Any
 
@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from cardiac_ldm.cohort import ATTRIBUTES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.report import live
-from cardiac_ldm.report.tables import TITLES, patients_name
+from cardiac_ldm.report.tables import RECONSTRUCTED, TITLES, patients_name
 
 # Okabe & Ito, "Color Universal Design" (2008): told apart by all common kinds of colour vision
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -41,6 +41,37 @@ pio.templates["cardiac"] = go.layout.Template(
 pio.templates.default = "cardiac"
 pio.renderers["book"] = live.BookRenderer()
 pio.renderers.default = "book"
+
+
+CAPTIONS = {
+    "attribute_distributions": "How each attribute is distributed: the share of volumes, by cohort.",
+    "tradeoff": "Each measure against the privacy budget, with 95 % intervals over patients. Dashed lines with bands "
+    "are models of public data only and without privacy, the dotted one is what the held-out patients reach.",
+    "distance_by_size": "FD-EffNet against one over the number of patients, with 95 % intervals and fitted lines. An "
+    "intercept is an extrapolation: that of patients against patients isn't 0 either.",
+    "requested_and_measured": "Measured against requested, by attribute and model; the dotted line is the identity. "
+    "Bars are 95 % intervals of means.",
+    "beyond_range": "Measured against requested on logarithmic axes, with 95 % intervals; open points lie outside of "
+    "the range of public patients.",
+    "training_curve": "The training loss on public patients, by step, on a logarithmic axis.",
+    "response_matrix": "Row by row one attribute is moved by a step: the mean change of each measured attribute, in "
+    "steps, and what was requested. Intervals show on hovering and in the run's metrics.",
+    "interval_dots": "Each measure with its 95 % interval over patients; synthetic ones in blue.",
+    "audit_bounds": "Lower bounds on ε that the audit shows (points) beside the ε that is stated (bars).",
+}
+"""What stands under a figure, by the function that draws it."""
+
+
+def model_colours(names: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each model, the same in every figure; those with a budget take the rest in turn."""
+    known = {"public data only": VERMILLION, "no privacy": GREEN, RECONSTRUCTED: ORANGE}
+    rest = cycle((SKY, BLUE, PURPLE))
+    return {name: known.get(name) or next(rest) for name in names}
+
+
+def _captioned(figure: go.Figure, name: str) -> go.Figure:
+    """Put the caption of a function's figures beside it."""
+    return figure.update_layout(meta={"caption": CAPTIONS[name]})
 
 
 def _facets(figure: go.Figure, height: float, margin: Mapping[str, float], *, shared_y: bool = False) -> go.Figure:
@@ -88,7 +119,8 @@ def attribute_distributions(cohorts: Mapping[str, Patients | NDArray[np.float32]
     )
     figure.update_traces(fill="tozeroy", line_width=1.5, hovertemplate="%{x}: %{y} % of volumes")
     _facets(figure, 60 + 190 * math.ceil(len(ATTRIBUTES) / 4), {"l": 20, "r": 10, "t": 70, "b": 30})
-    return figure.update_yaxes(rangemode="tozero", ticks="", showticklabels=False)
+    figure.update_yaxes(rangemode="tozero", ticks="", showticklabels=False)
+    return _captioned(figure.update_yaxes(title="share of volumes", col=1), "attribute_distributions")
 
 
 def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str]) -> go.Figure:
@@ -154,7 +186,48 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str]) -> go.Figure:
     figure.update_xaxes(type="log", range=np.log10(span).tolist(), tickvals=epsilons, ticktext=ticks)
     figure.update_xaxes(title="ε per patient", row=rows)
     figure.update_annotations(font=_TITLE)
-    return figure.update_layout(height=100 + 300 * rows, margin={"t": 80, "b": 70})
+    return _captioned(figure.update_layout(height=100 + 300 * rows, margin={"t": 80, "b": 70}), "tradeoff")
+
+
+def headline(
+    points: pd.DataFrame, changes: pd.DataFrame, references: Mapping[str, tuple[float, float, float]]
+) -> go.Figure:
+    """Return the study's result: models' distances to held-out patients, and their paired changes from the public one.
+
+    points: columns `model`, `start` (which series), `value`, `low`, `high`. changes: columns `model`, `value`, `low`,
+    `high`, paired over conditions. references: name -> value, low, high, drawn as bands (floor and ceiling).
+    """
+    titles = ("distance to held-out patients", "change from public model")
+    figure = make_subplots(1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.12, subplot_titles=titles)
+    colours = dict(zip(dict.fromkeys(points["start"]), (BLUE, PURPLE, GREEN), strict=False))
+    symbols = dict(zip(colours, ("circle", "diamond", "square"), strict=False))
+    models = list(dict.fromkeys(points["model"]))
+    for (name, (value, low, high)), dash in zip(references.items(), ("dash", "dot"), strict=False):
+        figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, row=1, col=1)
+        line = {"color": GREY, "dash": dash, "width": 1.5}
+        figure.add_scatter(x=models, y=[value] * len(models), name=name, mode="lines", line=line, row=1, col=1)
+    shown = [(str(name), rows, 1, colours[name], symbols[name]) for name, rows in points.groupby("start", sort=False)]
+    for series, rows, column, colour, symbol in [*shown, ("", changes, 2, BLUE, "circle")]:
+        figure.add_scatter(
+            x=rows["model"],
+            y=rows["value"],
+            error_y={"array": rows["high"] - rows["value"], "arrayminus": rows["value"] - rows["low"]},
+            customdata=rows[["low", "high"]],
+            hovertemplate=f"%{{x}}: %{{y:.0f}} [%{{customdata[0]:.0f}}, %{{customdata[1]:.0f}}]<extra>{series}</extra>",
+            name=series,
+            mode="markers",
+            showlegend=column == 1,
+            marker={"size": 10, "color": colour, "symbol": symbol},
+            row=1,
+            col=column,
+        )
+    figure.add_hline(0, line={"color": RULE, "dash": "dash", "width": 1.5}, row=1, col=2)
+    ticks = [200, 300, 500, 1000, 2000]
+    figure.update_yaxes(title="FD-EffNet (log scale, lower is better)", type="log", tickvals=ticks, row=1, col=1)
+    figure.update_yaxes(title="change in FD-EffNet", row=1, col=2)
+    figure.update_xaxes(title="model", type="category")
+    figure.update_annotations(font=_TITLE)
+    return figure.update_layout(height=460, margin={"t": 100, "b": 60})
 
 
 def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
@@ -168,12 +241,12 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     curves = {name: points[points["cohort"] == "synthetic"] for name, points in curves.items()}
     if first["sizes"]:
         curves[patients] = pd.DataFrame(first["sizes"]).query("cohort == 'real'")
-    figure = go.Figure()
-    for (name, points), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    figure, colours = go.Figure(), model_colours(name for name in curves if name != patients)
+    for name, points in curves.items():
         share = 1 / points["n_patients"].to_numpy()
         slope, intercept = np.polyfit(share, points["value"], 1)
         ends = np.array([0, share.max()])
-        shared = {"legendgroup": name, "line": {"color": GREY if name == patients else colour}}
+        shared = {"legendgroup": name, "line": {"color": colours.get(name, GREY)}}
         figure.add_scatter(
             x=share,
             y=points["value"],
@@ -189,7 +262,8 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         figure.add_scatter(x=ends, y=fitted, mode="lines", hoverinfo="skip", showlegend=False, **shared)
     counts = sorted({count for points in curves.values() for count in points["n_patients"]})
     figure.update_xaxes(title="patients", tickvals=[0, *(1 / n for n in counts)], ticktext=["∞", *map(str, counts)])
-    return figure.update_yaxes(title="FD-EffNet").update_layout(height=420, margin={"t": 70})
+    figure.update_yaxes(title="FD-EffNet").update_layout(height=420, margin={"t": 70})
+    return _captioned(figure, "distance_by_size")
 
 
 def requested_and_measured(points: pd.DataFrame) -> go.Figure:
@@ -217,25 +291,25 @@ def requested_and_measured(points: pd.DataFrame) -> go.Figure:
         error_y_minus="below" if means else None,
         custom_data=["low", "high", "n_patients"] if means else None,
         color="run",
-        color_discrete_map={"": RULE, **dict(zip(runs, cycle(COLOURS), strict=False))},
+        color_discrete_map={"": RULE, **model_colours(runs)},
         markers=True,
         facet_col="panel",
         facet_col_wrap=3,
         facet_row_spacing=0.3 / rows,
         facet_col_spacing=0.08,
         category_orders={"panel": panels},
-        labels={"requested": "asked for"},
+        labels={"requested": "requested"},
     )
     said = " [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>%{customdata[2]} patients" if means else ""
     figure.update_traces(
         mode="lines+markers" if means else "markers",
         marker={"size": 7 if means else 6, "opacity": 1 if means else 0.7},
         line_width=1.2,
-        hovertemplate=f"asked %{{x:.4g}}, measured %{{y:.4g}}{said}",
+        hovertemplate=f"requested %{{x:.4g}}, measured %{{y:.4g}}{said}",
     )
     dotted = {"mode": "lines", "line": {"dash": "dot"}, "hovertemplate": None, "hoverinfo": "skip", "showlegend": False}
     figure.update_traces(dotted, {"name": ""})
-    return _facets(figure, 100 + (240 if means else 300) * rows, {"t": 80})
+    return _captioned(_facets(figure, 100 + (240 if means else 300) * rows, {"t": 80}), "requested_and_measured")
 
 
 def beyond_range(table: pd.DataFrame) -> go.Figure:
@@ -249,7 +323,8 @@ def beyond_range(table: pd.DataFrame) -> go.Figure:
     for trace, known in zip(models, inside, strict=True):
         trace.marker.symbol = np.where(known, "circle", "circle-open")
     ticks = [2, 3, 5, 7, 10, 20, 50, 100, 200, 500, 1000]
-    return figure.update_xaxes(type="log", tickvals=ticks).update_yaxes(type="log", tickvals=ticks)
+    figure.update_xaxes(type="log", tickvals=ticks).update_yaxes(type="log", tickvals=ticks)
+    return _captioned(figure, "beyond_range")
 
 
 def training_curve(curve: pd.DataFrame, title: str = "loss") -> go.Figure:
@@ -259,7 +334,7 @@ def training_curve(curve: pd.DataFrame, title: str = "loss") -> go.Figure:
     """
     figure = px.line(curve, x="step", y="value", color="series", log_y=True, labels={"value": title})
     figure.update_traces(hovertemplate="%{x}: %{y:.4g}")
-    return figure.update_layout(height=380, showlegend=True, legend_title_text="")
+    return _captioned(figure.update_layout(height=380, showlegend=True, legend_title_text=""), "training_curve")
 
 
 def response_matrix(table: pd.DataFrame) -> go.Figure:
@@ -302,7 +377,8 @@ def response_matrix(table: pd.DataFrame) -> go.Figure:
     )
     figure.update_xaxes(title={"text": "measured", "standoff": 0}, side="top", tickangle=-45, showgrid=False, ticks="")
     figure.update_yaxes(title="moved by one step", autorange="reversed", showgrid=False, ticks="")
-    return figure.update_layout(height=150 + 44 * len(moved), margin={"l": 130, "t": 130, "b": 20})
+    figure.update_layout(height=150 + 44 * len(moved), margin={"l": 130, "t": 130, "b": 20})
+    return _captioned(figure, "response_matrix")
 
 
 def _said(change: float, requested: float) -> str:
@@ -346,7 +422,9 @@ def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
         "<extra></extra>",
     )
     figure.update_yaxes(automargin=True)
-    return _facets(figure, 90 + n_rows * (60 + 26 * len(training_sets)), {"l": 10, "b": 40}, shared_y=True)
+    figure.update_xaxes(title="value", row=1)  # px counts rows from below
+    _facets(figure, 90 + n_rows * (60 + 26 * len(training_sets)), {"l": 10, "b": 40}, shared_y=True)
+    return _captioned(figure, "interval_dots")
 
 
 def utility_dots(rows: pd.DataFrame) -> go.Figure:
@@ -373,4 +451,4 @@ def audit_bounds(rows: pd.DataFrame) -> go.Figure:
     figure.update_traces(hovertemplate="%{y}: %{x:.2f}")
     figure.update_xaxes(title="ε at the ledger's δ", rangemode="tozero")
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], title="")
-    return figure.update_layout(height=140 + 48 * len(names), margin={"l": 150, "t": 60})
+    return _captioned(figure.update_layout(height=140 + 48 * len(names), margin={"l": 150, "t": 60}), "audit_bounds")

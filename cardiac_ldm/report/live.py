@@ -3,7 +3,10 @@
 import base64
 import gzip
 import json
+import re
+from collections.abc import Mapping
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,18 +65,65 @@ def _packed(path: Path) -> str:
     return base64.b64encode(gzip.compress(path.read_bytes(), mtime=0)).decode()
 
 
-def embed(kind: str, payload: str, height: int, poster: str = "") -> str:
+def embed(kind: str, payload: str, height: int, alt: str, poster: str = "") -> str:
     """Return the HTML in which the book's script finds a figure.
 
-    kind: its class. payload: JSON. height: pixels to keep free. poster: HTML shown until it's drawn.
+    kind: its class. payload: JSON. height: pixels to keep free. alt: what it shows, in words. poster: HTML shown until
+    it's drawn, in print, and where no script runs.
     """
     data = payload.replace("<", "\\u003c")  # nothing in the data may end the script element
     script = f'<script type="application/json">{data}</script>'
-    return f'<div class="{kind}" style="min-height: {height}px">{script}{poster}</div>'
+    label = f'role="group" aria-label="{escape(alt)}"'
+    return f'<div class="{kind}" {label} style="min-height: {height}px">{script}{poster}</div>'
 
 
-CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
+}
 """How plotly shows a figure: with no button that uploads it, which it has by default."""
+
+
+def alt_text(figure: Mapping[str, Any]) -> str:
+    """What a figure shows, in words: its `meta.alt` or `meta.caption`, or its panels, axes and series."""
+    layout = figure.get("layout", {})
+    meta = layout.get("meta") or {}
+    if alt := meta.get("alt") or meta.get("caption"):
+        return str(alt)
+    axes = [
+        layout[name].get("title", {}).get("text", "") for name in sorted(layout) if re.fullmatch(r"[xy]axis\d*", name)
+    ]
+    panels = [note.get("text", "") for note in layout.get("annotations", ())]
+    series = [trace.get("name", "") for trace in figure.get("data", ())]
+    found = {"Plot": panels, "axes": axes, "series": series}
+    parts = [f"{what}: {', '.join(dict.fromkeys(filter(None, names)))}" for what, names in found.items() if any(names)]
+    return re.sub("<[^>]+>", " ", "; ".join(parts)) or "Plot"
+
+
+def wall_html(figure: Mapping[str, Any]) -> str:
+    """Return a picture with captions as an element that needs no script; `meta` says where they stand, in per cent."""
+    meta, alt = figure["layout"]["meta"], escape(alt_text(figure))
+    texts = "".join(
+        f'<span style="left: {x}%; top: {y}%">{escape(text)}</span>' for x, y, text in meta["captions"] if text
+    )
+    shown = (
+        f'<img alt="{alt}" src="{figure["data"][0]["source"]}">{texts}<b class="bk-badge">{escape(meta["badge"])}</b>'
+    )
+    return f'<div class="bk-wall" role="group" aria-label="{alt}">{shown}</div>'
+
+
+def figure_html(figure: Mapping[str, Any]) -> str:
+    """Return a plotly figure, as its `to_dict`, as the book draws it, with its caption."""
+    layout = figure["layout"]
+    meta = layout.get("meta") or {}
+    if "captions" in meta:
+        return wall_html(figure)
+    caption = meta.get("caption", "")
+    told = f'<p class="bk-caption">{escape(caption)}</p>' if caption else ""
+    payload = pio.to_json({**figure, "config": CONFIG}, validate=False)
+    return embed("bk-plot", payload, layout.get("height", 450), alt_text(figure), told)
 
 
 class BookRenderer(MimetypeRenderer):
@@ -82,7 +132,7 @@ class BookRenderer(MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the figure as `text/html` and as plotly's JSON."""
         figure = pio.to_json({**fig_dict, "config": CONFIG}, validate=False)
-        html = embed("bk-plot", figure, fig_dict["layout"].get("height", 450))
+        html = figure_html(fig_dict)
         if front_end() == "classic":  # the one that doesn't know plotly's mimetype
             html += loader("bk-plot")
         return {"application/vnd.plotly.v1+json": json.loads(figure), "text/html": html}

@@ -1,4 +1,4 @@
-"""Volumes that turn: slices and a 3D view, in the book and in live notebooks, by NiiVue or by itkwidgets."""
+"""Volumes to look through, in the book and in live notebooks: linked slices, and a 3D view by NiiVue or itkwidgets."""
 
 import base64
 import gzip
@@ -15,7 +15,7 @@ from cardiac_ldm.cohort import GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.synthesis import RELEASED_AXES
 from cardiac_ldm.report.live import embed, front_end, loader
-from cardiac_ldm.report.walls import mosaic, png
+from cardiac_ldm.report.walls import SYNTHETIC, mosaic, png, shown_as
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,28 +33,37 @@ class VolumeViewer:
 
 
 def show_patients(patients: Patients, volumes: Sequence[int], titles: Sequence[str]) -> VolumeViewer:
-    """Show patients' volumes, one at a time, chosen by title.
+    """Show patients' volumes, with linked slices.
 
     volumes: indices, as `patients.images` takes them. titles: one per volume.
     Raises PrivacyError when the patients are private and not simulated.
     """
     require_releasable(patients, "what a patient's heart looks like")
-    return _viewer(patients.images(volumes), titles)
+    return _viewer(patients.images(volumes), titles, shown_as(patients))
 
 
-def show_synthetic(volumes: NDArray[np.float32], titles: Sequence[str]) -> VolumeViewer:
-    """Show synthetic volumes (n, slices, height, width) in [0, 1], one at a time, chosen by title."""
-    return _viewer(np.asarray(volumes), titles)
+def show_synthetic(
+    volumes: NDArray[np.float32],
+    titles: Sequence[str],
+    phases: Sequence[str] = (),
+    labels: NDArray[np.uint8] | None = None,
+) -> VolumeViewer:
+    """Show synthetic volumes (n, slices, height, width) in [0, 1], with linked slices.
+
+    titles: one per volume. phases: one per volume, "ED" or "ES": the viewer shows one of them and flips. labels: of the
+    volumes' shape, shown over them.
+    """
+    return _viewer(np.asarray(volumes), titles, SYNTHETIC, phases, labels)
 
 
-def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -> object:
+def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None, badge: str = "") -> object:
     """Show one volume, and its labels in colours, in whatever front end the notebook is opened.
 
     Classic Notebook shows itkwidgets' viewer where `pip install "cardiac-ldm[live]"` has brought it. JupyterLab and
     VS Code, for which itkwidgets' stable version has none, classic Notebook without it, and the book show NiiVue's.
 
     volume: (slices, height, width) in [0, 1]. labels: of the same shape; 1 right ventricle, 2 myocardium, 3 left
-    ventricle. Raises ParameterError for other shapes or labels.
+    ventricle. badge: whom it shows, as `shown_as` says. Raises ParameterError for other shapes or labels.
     """
     if volume.ndim != 3:
         raise ParameterError(f"view shows one volume (slices, height, width); this one has the shape {volume.shape}")
@@ -69,7 +78,8 @@ def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None) -
         viewer = view_itk(_itk_image(volume), label_image, ui_collapsed=True)
         viewer.channels = [True]  # its front end can't do without, and its `view` doesn't say which there are
         return viewer
-    return _viewer(volume[None], ["volume" if labels is None else "volume with labels"], labels)
+    titles = ["volume" if labels is None else "volume with labels"]
+    return _viewer(volume[None], titles, badge, labels=None if labels is None else labels[None])
 
 
 def _itkwidgets_shows() -> bool:
@@ -116,18 +126,22 @@ def nifti(volume: NDArray[np.float32] | NDArray[np.uint8], description: str = ""
 
 
 def _viewer(
-    volumes: NDArray[np.float32], titles: Sequence[str], labels: NDArray[np.uint8] | None = None
+    volumes: NDArray[np.float32],
+    titles: Sequence[str],
+    badge: str,
+    phases: Sequence[str] = (),
+    labels: NDArray[np.uint8] | None = None,
 ) -> VolumeViewer:
-    """Embed volumes (n, slices, height, width) and, until they're drawn, a picture of their middle slices.
-
-    labels: of the first volume.
-    """
+    """Embed volumes (n, slices, height, width) and, until they're drawn, a picture of their middle slices."""
     if len(titles) != len(volumes) or len(volumes) == 0:
         raise ParameterError(f"a viewer needs one title per volume: {len(titles)} titles, {len(volumes)} volumes")
     files = [base64.b64encode(nifti(volume)).decode() for volume in volumes]
     payload = [{"title": title, "nifti": file} for title, file in zip(titles, files, strict=True)]
-    if labels is not None:
-        payload[0]["labels"] = base64.b64encode(nifti(labels.astype(np.uint8))).decode()
+    for shown, phase in zip(payload, phases, strict=False):
+        shown["phase"] = phase
+    for shown, drawn in zip(payload, labels if labels is not None else (), strict=False):
+        shown["labels"] = base64.b64encode(nifti(drawn.astype(np.uint8))).decode()
     picture = png(mosaic(volumes, min(6, len(volumes))))
+    alt = f"{badge or 'volumes'}: {', '.join(titles)}"
     poster = f'<img alt="the middle slice of each volume" src="{picture}">'
-    return VolumeViewer(embed("bk-volumes", json.dumps({"volumes": payload}), 400, poster))
+    return VolumeViewer(embed("bk-volumes", json.dumps({"badge": badge, "volumes": payload}), 300, alt, poster))

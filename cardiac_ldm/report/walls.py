@@ -14,6 +14,9 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.report.figures import GREEN, SKY, VERMILLION
 
+SYNTHETIC = "synthetic"
+"""What is said on every picture of samples."""
+
 
 def mosaic(volumes: ArrayLike, columns: int) -> NDArray[np.uint8]:
     """Lay the middle slices of volumes out as tiles.
@@ -35,13 +38,18 @@ def png(picture: NDArray[np.uint8]) -> str:
     return image_array_to_data_uri(np.asarray(picture), backend="pypng", compression=9)
 
 
-def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int) -> go.Figure:
+def shown_as(patients: Patients) -> str:
+    """What is said on every picture of patients: that they're simulated, or real."""
+    return "simulated patients" if patients.simulated else "real patients"
+
+
+def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int, badge: str) -> go.Figure:
     """Return the tiles of `mosaic` as a figure, each with its caption."""
     _match(captions, len(volumes))
     columns = min(columns, len(volumes))
     height, width = volumes.shape[2] + 2, volumes.shape[3] + 2
     corners = [(i % columns * width, i // columns * height) for i in range(len(volumes))]
-    return _captioned(mosaic(volumes, columns), corners, captions)
+    return _captioned(mosaic(volumes, columns), corners, captions, badge)
 
 
 def _match(captions: Sequence[str], n_volumes: int) -> None:
@@ -49,8 +57,13 @@ def _match(captions: Sequence[str], n_volumes: int) -> None:
         raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {n_volumes} volumes")
 
 
-def _captioned(picture: NDArray[np.uint8], corners: Sequence[tuple[int, int]], captions: Sequence[str]) -> go.Figure:
-    """Return a picture as wide as the book's text, a caption in each of these corners (column, row)."""
+def _captioned(
+    picture: NDArray[np.uint8], corners: Sequence[tuple[int, int]], captions: Sequence[str], badge: str
+) -> go.Figure:
+    """Return a picture as wide as the book's text, a caption in each of these corners (column, row).
+
+    badge: whom it shows; it stands on the picture and in its alternative text.
+    """
     height, width = picture.shape[:2]
     figure = go.Figure(go.Image(source=png(picture), hoverinfo="skip", zsmooth="fast"))
     column, row = np.transpose(corners)
@@ -66,6 +79,17 @@ def _captioned(picture: NDArray[np.uint8], corners: Sequence[tuple[int, int]], c
     scale = 682 / width  # the book's text column leaves about that many pixels
     figure.update_xaxes(visible=False, range=[0, width], constrain="domain")
     figure.update_yaxes(visible=False, range=[height, 0], scaleanchor="x", constrain="domain")
+    told = ", ".join(dict.fromkeys(filter(None, captions)))
+    places = [
+        (round(100 * x / width, 2), round(100 * y / height, 2), text)
+        for (x, y), text in zip(corners, captions, strict=True)
+    ]
+    alt = f"Slices of {badge}" + (f": {told}" if told else "")
+    figure.update_layout(meta={"badge": badge, "alt": alt, "captions": places})
+    figure.add_annotation(
+        text=badge, x=1, y=0, xref="paper", yref="paper", xanchor="right", yanchor="bottom", showarrow=False
+    )
+    figure.update_annotations(font={"color": "#ffd166", "size": 11}, bgcolor="black")
     return figure.update_layout(height=round(height * scale) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10})
 
 
@@ -76,7 +100,7 @@ def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[
     Raises PrivacyError when the patients are private and not simulated.
     """
     require_releasable(patients, "what a patient's heart looks like")
-    return _wall(patients.images(volumes), captions, columns)
+    return _wall(patients.images(volumes), captions, columns, shown_as(patients))
 
 
 def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str]) -> go.Figure:
@@ -95,15 +119,18 @@ def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[st
         inside = labels[:, shown] == label
         edge = inside & ~ndimage.binary_erosion(inside, np.ones((1, 1, 3, 3), bool))
         picture[rearrange(edge, "n d h w -> (n h) (d w)")] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return _captioned(picture, [(0, i * images.shape[2]) for i in range(len(images))], captions)
+    return _captioned(picture, [(0, i * images.shape[2]) for i in range(len(images))], captions, shown_as(patients))
 
 
-def synthetic_wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int = 6) -> go.Figure:
+def synthetic_wall(
+    volumes: NDArray[np.float32], captions: Sequence[str], columns: int = 6, badge: str = SYNTHETIC
+) -> go.Figure:
     """Return a wall of the middle slices of synthetic volumes.
 
-    volumes: (n, slices, height, width) in [0, 1]. captions: one per volume. columns: slices in a row.
+    volumes: (n, slices, height, width) in [0, 1]. captions: one per volume. columns: slices in a row. badge: what they
+    are, where not all are samples.
     """
-    return _wall(np.asarray(volumes), captions, columns)
+    return _wall(np.asarray(volumes), captions, columns, badge)
 
 
 def captions(attributes: NDArray[np.float32]) -> list[str]:
