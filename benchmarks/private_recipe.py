@@ -130,8 +130,7 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
     before = held_out_loss(study.denoiser(study.pretrained), held_out, validation)
     about: dict[str, Any] = {"run": study.pretrained.key, "public_loss": float(before.mean())}
     about |= {"n_patients": len(validation), "patients": len(train)}
-    if part == "rehearsal":
-        about["signal"] = signal(study)
+    about |= {"signal": signal(study)} if part == "rehearsal" else {"public": PUBLIC}
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
     for recipe in tqdm(grid, desc="recipes"):

@@ -17,7 +17,7 @@ from cardiac_ldm.errors import StudyError
 
 BOOK = Path(__file__).resolve().parent
 PARTS = {
-    "Results": ["results", "06_", "04_", "05_", "07_", "08_", "paper", "limits"],
+    "Results": ["results", "06_", "04_", "05_", "07_", "paper", "limits"],
     "Methods": ["method", "mechanism", "models", "recipe"],
     "Data and training": ["phantom", "00_", "01_", "02_", "03_"],
     "Do it yourself": ["run", "data"],

@@ -15,7 +15,7 @@ from cardiac_ldm.evaluation.control import STEPS, read_anatomy
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import device_of
 
-CANDIDATES = 2
+CANDIDATES = 4
 """Pairs of volumes drawn for a request: `python -m benchmarks.candidates`."""
 ROUNDS = 3
 """How often a request is drawn anew, CANDIDATES at a time, while none of them is plausible."""
