@@ -335,7 +335,8 @@ def bare(folder: Path, html: str) -> str:
     (folder / "_static" / "vendor").symlink_to(BOOK / "assets" / "vendor")
     drawing, style = ((BOOK / "assets" / name).read_text() for name in ("figures.js", "book.css"))
     (folder / "page.html").write_text(
-        f'<html data-content_root="./"><meta charset="utf-8"><style>{style}</style><div style="width: 900px">{html}</div>'
+        f'<html data-content_root="./"><meta charset="utf-8"><style>{style}</style>'
+        f'<div style="width: 900px">{html}</div>'
         f"<script>{drawing}</script></html>"
     )
     return (folder / "page.html").as_uri()
