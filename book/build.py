@@ -33,7 +33,10 @@ def contents(executed: Path) -> str:
     """
     notebooks = sorted(executed.glob("*.ipynb"), key=lambda path: (path.stem.split("-eps")[0], budget(path)))
     names = [path.stem for path in notebooks]
+    prefixes = tuple(name for part in PARTS.values() for name in part)
     for chapter in sorted(path.stem for path in (BOOK.parent / "notebooks").glob("*.ipynb")):
+        if not chapter.startswith(prefixes):  # a release is no chapter: who wants one asks for it
+            continue
         if not any(name.split("-eps")[0] == chapter for name in names):
             raise StudyError(f"{executed} holds no {chapter}.ipynb: run the study to its end first (make study)")
     pages = sorted(path.stem for path in BOOK.glob("*.md"))

@@ -38,7 +38,7 @@ CHROMIUM = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
-NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("0[0-7]_*.ipynb"))  # of a study
 CHAPTER = [
     new_markdown_cell("# A chapter\n\n$$ g = \\frac{1}{B} \\sum_i g_i $$"),
     new_code_cell('profile = "demo"', metadata={"tags": ["parameters"]}),
