@@ -4,7 +4,7 @@ import json
 import re
 
 from benchmarks import first_contact
-from cardiac_ldm.parameters import EvaluateParameters, FinetuneParameters
+from cardiac_ldm.parameters import EvaluateParameters, FinetuneParameters, ReleaseParameters
 from cardiac_ldm.trained import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -14,7 +14,8 @@ def test_every_parameter_of_the_table_is_one() -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", README, re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"\w+", row)}
     assert names
-    assert names <= {*EvaluateParameters.model_fields, *FinetuneParameters.model_fields}
+    read = (EvaluateParameters, FinetuneParameters, ReleaseParameters)
+    assert names <= {name for parameters in read for name in parameters.model_fields}
 
 
 def test_the_times_are_those_that_were_measured() -> None:
