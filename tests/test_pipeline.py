@@ -141,6 +141,8 @@ def test_a_real_private_cohort_is_used_by_the_mechanism_alone(tmp_path: Path, ac
     assert Ledger.load(folder / "privacy.json").randomness == "ChaCha20, keyed by the operating system's entropy"
     (drawn,) = runs.glob("synthesise-*")
     assert json.loads((drawn / "metrics.json").read_text())["n_volumes"] == 2 * 8  # public test patients stand in
+    shared = papermill("08_release", *cohorts, "epsilon", "10", "patients", "8", "spend", "True", runs=runs)
+    assert shared.returncode == 0, shared.stderr[-3000:]
     (release,) = (runs / "release").iterdir()
     statement = (release / "STATEMENT.md").read_text()
     assert "(10, 1e-05)-differential privacy per patient" in statement
