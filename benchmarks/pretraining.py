@@ -65,7 +65,7 @@ SHOWN = (
 def varied(variant: str, profile: Profile) -> Profile:
     """The profile with what a variant changes, and its share of steps."""
     said, changes = profile.model_dump(mode="json"), VARIANTS[variant]
-    steps = {"steps": profile.pretrain.steps // SHARE}
+    steps = {"steps": profile.pretrain.steps // SHARE, "further": ()}
     said["denoiser"] |= changes.get("denoiser", {})
     said["pretrain"] |= steps | changes.get("pretrain", {})
     return Profile.model_validate(said)

@@ -173,7 +173,7 @@ def run_private() -> dict[str, object]:
     half = {"expected_batch": study.profile.finetune.expected_batch // 2}
     halved.profile = study.profile.model_copy(update={"finetune": study.profile.finetune.model_copy(update=half)})
     everything = study.profile.finetune.model_copy(update=ALL)
-    untrained = study.profile.pretrain.model_copy(update={"steps": 0})
+    untrained = study.profile.pretrain.model_copy(update={"steps": 0, "further": ()})
     whole.profile = study.profile.model_copy(update={"finetune": everything})
     scratch.profile = whole.profile.model_copy(update={"pretrain": untrained})
     models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (halved, 1.0), (scratch, 10.0)]

@@ -168,11 +168,11 @@ class Study(Trained):
         run.leave(anatomy=anatomy, response=table)
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 
-    @stage("beyond", 1, settings=_STEERED, needs=("finetuned", "reference_cohort", "public", "anatomy"))
+    @stage("beyond", 2, settings=_STEERED, needs=("finetuned", "reference_cohort", "pretrained", "anatomy"))
     def beyond_range(self, run: Run, epsilon: float) -> Metrics:
         """Hearts smaller and larger than all public ones, measured at end-diastole; the table `beyond`."""
-        public, read = self.public.split("train"), self._reader(run, epsilon)
-        anatomy, table = control.reach(self.reference, public, read, **self._bootstrap)
+        span, read = self.pretrained.metrics["span"], self._reader(run, epsilon)
+        anatomy, table = control.reach(self.reference, span, read, **self._bootstrap)
         run.leave(anatomy=anatomy, beyond=table)
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.evaluation.control import public_span
 from cardiac_ldm.models.anatomy import HeartFinder
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
@@ -26,7 +27,7 @@ from cardiac_ldm.training import shipped
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder
 from cardiac_ldm.training.finetune import finetune
-from cardiac_ldm.training.pretrain import Latents, pretrain
+from cardiac_ldm.training.pretrain import Latents, PretrainSettings, pretrain
 from cardiac_ldm.training.subspace import Directions, public_directions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +52,12 @@ class Trained:
     @cached_property
     def public(self) -> Cohort:
         """The prepared public cohort."""
-        given = self.public_as_given
-        return given if _labelled(given) else self._with_hearts_found("public")
+        return self._public_with(None)
+
+    def _public_with(self, train: int | None) -> Cohort:
+        """The public cohort with this many train patients, or with the profile's."""
+        given = self._cohort("public", train=train) if train else self.public_as_given
+        return given if _labelled(given) else self._with_hearts_found("public", train)
 
     @cached_property
     def private(self) -> Cohort:
@@ -79,24 +84,24 @@ class Trained:
         root = Path(parameters.data_root_beside) if parameters.data_root_beside else None
         return [prepare(load_manifest(parameters.cohort_beside), store=self.runs / "cohorts", data_root=root)]
 
-    def _with_hearts_found(self, role: Role) -> Cohort:
+    def _with_hearts_found(self, role: Role, train: int | None = None) -> Cohort:
         """A prepared cohort; the segmenter, trained if need be, finds the hearts that nobody has labelled."""
         declared: Stage = type(self).anatomy
         run = self.shipped(declared)
         if run is None:
             if not self.public_as_given.split("train").labelled.any():
-                return self._cohort(role)
+                return self._cohort(role, train=train)
             run = declared.planned(self)
-            if not run.done and _labelled(given := self._cohort(role)):
+            if not run.done and _labelled(given := self._cohort(role, train=train)):
                 return given
             run = self.anatomy
-        return self._cohort(role, HeartFinder(run.folder / "segmenter.safetensors", run.key))
+        return self._cohort(role, HeartFinder(run.folder / "segmenter.safetensors", run.key), train)
 
     @awaited("cohorts")
-    def _cohort(self, role: Role, localiser: HeartFinder | None = None) -> Cohort:
+    def _cohort(self, role: Role, localiser: HeartFinder | None = None, train: int | None = None) -> Cohort:
         manifest, data_root = self.parameters.manifest(role), getattr(self.parameters, f"data_root_{role}")
         root = Path(data_root) if data_root else None
-        limits = self.profile.patients[role].model_dump()
+        limits = self.profile.patients[role].model_dump() | ({"train": train} if train else {})
         store = self.runs / "cohorts"
         return prepare(manifest, store=store, data_root=root, limits=limits, localiser=localiser, on_demand=True)
 
@@ -129,12 +134,39 @@ class Trained:
 
     @stage("pretrain", 1, settings=("pretrain", "denoiser"), needs=("autoencoder",), title="pretraining", together=True)
     def pretrained(self, run: Run) -> Metrics:
-        """The denoiser, pre-trained on public patients; the model of epsilon 0."""
-        patients, settings = self.public.split("train"), self.profile.pretrain
-        latents = self.latents(patients, self.public)[:]
-        model, losses = pretrain(patients, latents, self.profile.denoiser, settings, self.seed, run.state)
+        """The denoiser, pre-trained on public patients; the model of epsilon 0.
+
+        Goes on from the shipped model that had most of the wanted cycles. Leaves which ranges the last cycle's patients
+        had.
+        """
+        settings, (begun, shipped) = self.profile.pretrain, self._begun
+        model, losses = (self.denoiser(shipped), shipped.metrics["losses"]) if shipped else (None, [])
+        for number in range(begun, 1 + len(settings.further)):
+            cohort, patients = self._taught_in(number)
+            latents, state = self.latents(cohort.split("train"), cohort), run.state.with_stem(f"state-{number}")
+            given = self.profile.denoiser, settings.cycle(number), self.seed + number, state
+            model, found = pretrain(patients, latents, *given, start=model)
+            before = sum(settings.cycle(earlier).steps for earlier in range(number))
+            losses += [row | {"step": before + row["step"]} for row in found]
         self._leave_public(run, weights=model)
-        return {"losses": losses}
+        return {"losses": losses, "span": public_span(patients)}
+
+    def _taught_in(self, cycle: int) -> tuple[Cohort, Patients]:
+        """The public patients of a cycle of pre-training, with their cohort."""
+        few = self.profile.patients["public"].train
+        train = self.profile.pretrain.further[cycle - 1].patients if cycle else few
+        cohort = self._public_with(train) if train > few else self.public
+        return cohort, cohort.split("train")[:train]
+
+    @property
+    def _begun(self) -> tuple[int, Run | None]:
+        """How many of the wanted cycles of pre-training a shipped model had, and its run; none where there is none."""
+        settings = self.profile.pretrain
+        for cycles in range(len(settings.further), 0, -1):
+            fewer = settings.model_copy(update={"further": settings.further[: cycles - 1]})
+            if found := shipped.find("pretrain", self.described("pretrain", fewer)):
+                return cycles, Run("pretrain", *found)
+        return 0, None
 
     def _leave_public(self, run: Run, **models: Any) -> None:  # noqa: ANN401
         if not is_first_process():
@@ -143,14 +175,14 @@ class Trained:
         files = run.folder.glob("*.safetensors")
         public_ledger(self.public_as_given.manifest.name).bound(*files).save(run.folder / "privacy.json")
 
-    def described(self, name: str) -> dict[str, object]:
-        """What the weights of a public stage depend on, as shipped ones say it."""
+    def described(self, name: str, pretraining: PretrainSettings | None = None) -> dict[str, object]:
+        """What the weights of a public stage depend on, as shipped ones say it; pretraining: else the profile's."""
         profile, manifest = self.profile, load_manifest(self.parameters.cohort_public)
         stages: dict[str, list[str]] = {"pretrain": ["autoencoder", "pretrained"]}
         settings: dict[str, list[object]] = {
             "anatomy": [profile.anatomy],
             "autoencoder": [profile.autoencoder],
-            "pretrain": [profile.autoencoder, profile.denoiser, profile.pretrain],
+            "pretrain": [profile.autoencoder, profile.denoiser, pretraining or profile.pretrain],
         }
         train = profile.patients["public"].train
         cohort = {"name": manifest.name, "reader": plain(manifest.reader), "train": train}

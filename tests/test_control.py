@@ -392,6 +392,8 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     monkeypatch.setattr(Study, "anatomy", Run("anatomy", "b", tmp_path))
     monkeypatch.setattr(Study, "finetuned", lambda self, epsilon: Run("finetune", "a", tmp_path))
     monkeypatch.setattr(Study, "_reader", reader)
+    (tmp_path / "metrics.json").write_text(json.dumps({"span": public_span(split)}))
+    monkeypatch.setattr(Study, "pretrained", Run("pretrain", "c", tmp_path))
 
     run = study.counterfactual(1)
     assert len(drawn) == 1 + len(MOVES)

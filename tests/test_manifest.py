@@ -52,7 +52,7 @@ def test_of_the_shipped_real_cohorts_only_the_open_challenges_are_public():
 
 def test_the_shipped_cohorts_are_what_the_study_expects():
     public, private, acdc = map(load_manifest, ("phantom_public", "phantom_private", "acdc"))
-    assert [len(public.patient_ids(split)) for split in SPLITS] == [2000, 100, 200]
+    assert [len(public.patient_ids(split)) for split in SPLITS] == [10000, 100, 200]
     assert [len(private.patient_ids(split)) for split in SPLITS] == [4000, 100, 400]
     assert sum(len(acdc.patient_ids(split)) for split in SPLITS) == 80
     assert (public.role, private.role, acdc.role) == ("public", "private", "public")
@@ -250,6 +250,6 @@ def test_phantoms_have_no_data_root_and_disjoint_ids():
     manifest = load_manifest("phantom_public")
     assert manifest.data_root(Path("/nowhere")) is None
     assert manifest.patient_ids("train")[0] == "p000000"
-    assert manifest.patient_ids("validation")[0] == "p002000"
+    assert manifest.patient_ids("validation")[0] == "p010000"
     with pytest.raises(CohortError, match="train, validation, test"):
         manifest.patient_ids("valid")

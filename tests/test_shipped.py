@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from cardiac_ldm import trained
+from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Ledger
 from cardiac_ldm.study import Study
 from cardiac_ldm.training import shipped
+from cardiac_ldm.training.pretrain import pretrain
 
 STAGES = ("anatomy", "autoencoder", "pretrain")
 WANTED = {"settings": [{"steps": 3}], "cohort": {"name": "made_up"}, "seed": 0}
@@ -34,7 +38,7 @@ def test_what_is_asked_for_is_found(weights: Path) -> None:
     names = {"SHA256SUMS", "metrics.json", "privacy.json", "settings.yaml", "weights.safetensors"}
     assert {path.name for path in (weights / "autoencoder").iterdir()} == names
     losses = json.loads((weights / "autoencoder" / "metrics.json").read_text())["losses"]
-    assert (losses[0]["step"], losses[1]["step"], len(losses)) == (0, 10, 500)
+    assert (losses[0]["step"], losses[1]["step"], len(losses)) == (0, 8, 625)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +100,30 @@ def test_shipped_models_load_without_a_cohort(tmp_path: Path, monkeypatch: pytes
     assert not study.load_autoencoder().training
     assert not study.denoiser(study.pretrained).training
     assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_goes_on_from_the_cycles_that_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = yaml.safe_load((Path(__file__).parent / "tiny.yaml").read_text())
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(said))
+    said["pretrain"]["further"] = [{"patients": 12, "steps": 3, "learning_rate": 1e-3}]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(said))
+    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path / "weights")
+    taught: list[int] = []
+
+    def counted(patients: Patients, *given: Any, **more: Any) -> Any:  # noqa: ANN401
+        taught.append(len(patients))
+        return pretrain(patients, *given, **more)
+
+    monkeypatch.setattr(trained, "pretrain", counted)
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path / "runs"))
+    one = Study(Parameters(profile=str(tmp_path / "one.yaml")))
+    whole = Study(Parameters(profile=str(tmp_path / "two.yaml"))).pretrained
+    assert taught == [10, 12]
+    shipped.ship("pretrain", "abc", one.described("pretrain"), one.pretrained.folder)
+    monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path / "others"))
+    on = Study(Parameters(profile=str(tmp_path / "two.yaml"))).pretrained
+    assert taught == [10, 12, 10, 12], "the first cycle was run again"
+    assert on.metrics == whole.metrics
+    assert [row["step"] for row in on.metrics["losses"]] == list(range(7))
+    assert (on.folder / "weights.safetensors").read_bytes() == (whole.folder / "weights.safetensors").read_bytes()
+    assert on.metrics["span"] != one.pretrained.metrics["span"]

@@ -1,6 +1,6 @@
 """Whether the hearts are the ones that were asked for: phase, volumes, ejection fractions, wall thickness."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -298,22 +298,23 @@ def magnified(attributes: np.ndarray, lvedv: float) -> np.ndarray:
 
 
 def reach(
-    patients: Patients, public: Patients, read: Reader, *, resamples: int, seed: int
+    patients: Patients, span: Mapping[str, Sequence[float]], read: Reader, *, resamples: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Request hearts smaller and larger than all public patients', at end-diastole: what was read, and `beyond_range`.
 
+    span: `public_span` of the public patients.
+
     Raises:
-        PrivacyError, ParameterError: as `base_requests` of patients and `public_span` of public ones.
+        PrivacyError, ParameterError: as `base_conditions` of patients.
     """
     attributes, patient_index = (rows[::2] for rows in base_conditions(patients, STEERED))
-    span = public_span(public)
     levels = ladder(*span["LVEDV"])
     anatomy = pd.concat([read(magnified(attributes, level), patient_index).assign(level=level) for level in levels])
     return anatomy, beyond_range(anatomy, span, resamples=resamples, seed=seed)
 
 
 def beyond_range(
-    table: pd.DataFrame, span: Mapping[str, tuple[float, float]], *, resamples: int, seed: int
+    table: pd.DataFrame, span: Mapping[str, Sequence[float]], *, resamples: int, seed: int
 ) -> pd.DataFrame:
     """What is measured against what is asked, inside and outside of the values that public patients have.
 

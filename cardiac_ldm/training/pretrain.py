@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,8 +45,19 @@ class DenoiserSettings(Settings):
         return Denoiser(latent_channels, depth=GRID.n_slices, attribute_range=ranges, **sizes)
 
 
+class Cycle(Settings):
+    """A further cycle of the learning rate, on the first so many public train patients, or all where they're fewer."""
+
+    patients: Count
+    steps: Count
+    learning_rate: Positive
+
+
 class PretrainSettings(PublicTraining):
-    """Training of the denoiser on public patients; min_snr: ceiling of the SNR that weighs the loss, or nothing."""
+    """Training of the denoiser on public patients; min_snr: ceiling of the SNR that weighs the loss, or nothing.
+
+    further: cycles that go on from the weights of the first.
+    """
 
     steps: Count
     batch: Count
@@ -54,6 +65,12 @@ class PretrainSettings(PublicTraining):
     attribute_dropout: Rate
     average_decay: Decay
     min_snr: float | None = Field(gt=0)
+    further: tuple[Cycle, ...] = Field((), exclude_if=lambda further: not further)
+
+    def cycle(self, number: int) -> Self:
+        """The settings of one cycle alone; the first is number 0."""
+        own = self.further[number - 1].model_dump(exclude={"patients"}) if number else {}
+        return self.model_copy(update=own | {"further": ()})
 
 
 class Latents:
@@ -109,9 +126,11 @@ def pretrain(
     state: Path,
     start: Denoiser | None = None,
 ) -> tuple[Denoiser, list[dict[str, float]]]:
-    """Train a denoiser on public latents; resumes from `state`, which it writes every 30 s.
+    """Train a denoiser on public latents by the first cycle; resumes from `state`, which it writes every 30 s.
 
-    start: changed in place; without it, training starts from a fresh denoiser.
+    Args:
+        latents: of the patients' volumes, and perhaps of others after them.
+        start: changed in place; without it, training starts from a fresh denoiser.
 
     Returns:
         The exponential moving average of the denoiser, and the losses by step.
@@ -126,7 +145,7 @@ def pretrain(
 
     def loss(step: int) -> Loss:
         rng, generator = drawn_at(seed, step)
-        chosen = rng.integers(len(latents), size=settings.batch)
+        chosen = rng.integers(len(attributes), size=settings.batch)
         given = drop_attributes(attributes[chosen], settings.attribute_dropout, generator)
         rows = torch.from_numpy(latents[chosen])
         drawn = rows, given, *random_noising(rows, generator)
