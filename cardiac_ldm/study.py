@@ -251,13 +251,14 @@ class Study(Trained):
         ledger = self.finetuned(epsilon).ledger
         return {"epsilon": plain(epsilon), "stated": plain(ledger.epsilon)} | audit_mechanism(ledger, self.seed)
 
-    @stage("audit-whole", 1, settings=("finetune",), needs=("pretrained", "audited_cohort"))
+    @stage("audit-whole", 1, settings=("finetune",), needs=("start", "audited_cohort"))
     def audited_whole(self, run: Run, epsilon: float) -> Metrics:
         """The same from end to end: a private training with canaries, whose final weights an attacker reads."""
         train = self.audited_cohort.split("train")
         denoiser, latents = self.denoiser(self.pretrained), self.latents(train, self.audited_cohort)
         randomness = Randomness(self.seed, simulated=True, run=run.folder.name)
-        found = audit_training(denoiser, train, latents, epsilon, self.profile.finetune, randomness, run.folder)
+        given = self.profile.finetune, randomness, run.folder, self.load_directions(denoiser)
+        found = audit_training(denoiser, train, latents, epsilon, *given)
         return {"epsilon": plain(epsilon), "stated": plain(epsilon)} | found
 
     @property

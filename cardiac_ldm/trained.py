@@ -252,7 +252,7 @@ class Trained:
         if patients.secret:
             _ = latents[:]  # else what had been encoded would tell who was in the batches
         model = self.denoiser(self.pretrained)
-        along = self.load_directions(model) if settings.subspace else None
+        along = self.load_directions(model)
         left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data, along)
         if patients.secret and is_first_process():
             Record().finish(left)
@@ -360,8 +360,10 @@ class Trained:
         _ = run.ledger
         return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
 
-    def load_directions(self, model: Denoiser) -> Tensor:
-        """The public directions float16 (k, d) along which a model's d weights learn."""
+    def load_directions(self, model: Denoiser) -> Tensor | None:
+        """The public directions float16 (k, d) along which a model's d weights learn; None where others learn."""
+        if self.profile.finetune.subspace is None:
+            return None
         weights = sum(weight.numel() for weight in model.parameters())
         k = self.profile.finetune.along.dimensions
         return self.directions.load(Directions(k, weights)).directions

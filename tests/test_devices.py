@@ -28,7 +28,7 @@ from cardiac_ldm.profile import Profile
 from cardiac_ldm.settings import TrainingSettings
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import HeartSettings, VQRegularisation, reconstruct, train_autoencoder
-from cardiac_ldm.training.finetune import denoising
+from cardiac_ldm.training.finetune import learning
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 from tests.conftest import TINY, store_patients
 
@@ -152,7 +152,7 @@ def test_a_private_step_computes_on_the_gpu(
     settings = PROFILE.finetune.model_copy(update={"tuned": tuned, "draws": 2})
     plan = PrivatePlan(4, 2, 1, 0.3, 2, 20.0, 1e-3, noise_multiplier=1.0)
     latents = np.zeros((len(private.patient_index), 2, 13, 12, 12), np.float32)
-    parameters, unit_loss = denoising(PROFILE.denoiser.build(2), private, latents, plan, settings)
+    parameters, unit_loss = learning(PROFILE.denoiser.build(2), private, latents, plan, settings)
     gradient = plan.gradient(0, list(parameters.values()), unit_loss, Randomness(0, simulated=True))
     assert gradient.device == GPU
     assert {parameter.device for parameter in parameters.values()} == {GPU}

@@ -13,10 +13,11 @@ from torch.func import functional_call
 
 from cardiac_ldm.cohort import Patients, load_manifest
 from cardiac_ldm.errors import ParameterError, PrivacyError
+from cardiac_ldm.evaluation.audit import audit_training
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.training import subspace as room
-from cardiac_ldm.training.finetune import FinetuneSettings, denoising, finetune
+from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune, learning
 from cardiac_ldm.training.subspace import SubspaceLoss, SubspaceSettings, public_directions
 from tests.test_finetune import NARROW, PROFILE, SEEDED, made_up
 
@@ -115,8 +116,9 @@ def test_a_subspace_and_its_settings_go_together(changes: dict[str, object]) -> 
 
 def along(private: Patients, directions: Tensor, settings: FinetuneSettings) -> tuple[Denoiser, SubspaceLoss]:
     model = network()
-    _, loss = denoising(model, private, latents_of(private), plan_of(settings), settings)
-    return model, SubspaceLoss(model, directions, loss.gradients)
+    _, loss = learning(model, private, latents_of(private), plan_of(settings), settings, directions)
+    assert isinstance(loss, SubspaceLoss)
+    return model, loss
 
 
 def test_a_patients_gradient_is_that_of_their_loss_by_z(private: Patients) -> None:
@@ -130,8 +132,9 @@ def test_a_patients_gradient_is_that_of_their_loss_by_z(private: Patients) -> No
     with torch.no_grad():
         loss.z.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
     found = torch.cat(list(loss.gradients(range(12), partial(SEEDED.draws, 0))))
-    of_units = denoising(network(), private, latents_of(private), plan_of(settings), settings)[1]
+    of_units = learning(network(), private, latents_of(private), plan_of(settings), settings)[1]
     for unit in (0, 4, 11):
+        assert isinstance(of_units, PatientLoss)
         rows = of_units.rows(unit, SEEDED.draws(0, unit))
         assert rows is not None
         z = loss.z.detach().clone().requires_grad_(True)
@@ -149,6 +152,10 @@ def test_a_patients_gradient_is_that_of_their_loss_by_z(private: Patients) -> No
         value = functional_call(Loss(), {f"model.{n}": w for n, w in weights.items()}, rows).mean()
         (right,) = torch.autograd.grad(value, z)
         assert (found[unit] - right).norm() <= 1e-4 * right.norm()
+        alone = loss.alone(unit, SEEDED.draws(0, unit))
+        assert alone is not None
+        (of_one,) = torch.autograd.grad(alone, loss.z)
+        assert (of_one - right).norm() <= 1e-4 * right.norm()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e6, np.inf])
@@ -220,3 +227,13 @@ def test_training_moves_the_weights_along_the_directions_alone_and_goes_on_after
             train(tmp_path / "killed")
     again = train(tmp_path / "killed")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_the_audit_trains_what_the_recipe_trains(private: Patients, tmp_path: Path) -> None:
+    """An attacker who reads the coordinates finds as many canaries as there are, where noise is left out."""
+    directions = torch.randn(40, sum(weight.numel() for weight in network().parameters())) * 1e-3
+    found = audit_training(network(), private, latents_of(private), 10.0, recipe(), SEEDED, tmp_path, directions)
+    assert (found["n_canaries"], found["n_patients"]) == (40, 12)
+    without_noise = [row for row in found["rows"] if row["noise"] == 0]
+    assert without_noise
+    assert all(row["shown"] == row["at_most"] > 0 for row in without_noise)

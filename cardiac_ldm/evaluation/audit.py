@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, Randomness
 from cardiac_ldm.privacy.bounds import BOUNDS
 from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_scores, with_canaries
-from cardiac_ldm.training.finetune import FinetuneSettings, denoising
+from cardiac_ldm.training.finetune import FinetuneSettings, learning
 from cardiac_ldm.training.pretrain import Latents
 from cardiac_ldm.training.private import train_privately
+from cardiac_ldm.training.subspace import SubspaceLoss
 
 _PLACES, _KNOWN, _STEPS = 600, 16, 8
 
@@ -43,6 +45,7 @@ def audit_training(
     recipe: FinetuneSettings,
     randomness: Randomness,
     folder: Path,
+    directions: Tensor | None = None,
 ) -> dict[str, Any]:
     """The same through a private training, from end to end: most places are canaries', an attacker reads final weights.
 
@@ -52,28 +55,32 @@ def audit_training(
         latents: of the volumes of those at least.
         randomness: whose seed everything comes from.
         folder: for what the training leaves, which is removed.
+        directions: (k, d) along which all d weights learn, where a subspace is tuned; then canaries are k at most.
     """
     known, rows = min(_KNOWN, len(patients)), []
     start = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
-    cohort = patients.subset(np.arange(_PLACES) % len(patients))  # whoever is last makes room for canaries
-    settings = recipe.model_copy(update={"steps": _STEPS, "expected_batch": _PLACES // 2})
-    plan = settings.plan(epsilon, settings.delta, _PLACES)
+    places = _PLACES if directions is None else min(_PLACES, known + len(directions))
+    cohort = patients.subset(np.arange(places) % len(patients))  # whoever is last makes room for canaries
+    settings = recipe.model_copy(update={"steps": _STEPS, "expected_batch": places // 2})
+    plan = settings.plan(epsilon, settings.delta, places)
     for noise in (1.0, 0.0) if math.isfinite(epsilon) else (0.0,):
         own = Randomness(randomness.seed, simulated=True, run=f"{randomness.run}-{noise}")
         denoiser.load_state_dict(start)
-        tuned, loss = denoising(denoiser, cohort, latents, plan, settings)
+        tuned, loss = learning(denoiser, cohort, latents, plan, settings, directions)
         weights = list(tuned.values())
         before = [weight.detach().clone() for weight in weights]
-        included, signs = draw_canaries(_PLACES - known, weights, np.random.default_rng(randomness.seed))
+        included, signs = draw_canaries(places - known, weights, np.random.default_rng(randomness.seed))
         words = {"private_data": "canaries", "public_data": "canaries"}
         ledger = plan.ledger(own, stage="denoiser", tuned=settings.tuned, **words)
         run = replace(plan, noise_multiplier=noise * plan.noise_multiplier)
-        with_them = with_canaries(loss, included, signs, plan, weights)
-        train_privately(tuned, with_them, run, settings, own, ledger, cohort, folder / f"noise-{noise}")
+        of_unit = loss.alone if isinstance(loss, SubspaceLoss) else loss
+        with_them = with_canaries(of_unit, included, signs, plan, weights)
+        where = cohort, folder / f"noise-{noise}"
+        train_privately(tuned, with_them, run, settings, own, ledger, *where, optimiser=settings.optimiser)
         shutil.rmtree(folder / f"noise-{noise}")
         scores = weights_scores(before, [weight.detach() for weight in weights], signs)
         rows += _shown(noise, scores, included, plan.delta)
-    return {"delta": plan.delta, "n_canaries": _PLACES - known, "n_patients": known, "rows": rows}
+    return {"delta": plan.delta, "n_canaries": places - known, "n_patients": known, "rows": rows}
 
 
 def _shown(noise: float, scores: np.ndarray, included: np.ndarray, delta: float) -> list[dict[str, Any]]:

@@ -64,6 +64,11 @@ class FinetuneSettings(PrivateSettings):
         return self
 
     @property
+    def optimiser(self) -> Callable[..., torch.optim.Optimizer]:
+        """Adam; of a subspace's coordinates, where it would move noise as far as signal, gradient descent."""
+        return partial(torch.optim.SGD, momentum=MOMENTUM) if self.subspace else torch.optim.Adam
+
+    @property
     def along(self) -> SubspaceSettings:
         """The directions, where a subspace is tuned."""
         if self.subspace is None:
@@ -129,14 +134,11 @@ def finetune(
         load_weights(model, weights)
         _tidy(folder)
         return ledger
-    tuned, unit_loss = denoising(model, patients, latents, plan, settings)
-    if directions is None:
-        train_privately(tuned, unit_loss, plan, settings, randomness, ledger, patients, folder, save_every)
-    else:
-        along = SubspaceLoss(model, directions, unit_loss.gradients)
-        given = plan, settings, randomness, ledger, patients, folder, save_every
-        train_privately({"z": along.z}, along, *given, optimiser=partial(torch.optim.SGD, momentum=MOMENTUM))
-        along.move()
+    tuned, loss = learning(model, patients, latents, plan, settings, directions)
+    given = plan, settings, randomness, ledger, patients, folder, save_every
+    train_privately(tuned, loss, *given, optimiser=settings.optimiser)
+    if isinstance(loss, SubspaceLoss):
+        loss.move()
     merge_lora(model.cpu())
     if is_first_process():  # a ledger is never behind the weights, and what was needed to resume goes last
         save_weights(model.eval(), unbound)
@@ -153,19 +155,24 @@ def _tidy(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def denoising(
+def learning(
     model: Denoiser,
     patients: Patients,
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-) -> tuple[dict[str, nn.Parameter], "PatientLoss"]:
-    """What of a denoiser learns, by name, and each patient's loss."""
+    directions: Tensor | None = None,
+) -> tuple[dict[str, nn.Parameter], "PatientLoss | SubspaceLoss"]:
+    """What learns, by name: weights of a denoiser, or z, which moves all of them along directions; patients' losses."""
     tuned, device = model.tunable("all" if settings.subspace else settings.tuned), compute_device()
     # places that nobody fills are empty
     offsets = np.pad(patients.offsets, (0, max(0, plan.n_patients - len(patients))), mode="edge")
     given = latents, torch.from_numpy(patients.attributes), offsets
-    return tuned, PatientLoss(model.to(device), tuned, *given, plan.draws, settings)
+    loss = PatientLoss(model.to(device), tuned, *given, plan.draws, settings)
+    if directions is None:
+        return tuned, loss
+    along = SubspaceLoss(model, directions, loss.gradients)
+    return {"z": along.z}, along
 
 
 @dataclass

@@ -26,7 +26,7 @@ _ROWS = 16
 """So many volumes at a time; their number and order are the same on every device."""
 _COLUMNS = 2**16
 MOMENTUM = 0.9
-"""Of gradient descent on z: Adam would move what is noise as far as what is signal."""
+"""Of gradient descent on z."""
 
 
 class SubspaceSettings(Settings):
@@ -127,6 +127,11 @@ class SubspaceLoss:
     def move(self) -> None:
         """Give the model the weights that belong to z."""
         nn.utils.vector_to_parameters(self.start + self.z @ self.directions, self.model.parameters())
+
+    def alone(self, unit: int, generator: torch.Generator) -> Tensor | None:
+        """A scalar that has a unit's gradient with respect to z; None of an empty place."""
+        own = next(iter(self.gradients([unit], lambda _: generator)), None)
+        return None if own is None else own[0] @ self.z
 
     def gradients(self, units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
         """Unclipped gradients with respect to z, float32 (n, k) of some patients at a time."""
