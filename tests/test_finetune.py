@@ -343,7 +343,7 @@ def test_a_finished_run_is_read_and_never_trained_twice(
     patients: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, ledger = run(tmp_path, patients, recipe(tuned="lora-2"))
-    monkeypatch.setattr(room, "train_privately", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr(room, "train_privately", lambda *_, **__: pytest.fail("trained twice"))
     (tmp_path / "progress.txt").touch()  # as a run that was killed while it tidied up
     again, same = run(tmp_path, patients, recipe(tuned="lora-2"))
     assert same == ledger
@@ -374,7 +374,7 @@ def loss_of_units(
     """What fine-tuning hands to the private loop: the parameters, each unit's loss, and the plan."""
     held: list = []
 
-    def capture(tuned: dict[str, nn.Parameter], unit_loss: object, plan: PrivatePlan, *_: object) -> None:
+    def capture(tuned: dict[str, nn.Parameter], unit_loss: object, plan: PrivatePlan, *_: object, **__: object) -> None:
         held.extend((list(tuned.values()), unit_loss, plan))
         raise Captured
 

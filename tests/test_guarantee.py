@@ -157,9 +157,9 @@ def test_row_02_a_run_goes_on_though_another_library_calibrates_the_noise_otherw
     )
     noise, train = list[float](), train_privately
 
-    def recorded(tuned: Any, loss: Any, plan: PrivatePlan, *rest: Any) -> None:
+    def recorded(tuned: Any, loss: Any, plan: PrivatePlan, *rest: Any, **more: Any) -> None:
         noise.append(plan.noise_multiplier)
-        train(tuned, loss, plan, *rest)
+        train(tuned, loss, plan, *rest, **more)
 
     monkeypatch.setattr("cardiac_ldm.training.finetune.train_privately", recorded)
     run = real(spend=False).finetuned(1)
