@@ -23,7 +23,7 @@ from cardiac_ldm.trained import ROOT, Trained
 
 ACCEPTED = Path(__file__).with_name("stages.json")
 FOLLOWED = ("cohort", "models", "privacy", "training", "evaluation")
-COHORTS = ("public_as_given", "public", "private", "reference_cohort", "audited_cohort")
+COHORTS = ("public_as_given", "public", "_public_with", "private", "reference_cohort", "audited_cohort")
 """Whose keys say all that they depend on, the segmenter included."""
 STAGES = {found.name: found for _, found in inspect.getmembers_static(Study) if isinstance(found, Stage)}
 
