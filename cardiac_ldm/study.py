@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,14 @@ class Study(Trained):
         """One attribute moves, the noise stays: how far each attribute moves in what is drawn; the table `response`."""
         anatomy, table = control.steer(self.reference, self._reader(run, epsilon), **self._bootstrap)
         run.leave(anatomy=anatomy, response=table)
+        return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
+
+    @stage("levels", 1, settings=("sampling",), needs=("finetuned", "reference_cohort", "anatomy"))
+    def levels(self, run: Run, epsilon: float) -> Metrics:
+        """One patient's request with one attribute at several levels, the noise kept; the table `levels`."""
+        draw = partial(self._drawn, run, epsilon)
+        volumes, table = control.draw_levels(self.reference, draw, *self.anatomy_networks)
+        run.leave(synthetic=volumes, levels=table)
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 
     @stage("beyond", 2, settings=_STEERED, needs=("finetuned", "reference_cohort", "pretrained", "anatomy"))

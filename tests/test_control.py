@@ -23,6 +23,7 @@ from cardiac_ldm.evaluation.control import (
     beyond_range,
     calibration,
     counterfactuals,
+    draw_levels,
     ladder,
     magnified,
     moved,
@@ -325,6 +326,46 @@ def test_a_response_that_too_few_patients_show_is_not_defined():
     eight = response(table, *base, resamples=50, seed=0).set_index("moved").loc["LVEF"]
     assert (eight.n_patients == 8).all()
     np.testing.assert_allclose(eight.change, eight.requested, atol=1e-3)  # both over the patients who can be measured
+
+
+def square(attributes, patient_index) -> Volumes:
+    """Square hearts with the left ventricular volume, and about the wall thickness, that were requested."""
+    labels = np.zeros((len(attributes), *GRID.shape), np.uint8)
+    for volume, row in zip(labels, attributes, strict=True):
+        phase = "ED" if row[ATTRIBUTE_NAMES.index("ESED")] else "ES"
+        width = round(np.sqrt(row[ATTRIBUTE_NAMES.index(f"LV{phase}V")] / 9 / VOXEL_ML))
+        wall = round(row[ATTRIBUTE_NAMES.index(f"MYO{phase}THICK")] / GRID.spacing_mm[1])
+        volume[2:11, 20 - wall : 20 + width + wall, 40 - wall : 40 + width + wall] = 2
+        volume[2:11, 20 : 20 + width, 40 : 40 + width] = 3
+    return Volumes("squares", GREY[labels], attributes, patient_index)
+
+
+def test_a_dial_shows_each_level_that_was_requested_from_one_noise_with_what_was_measured():
+    split, drawn = patients(), []
+    split.attributes, split.patient_index = conditions()
+    split.attributes[:2, ATTRIBUTE_NAMES.index("LVEF")] = np.nan  # the second is the first of whom all is known
+
+    def draw(attributes, patient_index):
+        drawn.append(tuple(patient_index))
+        return square(attributes, patient_index)
+
+    volumes, found = draw_levels(split, draw, BY_GREY, BY_CAVITY)
+    assert drawn == [(1, 1)] * 15
+    assert list(dict.fromkeys(zip(found.attribute, found.phase, strict=True))) == [
+        *(("LVEDV", "ED"), ("LVEF", "ES"), ("MYOEDTHICK", "ED"))
+    ]
+    for name, rows in found.groupby("attribute"):
+        np.testing.assert_allclose(np.diff(rows.requested), STEPS[name])
+        assert np.corrcoef(rows.requested, rows.measured)[0, 1] > 0.98
+    lvedv = found[found.attribute == "LVEDV"]
+    np.testing.assert_allclose(lvedv.measured, lvedv.requested, rtol=0.06)
+    cavity = (volumes.images == GREY[3]).sum(axis=(1, 2, 3))
+    assert (np.diff(cavity[:5]) > 0).all()  # larger ventricles
+    assert (np.diff(cavity[5:10]) < 0).all()  # emptier ones at end-systole
+    assert len(set(cavity[10:])) == 1
+    split.attributes[:, ATTRIBUTE_NAMES.index("LVEF")] = np.nan
+    with pytest.raises(ParameterError, match="none of 9 patients has all of LVEDV, LVEF, MYOEDTHICK"):
+        draw_levels(split, draw, BY_GREY, BY_CAVITY)
 
 
 def test_a_magnified_request_is_what_a_magnified_heart_measures():

@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import re
 from base64 import b64decode
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from uuid import uuid4
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.session import Session
@@ -18,7 +20,7 @@ from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.readers import read_patient
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.report.live import loader
-from cardiac_ldm.report.viewer import nifti, show_patients, show_synthetic, view
+from cardiac_ldm.report.viewer import nifti, show_levels, show_patients, show_synthetic, view
 
 
 class FewPatients(Patients):
@@ -114,6 +116,31 @@ def test_what_cannot_be_viewed_is_refused(volume, labels, message):
         view(volume, labels)
 
 
+def test_a_dial_of_attributes_tells_what_was_requested_and_measured_and_holds_each_picture_once():
+    levels = pd.DataFrame(
+        {
+            "attribute": ["LVEDV"] * 3 + ["LVEF"] * 3,
+            "phase": ["ED"] * 3 + ["ES"] * 3,
+            "requested": [100.0, 150, 200, 40, 50, 60],
+            "measured": [110.0, math.nan, 190, 41, 52, 63],
+        }
+    )
+    images = np.zeros((6, 13, 96, 96), np.float32)
+    html = show_levels(images, levels, "ε = 1")._repr_html_()
+    (payload,) = re.findall(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)
+    told = json.loads(payload)
+    assert told["badge"] == "synthetic, ε = 1"
+    assert [part["phase"] for part in told["attributes"]] == ["ED", "ES"]
+    assert told["attributes"][0]["levels"][:2] == [
+        {"requested": "100 mL", "measured": "110 mL"},
+        {"requested": "150 mL", "measured": "not read"},
+    ]
+    assert html.count("data:image/png") == 1
+    for some, table in ((images[:5], levels), (images[:5], levels[:5])):
+        with pytest.raises(ParameterError, match="equally many"):
+            show_levels(some, table, "ε = 1")
+
+
 class FrontEnd(Session):
     """Messages as a browser's: each has an identifier of its own, where Python's clients number theirs."""
 
@@ -143,3 +170,8 @@ def test_only_a_front_end_gets_the_script_that_draws(session, seen_by):
 def test_without_the_library_live_volumes_say_how_to_fetch_it(tmp_path, monkeypatch):
     monkeypatch.setattr("cardiac_ldm.report.live.ASSETS", tmp_path)
     assert "python book/_ext/vendored.py" in loader("bk-volumes")
+
+
+def test_a_dial_of_attributes_needs_no_library_live():
+    assert "drawLevels" in loader("bk-levels")
+    assert len(loader("bk-levels")) < 60_000

@@ -3,6 +3,7 @@
 It fetches what the figures are drawn with, and fails a build that lost a page or a figure.
 """
 
+import base64
 import json
 import os
 import re
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "book" / "assets"
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+DOWNLOAD = re.compile(r'(<a download="([\w.-]+)" href=")data:application/json;base64,([^"]+)"')
+"""A run's metrics, as a notebook carries them (`report.tables.source`)."""
 BUDGETS = {"0": "public data only", "inf": "no privacy"}
 
 
@@ -72,6 +75,35 @@ def fold_code(app: Sphinx, docname: str, source: list[str]) -> None:
         if cell["cell_type"] == "code":
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]
     source[0] = json.dumps(notebook)
+
+
+def link_metrics(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Link the metrics that a notebook carries instead of carrying them on its page; `write_metrics` writes them."""
+    if app.builder.format != "html" or not app.env.doc2path(docname).endswith(".ipynb"):
+        return
+    notebook = nbformat.reads(source[0], 4)
+    root = "../" * docname.count("/")
+    for data in _shown(notebook):
+        data["text/html"] = DOWNLOAD.sub(rf'\1{root}runs/\2"', data["text/html"])
+    source[0] = nbformat.writes(notebook)
+
+
+def write_metrics(app: Sphinx, exception: Exception | None) -> None:
+    """Write what `link_metrics` links: the metrics of each run that the book's notebooks carry."""
+    if exception is not None or app.builder.format != "html":
+        return
+    folder = Path(app.outdir, "runs")
+    folder.mkdir(exist_ok=True)
+    for path in Path(app.srcdir).glob("executed/*.ipynb"):
+        for data in _shown(nbformat.read(path, 4)):
+            for _, name, content in DOWNLOAD.findall(data["text/html"]):
+                (folder / name).write_bytes(base64.b64decode(content))
+
+
+def _shown(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
+    """The outputs of a notebook that are HTML."""
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [data for data in outputs if "text/html" in data]
 
 
 def name_run(app: Sphinx, doctree: nodes.document) -> None:
@@ -151,9 +183,11 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", fetch_assets)
     app.connect("source-read", introduce)
     app.connect("source-read", fold_code)
+    app.connect("source-read", link_metrics)
     app.connect("doctree-read", name_run, priority=100)
     app.connect("env-updated", write_again)
     app.connect("html-page-context", drop_thebe)
+    app.connect("build-finished", write_metrics)
     app.connect("build-finished", check_built)
     app.add_directive("library", Library)
     app.add_directive("results", Results)

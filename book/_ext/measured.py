@@ -24,7 +24,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from cardiac_ldm.report import figures
+from cardiac_ldm.report.headline import headline
 from cardiac_ldm.report.live import embed, figure_html
 from cardiac_ldm.report.tables import model_name
 
@@ -292,12 +292,7 @@ class Headline(SphinxDirective):
             "reconstructions (ceiling)": tuple(recipe[f"ceiling_fd{end}"] for end in ENDS.values()),
             "halves of the patients (floor)": tuple(floor[f"reference{end}"] for end in ENDS.values()),
         }
-        caption = (
-            "Distance of each model's samples to held-out simulated patients, with 95 % intervals over patients (left),"
-            " and its change against the public model, paired over conditions (right): a change is measured where its "
-            "interval excludes 0."
-        )
-        figure = figures.headline(points, changes, references).update_layout(meta={"caption": caption})
+        figure = headline(points, changes, references)
         return made_by(figure_html(figure.to_dict()), "python -m benchmarks.private_recipe private", "private_recipe")
 
 

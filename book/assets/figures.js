@@ -1,5 +1,5 @@
 // Draws the book's figures from the JSON each of them holds: plots (.bk-plot), linked volumes (.bk-volumes), the epsilon dial
-// (.bk-dial) and the mechanism in motion (.bk-mechanism). The libraries lie beside this script, and each is loaded when the
+// (.bk-dial), the attribute dial (.bk-levels) and the mechanism in motion (.bk-mechanism). The libraries lie beside this script, and each is loaded when the
 // first figure that needs it comes near the screen: over http and from disk alike. Slices need no library and no WebGL.
 (() => {
   const assets = new URL(`${document.documentElement.dataset.content_root}_static/`, location.href);
@@ -23,14 +23,26 @@
     box.append(element("p", { className: "bk-error", textContent: `This figure can't be drawn here: ${error.message ?? error}` }));
     console.error(error);
   };
+  const scrolling = (table) => { // where it's wider than its place
+    const frame = element("div", { className: "bk-scroll", tabIndex: 0 }, table);
+    frame.setAttribute("role", "region");
+    frame.setAttribute("aria-label", "table");
+    return frame;
+  };
   const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
   // ---- plots
 
   const dark = () => document.documentElement.dataset.theme === "dark";
-  function themed(layout) { // a figure's layout in the page's colours, and no wider than its legend allows
+  const small = matchMedia("screen and (max-width: 600px)");
+  const merge = (into, changes) => Object.entries(changes).forEach(([key, value]) => {
+    if (value && typeof value === "object" && into[key] && key !== "domain") merge(into[key], value);
+    else into[key] = value;
+  });
+  function themed(layout) { // a figure's layout in the page's colours, and as it's meant for a narrow screen
     const [paper, ink, grid, rule] = dark() ? ["#14181e", "#ced6dd", "#3a424c", "#8c959f"] : ["white", "#24292f", "#e3e6ea", "#8c959f"];
     const shown = structuredClone(layout);
+    if (small.matches) merge(shown, layout.meta?.narrow ?? {});
     const style = (shown.template ??= {}).layout ??= {};
     const axis = { gridcolor: grid, linecolor: rule };
     const xaxis = { ...style.xaxis, ...axis, automargin: true }, yaxis = { ...style.yaxis, ...axis, automargin: true };
@@ -66,6 +78,7 @@
       box.append(link);
     }
     new MutationObserver(draw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+    small.addEventListener("change", draw);
   }
 
   // ---- volumes, slice by slice
@@ -290,7 +303,21 @@
   }
   const left = new IntersectionObserver((entries) => entries.filter((entry) => !entry.isIntersecting).forEach(({ target }) => closeSolid(target)), { rootMargin: "400px" });
 
-  // ---- the epsilon dial
+  // ---- dials
+
+  function dialled(label, stops, chosen, changed) { // a slider with a button for each of its stops
+    const told = element("output", { className: "bk-told" });
+    const set = (value) => {
+      dial.value = value;
+      told.value = stops[value];
+      dial.setAttribute("aria-valuetext", stops[value]);
+      buttons.forEach((one, i) => one.setAttribute("aria-pressed", i === value));
+      changed(value);
+    };
+    const [labelled, dial] = range(label, { min: 0, max: stops.length - 1, value: chosen, step: 1 }, set);
+    const buttons = stops.map((textContent, i) => element("button", { type: "button", textContent, onclick: () => set(i) }));
+    return { parts: [element("div", { className: "bk-controls bk-dialled" }, labelled, told), element("div", { className: "bk-stops" }, ...buttons)], set };
+  }
 
   async function drawDial(box) {
     const { models, badge } = content(box);
@@ -300,7 +327,6 @@
     const panels = [panel(""), panel(models[0].title), panel("")];
     const words = element("p", { className: "bk-words" });
     const rows = element("tbody");
-    const told = element("output", { className: "bk-epsilon" });
     const redraw = () => {
       const { title, words: said, measures } = models[chosen];
       panels[0].caption.textContent = `${badge}, ${title}`;
@@ -311,16 +337,11 @@
       paint(panels[2].canvas, files[chosen], look, null, files[0]);
       panels.forEach(({ canvas, caption }) => canvas.setAttribute("aria-label", `${caption.textContent}, slice ${look.slice + 1}`));
       words.textContent = said;
-      told.value = title;
-      dial.setAttribute("aria-valuetext", title);
       rows.replaceChildren(...measures.map(({ name, value, patients }) => element(
         "tr", {}, element("th", { scope: "row", textContent: name }), element("td", { textContent: value }), element("td", { textContent: patients }),
       )));
     };
-    const [labelled, dial] = range("privacy budget", { min: 0, max: models.length - 1, value: chosen, step: 1 }, (value) => { chosen = value; redraw(); });
-    const stops = element("div", { className: "bk-stops" }, ...models.map(({ title }, i) => element("button", {
-      type: "button", textContent: title, onclick: () => { chosen = i; dial.value = i; redraw(); },
-    })));
+    const dial = dialled("privacy budget", models.map(({ title }) => title), chosen, (value) => { chosen = value; redraw(); });
     const shared = linked(look, redraw, files[0].depth, false);
     const stage = element("div", { className: "bk-panels" }, ...panels.map(({ canvas, caption }) => element("figure", {}, canvas, caption)));
     stage.setAttribute("role", "group");
@@ -329,9 +350,55 @@
     const head = element("thead", {}, element("tr", {}, ...["measure", "this model", "held-out patients"].map((textContent) => element("th", { scope: "col", textContent }))));
     const table = element("table", {}, element("caption", { textContent: "What was measured of this model" }), head, rows);
     box.querySelectorAll(":scope > img").forEach((still) => still.remove());
-    box.append(element("div", { className: "bk-controls bk-dialled" }, labelled, told), stops, words, stage, shared.controls, table);
+    box.append(...dial.parts, words, stage, shared.controls, table);
     box.style.minHeight = 0;
-    redraw();
+    dial.set(chosen);
+  }
+
+  async function drawLevels(box) { // the still picture holds all levels, a row an attribute: it's cut into tiles
+    const { attributes, badge, tile, mm } = content(box);
+    const still = box.querySelector("img");
+    await still.decode();
+    const sheet = new OffscreenCanvas(still.naturalWidth, still.naturalHeight).getContext("2d", { willReadFrequently: true });
+    sheet.drawImage(still, 0, 0);
+    const cut = (row, column) => {
+      const { data } = sheet.getImageData(column * tile, row * tile, tile - 2, tile - 2); // 2 pixels lie between tiles
+      return { width: tile - 2, height: tile - 2, depth: 1, mm, voxels: data.filter((_, i) => i % 4 === 0) };
+    };
+    const middle = Math.floor(attributes[0].levels.length / 2), look = { slice: 0, level: 128, window: 255 };
+    const volumes = attributes.map(({ levels }, row) => levels.map((_, column) => cut(row, column)));
+    const panels = [panel(""), panel(""), panel("")];
+    const stage = element("div", { className: "bk-panels" }, ...panels.map(({ canvas, caption }) => element("figure", {}, canvas, caption)));
+    const words = element("p", { className: "bk-words" });
+    words.setAttribute("aria-live", "polite");
+    const place = element("div");
+    const show = (row) => {
+      const { name, phase, levels } = attributes[row];
+      choices.forEach((one, i) => one.setAttribute("aria-pressed", i === row));
+      const heads = [element("th", { scope: "col", textContent: name }), ...levels.map((_, i) => element("th", { scope: "col", textContent: `level ${i + 1}` }))];
+      const line = (side) => element("tr", {}, element("th", { scope: "row", textContent: side }), ...levels.map((level) => element("td", { textContent: level[side] })));
+      const table = element("table", {}, element("caption", { textContent: "What was requested, and what was measured on the sample" }),
+        element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, line("requested"), line("measured")));
+      const dial = dialled("requested", levels.map(({ requested }) => requested), middle, (column) => {
+        const { requested, measured } = levels[column];
+        panels[0].caption.textContent = `${phase}, requested ${requested}`;
+        panels[1].caption.textContent = `${phase}, requested ${levels[middle].requested}`;
+        panels[2].caption.textContent = column === middle ? "no difference: this is the middle level" : "difference × 3";
+        paint(panels[0].canvas, volumes[row][column], look);
+        paint(panels[1].canvas, volumes[row][middle], look);
+        paint(panels[2].canvas, volumes[row][column], look, null, volumes[row][middle]);
+        panels.forEach(({ canvas, caption }) => canvas.setAttribute("aria-label", `${badge}: ${caption.textContent}`));
+        words.textContent = `The ${name}: requested ${requested}, measured ${measured}.`;
+        table.querySelectorAll("tr").forEach((cells) => [...cells.children].slice(1).forEach((cell, i) => cell.classList.toggle("bk-chosen", i === column)));
+      });
+      place.replaceChildren(...dial.parts, scrolling(table));
+      dial.set(middle);
+    };
+    const choices = attributes.map(({ name }, i) => element("button", { type: "button", textContent: name, onclick: () => show(i) }));
+    still.remove();
+    box.append(element("p", { className: "bk-badge", textContent: badge }), element("div", { className: "bk-stops" }, ...choices), stage, words, place);
+    box.style.minHeight = 0;
+    show(0);
   }
 
   // ---- the mechanism in motion
@@ -378,7 +445,7 @@
 
   // ---- when to draw
 
-  const drawings = { "bk-plot": drawPlot, "bk-volumes": drawVolumes, "bk-dial": drawDial, "bk-mechanism": drawMechanism };
+  const drawings = { "bk-plot": drawPlot, "bk-volumes": drawVolumes, "bk-dial": drawDial, "bk-levels": drawLevels, "bk-mechanism": drawMechanism };
   let turn = Promise.resolve(); // one after the other, those near the screen first
   const draw = (box) => {
     if (box.dataset.begun) return;
@@ -400,15 +467,20 @@
   const rest = () => document.querySelectorAll(every).forEach(draw); // nothing prints blank
   window.addEventListener("beforeprint", rest);
 
+  function mend() { // what the theme's own elements tell a screen reader
+    document.querySelectorAll(".search-button-field, details > summary").forEach((one) => one.removeAttribute("aria-label")); // their text says it
+    document.querySelectorAll(".theme-switch-button > i").forEach((icon) => { icon.removeAttribute("title"); icon.setAttribute("aria-hidden", true); });
+    document.querySelectorAll("[role=doc-biblioentry]").forEach((entry) => entry.setAttribute("role", "listitem"));
+  }
+
   window.addEventListener("load", () => {
+    mend();
     setTimeout(rest, 1500);
-    document.querySelectorAll(".bd-article table").forEach((table) => { // scrolls where it's wider than the text
+    document.querySelectorAll(".bd-article table").forEach((table) => {
       if (table.closest(".bk-scroll, .bk-dial")) return;
-      const frame = element("div", { className: "bk-scroll", tabIndex: 0 });
-      frame.setAttribute("role", "region");
-      frame.setAttribute("aria-label", "table");
-      table.before(frame);
-      frame.append(table);
+      const place = document.createComment("");
+      table.replaceWith(place);
+      place.replaceWith(scrolling(table));
     });
     if (document.querySelector(".math") && !window.MathJax?.startup?.promise) {
       document.querySelector("article h1").after(lacking("The equations on this page are shown as TeX", "MathJax"));

@@ -36,8 +36,12 @@ CALIBRATED = ("LVEDV", "LVESV", "LVEF", "RVEDV", "RVESV", "RVEF", "MYOEDTHICK", 
 """Attributes whose calibration is shown."""
 STEERED = 10
 """Patients whose requests are asked anew, in many ways."""
+DIALLED = {"LVEDV": "ED", "LVEF": "ES", "MYOEDTHICK": "ED"}
+"""What a reader may move in a picture, and the phase that shows it: an ejection fraction shows at end-systole."""
 _BATCH = 8
 _ESED, _DEPTH = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "DEPTH"))
+Drawer = Callable[[np.ndarray, np.ndarray], Volumes]
+"""Draws volumes for attributes (n, 14) requested by patients (n,)."""
 Reader = Callable[[np.ndarray, np.ndarray], pd.DataFrame]
 """Draws volumes for attributes (n, 14) requested by patients (n,) and gives what `read_anatomy` says of them."""
 
@@ -233,6 +237,49 @@ def steer(patients: Patients, read: Reader, *, resamples: int, seed: int) -> tup
     conditions = {"nothing": attributes} | counterfactuals(attributes)
     anatomy = pd.concat([read(some, patient_index).assign(moved=name) for name, some in conditions.items()])
     return anatomy, response(anatomy, attributes, patient_index, resamples=resamples, seed=seed)
+
+
+def at_levels(attributes: np.ndarray) -> dict[tuple[str, float], np.ndarray]:
+    """Requests (n, 14) anew with each attribute in DIALLED, by its name, `moved` to each of five levels.
+
+    The levels are a step (STEPS) apart and lie round the middle of the attribute's fixed public range.
+    """
+    numbers = {name: ATTRIBUTE_NAMES.index(name) for name in DIALLED}
+    levels = {name: np.linspace(ATTRIBUTES[i].low, ATTRIBUTES[i].high, 7)[1:-1] for name, i in numbers.items()}
+    return {
+        (name, float(level)): moved(attributes, name, level - attributes[:, numbers[name]])
+        for name, some in levels.items()
+        for level in some
+    }
+
+
+def draw_levels(
+    patients: Patients, draw: Drawer, segmenter: Segmenter, classifier: PhaseClassifier
+) -> tuple[Volumes, pd.DataFrame]:
+    """Draw one patient's request `at_levels`, always from the same noise: the volumes that show it, and what was read.
+
+    Returns:
+        One volume per attribute and level, in the phase that shows the attribute, and a table with a row for each:
+        attribute, phase, requested and measured in the attribute's unit, NaN where the segmentation lacks it.
+
+    Raises:
+        PrivacyError, ParameterError: as `base_conditions`; or no patient has all attributes that are moved.
+    """
+    attributes, patient_index = base_conditions(patients, STEERED)
+    known = np.isfinite(attributes[::2, [ATTRIBUTE_NAMES.index(name) for name in DIALLED]]).all(axis=1)
+    if not known.any():
+        raise ParameterError(f"{patients.name}: none of {len(known)} patients has all of {', '.join(DIALLED)}")
+    pair = slice(2 * known.argmax(), 2 * known.argmax() + 2)
+    rows, images, shown = [], [], []
+    for (name, level), requested in at_levels(attributes[pair]).items():
+        drawn = draw(requested, patient_index[pair])  # a call each: the noise of the texture depends on the row
+        read = read_anatomy(drawn, segmenter, classifier).set_index("attribute").measured
+        rows.append({"attribute": name, "phase": DIALLED[name], "requested": level, "measured": read[name]})
+        row = ("ED", "ES").index(DIALLED[name])
+        images.append(drawn.images[row])
+        shown.append(requested[row])
+    volumes = Volumes("levels", np.stack(images), np.stack(shown), np.repeat(patient_index[pair][:1], len(rows)))
+    return volumes, pd.DataFrame(rows)
 
 
 def response(

@@ -23,7 +23,7 @@ BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", 
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 INK, GREY, RULE, GRID_LINES = "#24292f", "#6e7781", "#8c959f", "#e3e6ea"
 
-_TITLE = {"size": 13, "weight": 600}
+TITLE = {"size": 13, "weight": 600}
 _AXIS = {"gridcolor": GRID_LINES, "linecolor": RULE, "zeroline": False, "showline": True, "ticks": "outside"}
 pio.templates["cardiac"] = go.layout.Template(
     layout={
@@ -77,7 +77,7 @@ def _captioned(figure: go.Figure, name: str) -> go.Figure:
 def _facets(figure: go.Figure, height: float, margin: Mapping[str, float], *, shared_y: bool = False) -> go.Figure:
     """Give panels axes of their own, or the vertical one of their row, and their titles the text's size."""
     figure.for_each_annotation(lambda title: title.update(text=title.text.partition("=")[2]))
-    figure.update_annotations(font=_TITLE)
+    figure.update_annotations(font=TITLE)
     figure.update_xaxes(matches=None, showticklabels=True)
     if not shared_y:
         figure.update_yaxes(matches=None, showticklabels=True)
@@ -185,49 +185,8 @@ def tradeoff(metrics: pd.DataFrame, labels: Mapping[str, str]) -> go.Figure:
     ticks = [f"{epsilon:g}" for epsilon in epsilons]
     figure.update_xaxes(type="log", range=np.log10(span).tolist(), tickvals=epsilons, ticktext=ticks)
     figure.update_xaxes(title="ε per patient", row=rows)
-    figure.update_annotations(font=_TITLE)
+    figure.update_annotations(font=TITLE)
     return _captioned(figure.update_layout(height=100 + 300 * rows, margin={"t": 80, "b": 70}), "tradeoff")
-
-
-def headline(
-    points: pd.DataFrame, changes: pd.DataFrame, references: Mapping[str, tuple[float, float, float]]
-) -> go.Figure:
-    """Return the study's result: models' distances to held-out patients, and their paired changes from the public one.
-
-    points: columns `model`, `start` (which series), `value`, `low`, `high`. changes: columns `model`, `value`, `low`,
-    `high`, paired over conditions. references: name -> value, low, high, drawn as bands (floor and ceiling).
-    """
-    titles = ("distance to held-out patients", "change from public model")
-    figure = make_subplots(1, 2, column_widths=[0.62, 0.38], horizontal_spacing=0.12, subplot_titles=titles)
-    colours = dict(zip(dict.fromkeys(points["start"]), (BLUE, PURPLE, GREEN), strict=False))
-    symbols = dict(zip(colours, ("circle", "diamond", "square"), strict=False))
-    models = list(dict.fromkeys(points["model"]))
-    for (name, (value, low, high)), dash in zip(references.items(), ("dash", "dot"), strict=False):
-        figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, row=1, col=1)
-        line = {"color": GREY, "dash": dash, "width": 1.5}
-        figure.add_scatter(x=models, y=[value] * len(models), name=name, mode="lines", line=line, row=1, col=1)
-    shown = [(str(name), rows, 1, colours[name], symbols[name]) for name, rows in points.groupby("start", sort=False)]
-    for series, rows, column, colour, symbol in [*shown, ("", changes, 2, BLUE, "circle")]:
-        figure.add_scatter(
-            x=rows["model"],
-            y=rows["value"],
-            error_y={"array": rows["high"] - rows["value"], "arrayminus": rows["value"] - rows["low"]},
-            customdata=rows[["low", "high"]],
-            hovertemplate=f"%{{x}}: %{{y:.0f}} [%{{customdata[0]:.0f}}, %{{customdata[1]:.0f}}]<extra>{series}</extra>",
-            name=series,
-            mode="markers",
-            showlegend=column == 1,
-            marker={"size": 10, "color": colour, "symbol": symbol},
-            row=1,
-            col=column,
-        )
-    figure.add_hline(0, line={"color": RULE, "dash": "dash", "width": 1.5}, row=1, col=2)
-    ticks = [200, 300, 500, 1000, 2000]
-    figure.update_yaxes(title="FD-EffNet (log scale, lower is better)", type="log", tickvals=ticks, row=1, col=1)
-    figure.update_yaxes(title="change in FD-EffNet", row=1, col=2)
-    figure.update_xaxes(title="model", type="category")
-    figure.update_annotations(font=_TITLE)
-    return figure.update_layout(height=460, margin={"t": 100, "b": 60})
 
 
 def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:

@@ -35,24 +35,29 @@ def front_end() -> Literal["classic", "other"] | None:
     return "classic" if header["username"] == "username" else "other"
 
 
-def loader(kind: Literal["bk-volumes", "bk-plot"]) -> str:
+def loader(kind: Literal["bk-volumes", "bk-levels", "bk-plot"]) -> str:
     """Return the HTML that makes a live page draw its figures of one kind: their library, the book's script and style.
 
     It loads nothing over the network, and a page unpacks a library once. Without NiiVue, which the book's set-up
     fetches, it says so in a sentence.
     """
-    library = PLOTLY if kind == "bk-plot" else NIIVUE
-    path = Path(plotly.__file__).parent / "package_data" / PLOTLY if library == PLOTLY else ASSETS / library
+    library = {"bk-plot": PLOTLY, "bk-volumes": NIIVUE}.get(kind)
+    path = Path(plotly.__file__).parent / "package_data" / PLOTLY if library == PLOTLY else ASSETS / (library or "")
     if not path.exists():
         return "<p>The volumes stand still without NiiVue; <code>python book/_ext/vendored.py</code> fetches it.</p>"
     # the names of module systems are hidden from the library: classic Notebook's would swallow it
-    return f"""<style>{(ASSETS / "book.css").read_text()}</style>
-<script>
-(window.bkLibraries ??= {{}})["{library}"] ??= (async () => {{
+    unpack = (
+        library
+        and f"""
+window.bkLibraries["{library}"] ??= (async () => {{
   const packed = Uint8Array.from(atob("{_packed(path)}"), (letter) => letter.charCodeAt(0));
   const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   new Function("define", "exports", "module", await new Response(unpacked).text())();
-}})();
+}})();"""
+    )
+    return f"""<style>{(ASSETS / "book.css").read_text()}</style>
+<script>
+window.bkLibraries ??= {{}};{unpack or ""}
 if (!window.drawFigures) {{
 {(ASSETS / "figures.js").read_text()}
 }}

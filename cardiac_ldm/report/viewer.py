@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from cardiac_ldm.cohort import GRID, Patients, require_releasable
+from cardiac_ldm.cohort import ATTRIBUTES, GRID, Patients, require_releasable
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.synthesis import RELEASED_AXES
 from cardiac_ldm.report.live import embed, front_end, loader
@@ -22,14 +24,16 @@ from cardiac_ldm.report.walls import SYNTHETIC, mosaic, png, shown_as
 class VolumeViewer:
     """HTML that a notebook cell shows: a still picture, which the book's script turns into a viewer.
 
-    A live notebook has no such script: there, the cell brings it along, with NiiVue (1 MB).
+    A live notebook has no such script: there, the cell brings it along, with NiiVue (1 MB) where volumes turn.
+    kind: the viewer's class.
     """
 
     html: str
+    kind: Literal["bk-volumes", "bk-levels"] = "bk-volumes"
 
     def _repr_html_(self) -> str:
         """IPython's hook."""
-        return self.html + loader("bk-volumes") if front_end() else self.html
+        return self.html + loader(self.kind) if front_end() else self.html
 
 
 def show_patients(patients: Patients, volumes: Sequence[int], titles: Sequence[str]) -> VolumeViewer:
@@ -54,6 +58,34 @@ def show_synthetic(
     volumes' shape, shown over them.
     """
     return _viewer(np.asarray(volumes), titles, SYNTHETIC, phases, labels)
+
+
+def show_levels(images: NDArray[np.float32], levels: pd.DataFrame, model: str) -> VolumeViewer:
+    """Show a dial that moves one attribute of a sample: its middle slice, what was requested and what was measured.
+
+    images: (n, slices, height, width) in [0, 1], synthetic. levels: a row each, with columns attribute, phase,
+    requested and measured; every attribute has as many. model: which one drew them.
+    """
+    told = {a.name: (a.description, a.unit) for a in ATTRIBUTES}
+    attributes = []
+    for name, rows in levels.groupby("attribute", sort=False):
+        description, unit = told[str(name)]
+        read = [{side: _said(row[side], unit) for side in ("requested", "measured")} for _, row in rows.iterrows()]
+        attributes.append({"name": description, "phase": rows["phase"].iloc[0], "levels": read})
+    if len(images) != len(levels) or levels["attribute"].value_counts().nunique() != 1:
+        raise ParameterError(f"{len(images)} images, {len(levels)} levels: give one image a level, equally many each")
+    columns = len(levels) // len(attributes)
+    payload = {"badge": f"{SYNTHETIC}, {model}", "tile": images.shape[2] + 2, "mm": GRID.spacing_mm[2]}
+    names = "; ".join(f"{part['name']}, {part['phase']}" for part in attributes)
+    alt = f"{SYNTHETIC}: one sample while one attribute is moved, a row each: {names}"
+    poster = f'<img alt="{alt}" src="{png(mosaic(images, columns))}">'
+    html = embed("bk-levels", json.dumps(payload | {"attributes": attributes}), 300, alt, poster)
+    return VolumeViewer(html, "bk-levels")
+
+
+def _said(value: float, unit: str) -> str:
+    """A value with its unit, as the dial says it."""
+    return f"{value:.3g} {unit}".strip() if np.isfinite(value) else "not read"
 
 
 def view(volume: NDArray[np.float32], labels: NDArray[np.uint8] | None = None, badge: str = "") -> object:
