@@ -110,7 +110,7 @@ def test_pretraining_goes_on_from_the_cycles_that_are_shipped(tmp_path: Path, mo
     monkeypatch.setattr(shipped, "WEIGHTS", tmp_path / "weights")
     taught: list[int] = []
 
-    def counted(patients: Patients, *given: Any, **more: Any) -> Any:  # noqa: ANN401
+    def counted(patients: Patients, *given: Any, **more: Any) -> Any:
         taught.append(len(patients))
         return pretrain(patients, *given, **more)
 
