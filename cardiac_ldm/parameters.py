@@ -15,6 +15,8 @@ from cardiac_ldm.cohort.prepare import enrolled
 from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
+from cardiac_ldm.privacy.accounting import LEAST
+from cardiac_ldm.privacy.table import SHARE
 from cardiac_ldm.profile import Profile, Role, sentence
 
 MOST_RELEASED = 99999
@@ -209,13 +211,15 @@ class FinetuneParameters(ModelParameters):
 class ReleaseParameters(ModelParameters):
     """Of the notebook that releases. patients: how many synthetic ones.
 
-    attributes: what is requested of them: `public`, those of public train patients; or the path of a CSV with a row of
-    attributes a patient, taken in turn. licence: under which the holder gives the release away. share_model: whether
-    weights and ledger go with it.
+    attributes: what is requested of them: `public`, those of public train patients; `private`, those of a table that
+    learns from private patients, for which table_share of epsilon is spent: 1 draws their population by the public
+    model; or the path of a CSV with a row of attributes a patient, taken in turn. licence: under which the holder gives
+    the release away. share_model: whether weights and ledgers go with it.
     """
 
     patients: int = 100
     attributes: str = "public"
+    table_share: float = SHARE
     licence: str = "no licence: the holder has not chosen one yet"
     share_model: bool = False
     _yes = field_validator("share_model", mode="before")(_yes_or_no)
@@ -228,12 +232,35 @@ class ReleaseParameters(ModelParameters):
             raise ValueError(f"must be a whole number from {MIN_PATIENTS}, which measures need, to {MOST_RELEASED}")
         return int(number)
 
+    @field_validator("table_share", mode="before")
+    @classmethod
+    def _part(cls, value: object) -> float:
+        number = _number(value)
+        if number is None or not 0 < number <= 1:
+            raise ValueError("must be above 0 and at most 1, the table of attributes alone")
+        return number
+
+    @property
+    def table_epsilon(self) -> float:
+        """The budget of the private table of attributes; 0 where none is asked for."""
+        return self.table_share * self.epsilon if self.attributes == "private" else 0.0
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budget that is asked for; none of a model where the table spends all."""
+        return () if 0 < self.epsilon <= self.table_epsilon else (self.epsilon,)
+
     def check(self) -> None:
         """The same, and that what would be released protects patients and has requests."""
         if math.isinf(self.epsilon):
             raise PrivacyError("epsilon: inf has no guarantee, so nothing of it is released; name a budget, or 0")
-        if self.attributes != "public" and not Path(self.attributes).is_file():
-            raise ParameterError(f"attributes: {self.attributes!r} is neither public nor the path of a CSV")
+        if self.attributes == "private" and not self.table_epsilon >= LEAST:
+            raise ParameterError(
+                f"table_share: {self.table_share:g} of epsilon {self.epsilon:g} is too little for a table of private "
+                f"attributes, which takes {LEAST}; give more, or request public attributes"
+            )
+        if self.attributes not in ("public", "private") and not Path(self.attributes).is_file():
+            raise ParameterError(f"attributes: {self.attributes!r} is neither public nor private nor the path of a CSV")
         super().check()
 
 

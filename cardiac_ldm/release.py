@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,14 @@ from filelock import FileLock
 
 from cardiac_ldm.cohort import Volumes, load_manifest
 from cardiac_ldm.cohort.prepare import ONE_THREAD, end_with_parent
-from cardiac_ldm.cohort.requests import both_phases, completed, of_public, of_table, refuse_private
+from cardiac_ldm.cohort.requests import (
+    both_phases,
+    completed,
+    of_public,
+    of_table,
+    refuse_private,
+    with_end_systole,
+)
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.candidates import CANDIDATES, choose
 from cardiac_ldm.evaluation.synthesis import synthesise
@@ -33,6 +41,8 @@ from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import ReleaseParameters
+from cardiac_ldm.privacy import Ledger
+from cardiac_ldm.privacy.table import composed
 from cardiac_ldm.progress import silence, tqdm
 from cardiac_ldm.report import verify
 from cardiac_ldm.report.card import About, row, standing, write_rest, write_volumes
@@ -51,14 +61,16 @@ def release(study: Study) -> Path:
     """
     parameters = study.parameters
     assert isinstance(parameters, ReleaseParameters)
-    if parameters.attributes != "public":
-        _of_table(study)  # before hours of training
-    model = study.finetuned(parameters.epsilon)
-    together = standing(model.ledger, study.together() if parameters.epsilon else None)
-    wanted = requests(study)
+    tables = [study.tabulated(parameters.table_epsilon)] if parameters.table_epsilon else []
+    if parameters.attributes not in ("public", "private"):
+        _of_csv(study)  # before hours of training
+    model = study.finetuned(study.beside_table(parameters.epsilon, parameters.table_epsilon))
+    ledgers = [run.ledger for run in (*tables, model)]
+    together = standing(*ledgers, together=study.together() if parameters.epsilon else None)
+    ledger, wanted = composed(ledgers, parameters.epsilon), requests(study)
     run = place(study.runs, "release", _described(study, model, wanted))
     begun = run.folder / "begun.txt"
-    about = _about(study, model, begun.read_text() if begun.exists() else datetime.now(UTC).date().isoformat())
+    about = _about(study, ledger, begun.read_text() if begun.exists() else datetime.now(UTC).date().isoformat())
     final = study.runs / "release" / about.name
     if final.exists():
         raise ParameterError(f"{final} exists; move it away, or ask for another release")
@@ -69,9 +81,10 @@ def release(study: Study) -> Path:
         _draw_missing(_sampler(study, model, unfinished, run.folder / "rows"), wanted)
         measured = _measured(study, run, unfinished, wanted, plain(parameters.epsilon))
         if parameters.share_model:
-            _share(study, model, unfinished / "model")
+            shared = {"denoiser": model, "autoencoder": study.autoencoder}
+            _share(study, shared | {table.stage: table for table in tables}, unfinished / "model")
         rows = (json.loads(path.read_text()) for path in sorted((run.folder / "rows").glob("*.json")))
-        write_rest(unfinished, about, model.ledger, together, rows, study.evaluation(run).folder, measured)
+        write_rest(unfinished, about, ledgers, together, rows, study.evaluation(run).folder, measured)
         final.parent.mkdir(parents=True, exist_ok=True)
         unfinished.replace(final)
     shutil.rmtree(run.folder)
@@ -87,11 +100,14 @@ def requests(study: Study) -> np.ndarray:
         n_turns = -(-parameters.patients // len(public))
         order = np.concatenate([rng.permutation(len(public)) for _ in range(n_turns)])
         return public[order[: parameters.patients]]
-    given = _of_table(study)
+    if parameters.attributes == "private":
+        drawn = study.table(parameters.table_epsilon).sample(parameters.patients, rng)
+        return with_end_systole(completed(drawn, public, rng))  # a public patient's fraction may not fit the volume
+    given = _of_csv(study)
     return completed(given[np.arange(parameters.patients) % len(given)], public, rng)
 
 
-def _of_table(study: Study) -> np.ndarray:
+def _of_csv(study: Study) -> np.ndarray:
     parameters = study.parameters
     assert isinstance(parameters, ReleaseParameters)
     path, manifest = Path(parameters.attributes), load_manifest(parameters.cohort_private)
@@ -110,24 +126,34 @@ def _described(study: Study, model: Run, wanted: np.ndarray) -> dict[str, object
     return {"parameters": study.parameters.model_dump(mode="json"), "upstream": needs, "settings": settings}
 
 
-def _about(study: Study, model: Run, date: str) -> About:
+def _about(study: Study, ledger: Ledger, date: str) -> About:
     """What the release says of itself; date: of the day on which it was begun, which a resumed one keeps."""
-    parameters, ledger = study.parameters, model.ledger
+    parameters = study.parameters
     assert isinstance(parameters, ReleaseParameters)
     private = load_manifest(parameters.cohort_private)
     cohort = private.name if ledger.mechanisms else parameters.manifest("public").name
     profile = Path(parameters.profile).stem
     public = f"public train patients of {parameters.manifest('public').name}"
+    simulated = "simulated " if private.simulated else ""
+    sources = {
+        "public": public,
+        "private": f"a table of attributes of {simulated}private patients of {private.name}, learnt under the same "
+        f"guarantee, completed from {public}",
+    }
+    spent = f"epsilon{parameters.epsilon:g}"
+    if parameters.attributes == "private":
+        spent += f"-table{parameters.table_share:g}"
     return About(
-        name=f"{cohort}-epsilon{parameters.epsilon:g}-{parameters.patients}patients-{profile}-{date}",
+        name=f"{cohort}-{spent}-{parameters.patients}patients-{profile}-{date}",
         cohort=cohort,
         simulated=ledger.simulated if ledger.mechanisms else parameters.manifest("public").simulated,
         epsilon=ledger.epsilon,
         delta=ledger.delta,
         patients=parameters.patients,
-        attributes=public
-        if parameters.attributes == "public"
-        else f"a table of the holder's, of no private patient, completed from {public}",
+        attributes=sources.get(
+            parameters.attributes, f"a table of the holder's, of no private patient, completed from {public}"
+        ),
+        learnt=tuple(mechanism.stage for mechanism in ledger.mechanisms),
         licence=parameters.licence,
         profile=profile,
         public_data=ledger.public_data,
@@ -212,12 +238,12 @@ def _measured(study: Study, run: Run, folder: Path, wanted: np.ndarray, epsilon:
     return drawn
 
 
-def _share(study: Study, model: Run, folder: Path) -> None:
-    """Copy weights and ledgers of the denoiser and the autoencoder, and the profile that builds them."""
-    for name, run in (("denoiser", model), ("autoencoder", study.autoencoder)):
+def _share(study: Study, runs: Mapping[str, Run], folder: Path) -> None:
+    """Copy what these runs left, with their ledgers, and the profile that builds the networks."""
+    for name, run in runs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         run.ledger.save(folder / name / "privacy.json")
-        for path in run.folder.glob("weights.safetensors"):
-            shutil.copyfile(path, folder / name / path.name)
+        for file in run.ledger.weights:
+            shutil.copyfile(run.folder / file, folder / name / file)
     settings = study.profile.model_dump(mode="json", include={"autoencoder", "denoiser", "sampling"})
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +12,33 @@ from filelock import FileLock
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.models.device import is_first_process
-from cardiac_ldm.privacy import Ledger, Mechanism, Record, Standing
+from cardiac_ldm.privacy import Ledger, Record, Standing
 from cardiac_ldm.privacy.table import TableRecipe
 from cardiac_ldm.runs import Run
 from cardiac_ldm.training.finetune import FinetuneSettings
 
-_KINDS = ("finetune", "attributes")
-"""The names of the stages that learn from private patients."""
+_KINDS = {"finetune": "model", "attributes": "table of attributes"}
+"""What stages that learn from private patients leave, by their names."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model or a table of a budget that is asked for.
+
+    run: its run, done or not; asked only where there are others of its stage.
+    """
+
+    stage: str
+    epsilon: float
+    recipe: FinetuneSettings | TableRecipe
+    run: Callable[[float], Run]
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What is spent of `patients` by what a stage of this name makes of them by `recipe`, in the folder `runs`."""
+    """What is spent of `patients` by the models and tables in the folder `runs`."""
 
     patients: Patients
-    stage: str
-    recipe: FinetuneSettings | TableRecipe
     runs: Path
 
     @property
@@ -35,33 +46,31 @@ class Spending:
         """Who the patients are, as nobody can tell who lacks the record's salt."""
         return hashlib.sha256(repr(sorted(Record().hashes(self.patients.people))).encode()).hexdigest()
 
-    def planned(self, budgets: Iterable[float], run: Callable[[float], Run]) -> str | None:
-        """What the models of all these budgets would spend, in words; None where they are there.
-
-        Args:
-            budgets: 0, the public model, spends nothing.
-            run: the run of a budget's model, done or not; asked only where there are private models.
+    def planned(self, wanted: Iterable[Wanted]) -> str | None:
+        """What all these models and tables would spend together, in words; None where they are there.
 
         Raises:
             PrivacyError: more than the manifest's budget, or something that would reveal patients; it's named.
             ParameterError: a budget that no plan reaches.
         """
         patients, record = self.patients, Record()
-        requested = sorted(set(map(float, budgets)) - {0})
-        for epsilon in requested:
-            self.recipe.check(epsilon, patients.name, patients.places, patients.secret)
-        new: dict[float, Sequence[Mechanism]] = {
-            epsilon: self.recipe.mechanisms(epsilon, patients.places) for epsilon in requested
-        }
+        asked = {(one.stage, one.epsilon): one for one in wanted}
+        for (_, epsilon), one in sorted(asked.items(), key=lambda item: item[0]):
+            one.recipe.check(epsilon, patients.name, patients.places, patients.secret)
+        new = {kind: one.recipe.mechanisms(one.epsilon, patients.places) for kind, one in asked.items()}
         people = record.hashes(patients.people)
         self._none_unknown()
-        if any(self._folders(self.stage)):  # else the public stages, which may take hours, need not be there to know
-            new = {epsilon: stages for epsilon, stages in new.items() if not self._charged(run(epsilon))}
-        return record.covered(patients.name, people, patients.budget, *new.values()) if new else None
+        for (stage, epsilon), one in asked.items():
+            # without runs the public stages, which may take hours, need not be there to know
+            if any(self._folders(stage)) and self._charged(one.run(epsilon)):
+                del new[stage, epsilon]
+        kinds = " and ".join(name for stage, name in _KINDS.items() if stage in {kind for kind, _ in new})
+        cohort = f"{patients.name} ({kinds})" if "table" in kinds else patients.name
+        return record.covered(cohort, people, patients.budget, *new.values()) if new else None
 
-    def agree(self, budgets: Iterable[float], run: Callable[[float], Run], spend: bool) -> None:
-        """Look at all budgets of a study before one is spent. Raises PrivacyError unless told to spend."""
-        said = self.planned(budgets, run)
+    def agree(self, wanted: Iterable[Wanted], spend: bool) -> None:
+        """Look at all that a study asks for before any of it is spent. Raises PrivacyError unless told to spend."""
+        said = self.planned(wanted)
         if said and not spend:
             raise PrivacyError(f"{said}. Nothing is spent yet; to agree, set the parameter spend to True")
         if said and is_first_process():

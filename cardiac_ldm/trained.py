@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from cardiac_ldm.privacy.table import Table, TableRecipe, tabulate
 from cardiac_ldm.profile import Profile, Role
 from cardiac_ldm.progress import awaited
 from cardiac_ldm.runs import Run, Stage, place, plain, stage
-from cardiac_ldm.spending import Spending
+from cardiac_ldm.spending import Spending, Wanted
 from cardiac_ldm.training import shipped
 from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder
-from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.finetune import FinetuneSettings, finetune
 from cardiac_ldm.training.pretrain import Latents, PretrainSettings, pretrain
 from cardiac_ldm.training.subspace import Directions, public_directions
 
@@ -228,9 +228,8 @@ class Trained:
         self.profile.finetune.check(epsilon, patients.name, len(patients), patients.secret)
         if not patients.secret:
             return self.trained_privately(epsilon)
-        spending, agreed = self._spending, getattr(self.parameters, "spend", False)
-        spending.agree([epsilon, *self.parameters.budgets], self._of_real_patients, agreed)
-        spending.begin(self._of_real_patients(epsilon))
+        self._agree([*self._wanted((epsilon,)), *self._asked])
+        self._spending.begin(self._of_real_patients(epsilon))
         run = type(self).trained_privately.complete(self, self._described_real(epsilon), epsilon)
         if is_first_process():
             Record().vouch(run.ledger)
@@ -260,7 +259,29 @@ class Trained:
 
     @property
     def _spending(self) -> Spending:
-        return Spending(self.private.split("train"), "finetune", self.profile.finetune, self.runs)
+        return Spending(self.private.split("train"), self.runs)
+
+    def _wanted(self, models: Iterable[float] = (), tables: Iterable[float] = ()) -> list[Wanted]:
+        """What budgets ask for of private patients; 0, the public model and table, asks for nothing."""
+        recipe = self.profile.finetune
+        kinds: list[tuple[str, FinetuneSettings | TableRecipe, Callable[[float], Run], Iterable[float]]] = [
+            ("finetune", recipe, self._of_real_patients, models),
+            ("attributes", TableRecipe(recipe.delta), self._table_of_real_patients, tables),
+        ]
+        return [
+            Wanted(stage, epsilon, how, run)
+            for stage, how, run, budgets in kinds
+            for epsilon in sorted(set(map(float, budgets)) - {0.0})
+        ]
+
+    @property
+    def _asked(self) -> list[Wanted]:
+        """All that the parameters ask for: before any of it is spent, it's looked at together."""
+        table = getattr(self.parameters, "table_epsilon", 0.0)
+        return self._wanted([self.beside_table(epsilon, table) for epsilon in self.parameters.budgets], [table])
+
+    def _agree(self, wanted: list[Wanted]) -> None:
+        self._spending.agree(wanted, getattr(self.parameters, "spend", False))
 
     def _described_real(self, epsilon: float) -> dict[str, object]:
         """What a model of real patients depends on: no seed, no version.
@@ -292,12 +313,12 @@ class Trained:
     def tabulated(self, epsilon: float) -> Run:
         """The run that leaves the table of a budget above 0, with its ledger."""
         epsilon, patients = float(epsilon), self.private.split("train")
-        self._tabling.recipe.check(epsilon, patients.name, patients.places, patients.secret)
+        TableRecipe(self.profile.finetune.delta).check(epsilon, patients.name, patients.places, patients.secret)
         if not patients.secret:
             return self.attributes(epsilon)
-        spending, agreed = self._tabling, getattr(self.parameters, "spend", False)
-        spending.agree([epsilon], self._table_of_real_patients, agreed)
-        spending.begin(self._table_of_real_patients(epsilon))
+        own = epsilon == getattr(self.parameters, "table_epsilon", 0.0)
+        self._agree([*self._wanted(tables=(epsilon,)), *(self._asked if own else [])])
+        self._spending.begin(self._table_of_real_patients(epsilon))
         run = type(self).attributes.complete(self, self._described_table(epsilon), epsilon)
         if is_first_process():
             Record().vouch(run.ledger)
@@ -312,14 +333,19 @@ class Trained:
         plan, public_data = recipe.plan(epsilon, patients.places), load_manifest(self.parameters.cohort_public).name
         if patients.secret:
             words = {"private_data": f"{patients.name} ({patients.split})", "public_data": public_data}
-            self._tabling.charge(plan.ledger(randomness, **words), run.folder)
+            self._spending.charge(plan.ledger(randomness, **words), run.folder)
         left = tabulate(patients, self.public.split("train"), plan, randomness, run.folder, public_data)
         if patients.secret:
             Record().finish(left)
         return {"epsilon": plain(epsilon)}
 
     def beside_table(self, epsilon: float, of_table: float) -> float:
-        """The budget of a fine-tuning that, with a table of a budget of `of_table`, spends `epsilon` and no more."""
+        """The budget of a fine-tuning that, with a table of a budget of `of_table`, spends `epsilon` and no more.
+
+        0, which asks for the public model, where the table spends all.
+        """
+        if not of_table or of_table >= epsilon:
+            return 0.0 if of_table else epsilon
         recipe, places = self.profile.finetune, self.private.split("train").places
         before = TableRecipe(recipe.delta).mechanisms(of_table, places)
         (training,) = terms_of(
@@ -327,25 +353,20 @@ class Trained:
         )
         return math.floor(1e4 * epsilon_pld((training,), recipe.delta)) / 1e4
 
-    @property
-    def _tabling(self) -> Spending:
-        recipe = TableRecipe(self.profile.finetune.delta)
-        return Spending(self.private.split("train"), "attributes", recipe, self.runs)
-
     def _described_table(self, epsilon: float) -> dict[str, object]:
         """What a table of real patients depends on, as `_described_real` says it of a model."""
         settings = [self.profile.finetune.delta, plain(epsilon), self.public.key]
-        return {"stage": "attributes", "settings": [*settings, self._tabling.who, self.private.split("train").places]}
+        return {"stage": "attributes", "settings": [*settings, self._spending.who, self.private.split("train").places]}
 
     def _table_of_real_patients(self, epsilon: float) -> Run:
         return place(self.runs, "attributes", self._described_table(epsilon))
 
-    def would_spend(self, budgets: tuple[float, ...]) -> str | None:
-        """What the models of all these budgets would spend of real private patients; None where they are there."""
-        return self._spending.planned(budgets, self._of_real_patients)
+    def would_spend(self, budgets: Iterable[float] = (), tables: Iterable[float] = ()) -> str | None:
+        """What models and tables of these budgets would spend of real private patients; None where they are there."""
+        return self._spending.planned(self._wanted(budgets, tables))
 
     def together(self) -> Standing | None:
-        """What all private models of this study's private patients spent together; None where there is none."""
+        """What all private models and tables of this study's patients spent together; None where there is none."""
         return self._spending.together()
 
     # --- What stages left ---

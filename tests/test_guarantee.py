@@ -29,10 +29,11 @@ from torch import nn
 from cardiac_ldm.cohort import Cohort, load_manifest, prepare
 from cardiac_ldm.cohort.readers import list_patients
 from cardiac_ldm.errors import CohortError, ParameterError, PrivacyError
-from cardiac_ldm.parameters import CompareParameters
+from cardiac_ldm.parameters import CompareParameters, ReleaseParameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon_pld, epsilon_prv, public_ledger
 from cardiac_ldm.privacy.__main__ import main
 from cardiac_ldm.privacy.accounting import merged
+from cardiac_ldm.release import release
 from cardiac_ldm.report.card import standing
 from cardiac_ldm.report.statement import joint_statement, privacy_statement
 from cardiac_ldm.study import Study
@@ -375,6 +376,12 @@ def test_row_08_a_release_of_real_patients_is_what_the_record_says(
     monkeypatch.setenv("CARDIAC_LDM_RECORD", str(tmp_path / "lost"))
     with pytest.raises(PrivacyError, match="doesn't know this model"):
         real().finetuned(1)
+    there = real()
+    wanted: dict[str, Any] = {"cohort_private": there.parameters.cohort_private, "epsilon": 1, "patients": 8}
+    there.parameters = ReleaseParameters(profile=str(TINY), spend=True, **wanted)
+    with pytest.raises(PrivacyError, match="doesn't know this model"):
+        release(there)
+    assert not list(there.runs.glob("release*"))
 
 
 @pytest.mark.parametrize("epsilon", [500.0, 1e6, 0.001, 0.0099, 100.5, 1e-9])

@@ -349,7 +349,7 @@ def test_what_cannot_be_released_is_refused_before_anything_is_drawn(released: P
     for wrong in wrongs:
         with pytest.raises(ValueError, match=r"patients\n.*must be a whole number from 8"):
             ReleaseParameters(profile=str(TINY), patients=wrong)
-    with pytest.raises(ParameterError, match=r"'nowhere\.csv' is neither public nor the path of a CSV"):
+    with pytest.raises(ParameterError, match=r"'nowhere\.csv' is neither public nor private nor the path of a CSV"):
         ReleaseParameters(profile=str(TINY), attributes="nowhere.csv").check()
     model = study.finetuned(1).folder / "privacy.json"
     kept = model.read_text()

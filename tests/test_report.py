@@ -55,10 +55,11 @@ def write_release(drawn: Volumes, said: Ledger, folder: Path, evaluation: Path) 
     write_volumes(folder, "sub-00001", drawn)
     words = {"name": "r", "cohort": "hospital", "simulated": True, "profile": "tiny", "attributes": "public patients"}
     words |= {"licence": "CC0-1.0", "public_data": said.public_data, "date": "2026-01-31", "version": "0.1.0"}
+    words |= {"learnt": tuple(m.stage for m in said.mechanisms)}
     about = About(epsilon=said.epsilon, delta=said.delta, patients=1, seed=0, **words)  # type: ignore[arg-type]
     drawn_by = {"candidates": 2, "refused": 1, "distance": 0.5, "plausible": "yes"}
     rows = [row("sub-00001", drawn.attributes[0], {"LVEDV": 140.0}, **drawn_by)]
-    write_rest(folder, about, said, None, rows, evaluation, drawn)
+    write_rest(folder, about, [said], None, rows, evaluation, drawn)
     return folder
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,20 @@ def test_a_table_counts_in_the_joint_statement_and_in_the_budget(real: Callable[
     assert len(Record().spends) == 2
     with pytest.raises(PrivacyError, match="inf on hospital would reveal"):
         study.tabulated(math.inf)
+
+
+def test_a_look_before_spending_counts_tables(real: Callable[..., Study]) -> None:
+    study = real()
+    said = study.would_spend((2,), (1,))
+    assert said is not None
+    assert re.match(r"hospital \(model and table of attributes\): this spends 2\.[1-9]\d of", said)
+    assert re.match(r"hospital: this spends (1\.9\d|2\.00) of", str(study.would_spend((2,))))
+    said = study.would_spend(tables=(1,))
+    assert re.match(r"hospital \(table of attributes\): this spends (0\.99|1\.00) of", str(said))
+    study.tabulated(1)
+    assert study.would_spend(tables=(1,)) is None
+    said = study.would_spend((2,), (1,))  # the model alone, on top of the table
+    assert re.match(r"hospital: this spends 1\.\d\d of .*; (0\.99|1\.00) are spent by 1 run", str(said))
 
 
 def test_a_table_is_what_its_ledger_was_written_for(real: Callable[..., Study]) -> None:

@@ -1,7 +1,8 @@
 """What is requested of a model: one row of attributes for each synthetic patient, whose physics holds.
 
-Rows come from public patients, or from a table that somebody wrote. What a row leaves open of the heart is taken from a
-public patient who is like it: a model that is asked for an ejection fraction alone, with no volumes, doesn't heed it.
+Rows come from public patients, from a private table of attributes, or from a table that somebody wrote. What a row
+leaves open of the heart is taken from a public patient who is like it: a model that is asked for an ejection fraction
+alone, with no volumes, doesn't heed it.
 """
 
 from pathlib import Path
@@ -140,6 +141,21 @@ def completed(rows: np.ndarray, public: np.ndarray, rng: np.random.Generator) ->
                 row[i] = donor[i]
     depth = ATTRIBUTE_NAMES.index("DEPTH")
     done[:, depth] = done[:, depth].round()
+    return done.astype(np.float32)
+
+
+def with_end_systole(rows: np.ndarray) -> np.ndarray:
+    """Rows float64 (n, 14) as float32: end-systolic volumes are what ejection fractions leave of end-diastolic ones.
+
+    They stay within their own ranges; ejection fractions are then those of the volumes. What is missing stays missing.
+    """
+    done = rows.astype(np.float64)
+    for side in ("LV", "RV"):
+        full, fraction, empty = (ATTRIBUTE_NAMES.index(side + what) for what in ("EDV", "EF", "ESV"))
+        low, high = ATTRIBUTES[empty].low, ATTRIBUTES[empty].high
+        done[:, empty] = np.clip(done[:, full] * (1 - done[:, fraction] / 100), low, high)
+        of_volumes = 100 * (1 - done[:, empty] / done[:, full])
+        done[:, fraction] = np.where(np.isnan(of_volumes), done[:, fraction], of_volumes)
     return done.astype(np.float32)
 
 

@@ -9,7 +9,7 @@ fixed and public: nothing of them is learnt from a private patient.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, ndtr, ndtri
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, Patients, require_public
+from cardiac_ldm.cohort.requests import with_end_systole
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, calibrate, require_reachable
 from cardiac_ldm.privacy.dpsgd import Randomness, gaussian
@@ -28,7 +29,7 @@ FREE = ("LVEDV", "LVEF", "RVEDV", "RVEF", "MYOESTHICK", "MYOEDTHICK", "AGE", "SE
 """What a row holds. End-systolic volumes follow from these, so that they're below end-diastolic ones; ESED is no
 patient's but a volume's."""
 SHARE = 0.1
-"""The part of a release's epsilon that its table gets."""
+"""The part of a release's epsilon that its table gets, unless told otherwise."""
 FILE = "table.safetensors"
 
 _FREE = [ATTRIBUTE_NAMES.index(name) for name in FREE]
@@ -85,13 +86,7 @@ class Table:
             levels = np.minimum(np.searchsorted(cumulated / cumulated[-1], scores[:, j]), _n_levels(name) - 1)
             place = levels / (_LEVELS[name] - 1) if name in _LEVELS else (levels + within[:, j]) / _BINS
             drawn[:, _FREE[j]] = np.where(gone[:, j], np.nan, _LOW[j] + place * (_HIGH[j] - _LOW[j]))
-        for side in ("LV", "RV"):
-            full, fraction, empty = (ATTRIBUTE_NAMES.index(side + what) for what in ("EDV", "EF", "ESV"))
-            low, high = ATTRIBUTES[empty].low, ATTRIBUTES[empty].high
-            drawn[:, empty] = np.clip(drawn[:, full] * (1 - drawn[:, fraction] / 100), low, high)
-            of_volumes = 100 * (1 - drawn[:, empty] / drawn[:, full])
-            drawn[:, fraction] = np.where(np.isnan(of_volumes), drawn[:, fraction], of_volumes)
-        return drawn.astype(np.float32)
+        return with_end_systole(drawn)
 
     def save(self, path: Path) -> None:
         """Write as safetensors, synced before it replaces another."""
@@ -242,6 +237,32 @@ def tabulate(
         ledger.save(path)
         unbound.replace(table)
     return ledger
+
+
+def composed(ledgers: Sequence[Ledger], epsilon: float) -> Ledger:
+    """The ledger of a release: all mechanisms of its table's and its model's ledgers, within a budget of `epsilon`.
+
+    A public model's has none, and adds its weights.
+
+    Raises:
+        PrivacyError: together they spend more, or are of other patients.
+    """
+    private = [ledger for ledger in ledgers if ledger.mechanisms]
+    if len(ledgers) == 1 or not private:
+        return ledgers[-1]
+    first = private[0]
+    if len({(ledger.private_data, ledger.n_units, ledger.delta) for ledger in private}) > 1:
+        raise PrivacyError(f"{first.private_data}: table and model are of other patients or deltas; they don't compose")
+    shared = {name: getattr(first, name) for name in ("randomness", "simulated", "private_data", "public_data")}
+    mechanisms = tuple(m for ledger in private for m in ledger.mechanisms)
+    both = Ledger.state(mechanisms, first.n_units, epsilon, first.delta, **shared)
+    weights = {name: digest for ledger in ledgers for name, digest in ledger.weights.items()}
+    said = {
+        name: "; ".join(f"{ledger.mechanisms[-1].stage}: {getattr(ledger, name)}" for ledger in private)
+        for name in ("sampler", "released")
+    }
+    runs = " ".join(ledger.run for ledger in private).strip()
+    return both.model_copy(update=said | {"weights": weights, "run": runs, "date": max(x.date for x in private)})
 
 
 Noisy = Callable[[int, np.ndarray, float], np.ndarray]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, Volumes
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.synthesis import RELEASED
 from cardiac_ldm.privacy import Ledger, Record, Standing
+from cardiac_ldm.privacy.table import composed
 from cardiac_ldm.report import verify
 from cardiac_ldm.report.croissant import croissant
 from cardiac_ldm.report.datasheet import datasheet, model_card, readme
@@ -44,7 +45,8 @@ _DESCRIBED = {
 class About:
     """What a release says of itself. cohort: the private one's name, or the public one's where no other was used.
 
-    epsilon, delta: of the ledger. profile: its name. attributes: where requests come from. date: ISO 8601.
+    epsilon, delta: of the ledger. profile: its name. attributes: where requests come from. learnt: the stages of the
+    ledger's mechanisms, what learnt from private patients. date: ISO 8601.
     """
 
     name: str
@@ -54,6 +56,7 @@ class About:
     delta: float
     patients: int
     attributes: str
+    learnt: tuple[str, ...]
     licence: str
     profile: str
     public_data: str
@@ -69,22 +72,24 @@ class About:
         return f"({self.epsilon:g}, {self.delta:g})-differential privacy per patient"
 
 
-def standing(ledger: Ledger, together: Standing | None = None) -> Standing | None:
-    """What all models of this one's patients spent together, before anything of it is released.
+def standing(*ledgers: Ledger, together: Standing | None = None) -> Standing | None:
+    """What all models of these ledgers' patients spent together, before anything of them is released.
 
     together: of simulated patients, what their models spent; of real ones their record says it.
 
     Raises:
-        PrivacyError: the model has no guarantee, or the record doesn't know it.
+        PrivacyError: one of them has no guarantee, or the record doesn't know it.
     """
-    if ledger.guarantee not in ("patient-level DP", "public data only"):
-        raise PrivacyError(
-            f"the model was trained on {ledger.private_data} with guarantee {ledger.guarantee}, "
-            "which does not protect patients; not released"
-        )
-    if ledger.mechanisms and not ledger.simulated:
-        return Record().vouch(ledger)
-    return together if ledger.mechanisms else None
+    found = None
+    for ledger in ledgers:
+        if ledger.guarantee not in ("patient-level DP", "public data only"):
+            raise PrivacyError(
+                f"the model was trained on {ledger.private_data} with guarantee {ledger.guarantee}, "
+                "which does not protect patients; not released"
+            )
+        if ledger.mechanisms:
+            found = together if ledger.simulated else Record().vouch(ledger)
+    return found
 
 
 def write_volumes(folder: Path, name: str, volumes: Volumes) -> None:
@@ -118,7 +123,7 @@ def _write(path: Path, content: bytes, sidecar: Mapping[str, Any]) -> None:
 def write_rest(
     folder: Path,
     about: About,
-    ledger: Ledger,
+    ledgers: Sequence[Ledger],
     together: Standing | None,
     rows: Iterable[Mapping[str, Any]],
     evaluation: Path,
@@ -126,12 +131,13 @@ def write_rest(
 ) -> None:
     """Write all that goes with the volumes of a release; sums of all files last.
 
-    rows: one a patient, of `row`. evaluation: folder of the run that measured `measured`, some of the cohort.
+    ledgers: of the private table of attributes, if there is one, and of the model. rows: one a patient, of `row`.
+    evaluation: folder of the run that measured `measured`, some of the cohort.
 
     Raises:
         PrivacyError: the model has no guarantee, or the record doesn't know it.
     """
-    together = standing(ledger, together)
+    together, ledger = standing(*ledgers, together=together), composed(ledgers, about.epsilon)
     rows = list(rows)
     ledger.model_copy(update={"together": together}).save(folder / "privacy.json")
     statement = privacy_statement(ledger, together) + (
@@ -145,6 +151,7 @@ def write_rest(
     cautions = warnings_of(metrics, counts["refused"] / max(counts["candidates"], 1))
     said = "".join(f"> **Warning**: {caution}\n\n" for caution in cautions)
     _json(folder / "release.json", asdict(about) | counts | {"warnings": cautions})
+    statement += f"\n**Population.** Attributes were requested from: {about.attributes}.\n"
     (folder / "STATEMENT.md").write_text(f"{said}{statement}\n")
     write_page(metrics, pd.read_csv(evaluation / "anatomy.csv"), measured, said + statement, folder)
     (folder / "README").write_text(said + readme(about))

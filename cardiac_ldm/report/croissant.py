@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cardiac_ldm.report.datasheet import whose
+
 if TYPE_CHECKING:
     from cardiac_ldm.report.card import About
 
@@ -67,8 +69,6 @@ def croissant(folder: Path, about: "About", warnings: Sequence[str]) -> dict[str
         }
         for name in columns
     ]
-    real = "simulated patients" if about.simulated else "real private patients"
-    whose = f"{real} of {about.cohort}" if about.epsilon else "public patients alone"
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -83,11 +83,12 @@ def croissant(folder: Path, about: "About", warnings: Sequence[str]) -> dict[str
         "version": "1.0.0",
         "citeAs": f"{about.name}, made by cardiac_ldm {about.version} after Daum et al., arXiv 2407.16405",
         "isLiveDataset": False,
-        "rai:dataCollection": f"Drawn by a latent diffusion model; it learnt from {about.public_data} and {whose}.",
+        "rai:dataCollection": f"Drawn by a latent diffusion model. {whose(about)} Attributes were requested from: "
+        f"{about.attributes}.",
         "rai:dataCollectionType": ["Synthetic"],
         "rai:personalSensitiveInformation": ["none of a real person's; age and sex were made up or are of public data"]
         if not about.epsilon
-        else [f"what the model learnt from private patients is bounded by {about.guarantee}"],
+        else [f"what was learnt from private patients is bounded by {about.guarantee}"],
         "rai:dataUseCases": ["development and teaching of methods; not validated for any clinical decision"],
         "rai:dataBiases": [
             "populations, scanners and diseases that the public and the private cohort lack are lacking here",

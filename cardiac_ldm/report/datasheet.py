@@ -21,11 +21,19 @@ data = CacheDataset(pairs, LoadImaged(["image", "label"], ensure_channel_first=T
 """
 
 
-def _whose(about: "About") -> str:
+_NAMES = {"denoiser": "model", "attributes": "table of requested attributes"}
+"""What the stages of a ledger's mechanisms leave."""
+
+
+def whose(about: "About") -> str:
+    """Whose patients were learnt from, and by what."""
     if not about.epsilon:
         return f"No private patient was used: the model learnt from {about.public_data} alone."
     kind = "simulated private patients" if about.simulated else "private patients"
-    return f"The model learnt from {about.public_data} and, under {about.guarantee}, from {kind} of {about.cohort}."
+    learners = " and the ".join(name for stage, name in _NAMES.items() if stage in about.learnt)
+    alone = "" if "denoiser" in about.learnt else f" The model learnt from {about.public_data} alone."
+    data = f"from {about.public_data} and, under {about.guarantee}, from {kind} of {about.cohort}"
+    return f"The {learners} learnt {data}.{alone}"
 
 
 def readme(about: "About") -> str:
@@ -36,7 +44,7 @@ Synthetic short-axis cardiac MRI of {about.patients} patients whom nobody is: en
 (`acq-ES`), 13 slices of 10 mm, 96 x 96 pixels of 1.8269 mm, base first, with segmentations (1 right ventricle, 2
 myocardium, 3 left ventricle) in `derivatives/segmentation`. Of BIDS' suffixes, T2w is the nearest to balanced SSFP.
 
-{_whose(about)} Attributes were requested from: {about.attributes}. Profile `{about.profile}`,
+{whose(about)} Attributes were requested from: {about.attributes}. Profile `{about.profile}`,
 cardiac_ldm {about.version}, {about.date}, seed {about.seed}. Licence: {about.licence}.
 
 - `python verify.py` recomputes epsilon, checks every file and says what must be trusted (needs numpy, dp-accounting).
@@ -59,7 +67,7 @@ def datasheet(about: "About", counts: Mapping[str, int]) -> str:
 
 **Motivation.** To share a population without showing its patients. Made by the holder of {about.cohort}.
 
-**Composition.** {about.patients} synthetic patients, two volumes and two segmentations each. {_whose(about)}
+**Composition.** {about.patients} synthetic patients, two volumes and two segmentations each. {whose(about)}
 No instance is a person's; none is missing. Attributes that aren't known are `n/a`. Requests come from:
 {about.attributes}.
 
@@ -85,12 +93,12 @@ def model_card(about: "About", ledger: Ledger, metrics: Mapping[str, Any]) -> st
     table = metrics_table(metrics).reset_index()
     head = [f"| {' | '.join(map(str, table.columns))} |", f"| {' | '.join('---' for _ in table.columns)} |"]
     lines = [f"| {' | '.join(map(str, values))} |" for values in table.to_numpy().tolist()]
-    digests = ", ".join(ledger.weights.values()) or "not there"
+    digests = ", ".join(f"`{name}` {digest}" for name, digest in ledger.weights.items()) or "not there"
     return f"""# Model card
 
 A conditional latent diffusion model of short-axis cardiac MRI after Daum et al. (arXiv 2407.16405): an autoencoder,
-trained on public data, and a denoiser. {_whose(about)}
-SHA-256 of the denoiser's weights: {digests}.
+trained on public data, and a denoiser. {whose(about)}
+Attributes were requested from: {about.attributes}. SHA-256: {digests}.
 
 **Intended use.** To draw hearts for fourteen attributes. **Not** for diagnosis.
 

@@ -109,6 +109,13 @@ def stated(ledger: dict[str, Any], about: dict[str, Any], statement: str) -> Ite
             yield f"STATEMENT.md says {', '.join(sorted(said)) or 'nothing'}; the ledger is of {words}"
     elif "No private patient was used" not in statement or "differential privacy per patient" in statement:
         yield "STATEMENT.md speaks of a guarantee that the ledger doesn't"
+    stages = [m["stage"] for m in ledger["mechanisms"]]
+    for file, named in (
+        ("STATEMENT.md", re.findall(r"^\| mechanism: (\S+) \|", statement, re.MULTILINE)),
+        ("release.json", about.get("learnt")),
+    ):
+        if named != stages:
+            yield f"{file} names the mechanisms {named}, the ledger {stages}"
     if (about.get("epsilon"), about.get("delta")) != (ledger["epsilon"], ledger["delta"]):
         yield f"release.json says epsilon {about.get('epsilon')} and delta {about.get('delta')}"
     together = ledger.get("together")
@@ -190,12 +197,13 @@ def nifti(path: Path) -> tuple[np.ndarray, np.ndarray, int, str]:
 
 
 def weights(folder: Path, ledger: dict[str, Any]) -> Iterator[str]:
-    """Hold the denoiser's weights against the ledger."""
-    path = folder / "model" / "denoiser" / "weights.safetensors"
-    if not path.is_file():
-        yield "model/denoiser/weights.safetensors is missing"
-    elif hashlib.sha256(path.read_bytes()).hexdigest() not in ledger["weights"].values():
-        yield "model/denoiser/weights.safetensors isn't what the ledger was written for"
+    """Hold the denoiser's weights, and the table of attributes where one was learnt, against the ledger."""
+    for name, digest in ledger["weights"].items():
+        path = folder / "model" / ("attributes" if name == "table.safetensors" else "denoiser") / name
+        if not path.is_file():
+            yield f"{path.relative_to(folder)} is missing"
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            yield f"{path.relative_to(folder)} isn't what the ledger was written for"
 
 
 TRUST = """To be trusted, since no file can prove it:
