@@ -355,7 +355,7 @@ def test_a_dial_shows_each_level_that_was_requested_from_one_noise_with_what_was
         *(("LVEDV", "ED"), ("LVEF", "ES"), ("MYOEDTHICK", "ED"))
     ]
     for name, rows in found.groupby("attribute"):
-        np.testing.assert_allclose(np.diff(rows.requested), STEPS[name])
+        np.testing.assert_allclose(np.diff(rows.requested), STEPS[str(name)])
         assert np.corrcoef(rows.requested, rows.measured)[0, 1] > 0.98
     lvedv = found[found.attribute == "LVEDV"]
     np.testing.assert_allclose(lvedv.measured, lvedv.requested, rtol=0.06)
