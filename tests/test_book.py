@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -28,7 +29,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from sphinx.errors import ExtensionError
 
 from cardiac_ldm.errors import StudyError
-from cardiac_ldm.report.viewer import show_synthetic
+from cardiac_ldm.report.viewer import show_levels, show_synthetic
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,12 @@ CHROMIUM = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
+AXE = (
+    "axe-core@4.14.1",
+    "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+    {"package/axe.min.js": "axe.min.js"},
+)
+"""What finds faults that keep a page from people with a disability, pinned as the book's libraries are."""
 NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("0[0-7]_*.ipynb"))  # of a study
 CHAPTER = [
     new_markdown_cell("# A chapter\n\n$$ g = \\frac{1}{B} \\sum_i g_i $$"),
@@ -200,6 +207,35 @@ def page(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert not complaints
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """axe-core's script, fetched once."""
+    vendored, folder = module("vendored"), Path(__file__).with_name("vendor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vendored, "VENDOR", folder)
+        patch.setattr(vendored, "PACKAGES", {"axe": AXE})
+        try:
+            vendored.fetch()
+        except StudyError as error:
+            pytest.fail(str(error)) if os.environ.get("CI") == "true" else pytest.skip(str(error))
+    return (folder / "axe" / "axe.min.js").read_text()
+
+
+FIGURES = ".bk-plot, .bk-volumes, .bk-dial, .bk-levels, .bk-mechanism"
+
+
+def draw_all(page: Page) -> None:
+    """Have all figures of a page drawn, as they are before it's printed."""
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function(
+        f"[...document.querySelectorAll('{FIGURES}')].every((box) => box.dataset.drawn)", timeout=60_000
+    )
+
+
+def set_theme(page: Page, theme: str) -> None:
+    page.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
 
 
 def chapters(book: Path) -> list[str]:
@@ -379,6 +415,70 @@ def test_the_epsilon_dial_moves_volumes_words_and_numbers_together(root: str, pa
     assert dial.locator(".bk-told").inner_text() == "public data only"
 
 
+def levels_dial() -> str:
+    """A dial of two attributes at three levels, whose pictures are noise."""
+    names = ["LVEDV", "LVEF"]
+    table = pd.DataFrame({"attribute": np.repeat(names, 3), "phase": np.repeat(["ED", "ES"], 3)})
+    table = table.assign(requested=[100.0, 150, 200, 40, 50, 60], measured=[110.0, 155, 190, 41, 52, 63])
+    return show_levels(np.random.default_rng(0).random((6, 13, 96, 96), dtype=np.float32), table, "ε = 1").html
+
+
+def test_the_attribute_dial_moves_picture_words_and_numbers_together(page: Page, tmp_path: Path):
+    page.goto(bare(tmp_path, levels_dial()))
+    dial = page.locator(".bk-levels")
+    dial.locator("figure canvas").first.wait_for(timeout=20_000)
+    attributes, seen = dial.locator(".bk-stops").first.locator("button").all(), set()
+    for choice in attributes:
+        choice.click()
+        for stop in dial.locator(".bk-stops").nth(1).locator("button").all():
+            stop.click()
+            seen.add((panels(page, ".bk-levels")[0], dial.locator(".bk-words").inner_text()))
+    assert [len({one[k] for one in seen}) for k in range(2)] == [6, 6]
+    dial.locator("input").focus()
+    page.keyboard.press("Home")
+    assert "requested 40 %, measured 41 %" in dial.locator(".bk-words").inner_text()
+    assert dial.locator("th.bk-chosen").inner_text() == "40 %"
+    assert "synthetic, ε = 1: ES, requested 40 %" in (dial.locator("canvas").first.get_attribute("aria-label") or "")
+    assert dial.locator("img").count() == 0
+
+
+def blank(picture: bytes) -> bool:
+    """Whether a PNG is of one colour, but for a border."""
+    width, height, rows, _ = png.Reader(bytes=picture).asRGB8()
+    inside = np.vstack(list(rows)).reshape(height, width, 3)[4:-4, 4:-4]
+    return bool((np.ptp(inside, axis=(0, 1)) < 20).all())
+
+
+def test_nothing_prints_blank(book: Path, page: Page):
+    html = book / "_build" / "html"
+    page.emulate_media(media="print")
+    for name in ("intro", "mechanism", "executed/04_evaluate", "executed/07_gallery"):
+        page.goto((html / f"{name}.html").as_uri())
+        draw_all(page)
+        pictures = page.locator(f"{FIGURES}, .bk-wall img").all()
+        assert pictures
+        for picture in pictures:
+            assert picture.bounding_box()["height"] > 100  # type: ignore[index]
+            assert not blank(picture.screenshot()), name
+        assert not [shown for shown in page.locator(".bk-controls, .bk-stops").all() if shown.is_visible()]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_page_has_a_serious_fault_for_people_with_a_disability(book: Path, page: Page, axe: str, theme: str):
+    set_theme(page, theme)
+    html, faults = book / "_build" / "html", set()
+    (html / "dial.html").write_text((html / "cite.html").read_text().replace("</h1>", f"</h1>{levels_dial()}", 1))
+    for path in [*html.glob("*.html"), *html.glob("executed/*.html")]:
+        page.goto(path.as_uri())
+        draw_all(page)
+        page.evaluate(axe)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+        faults |= {(fault["id"], path.stem, node["html"][:150]) for fault in serious for node in fault["nodes"]}
+    (html / "dial.html").unlink()
+    assert not faults
+
+
 def test_the_mechanism_moves_with_its_sliders(root: str, page: Page):
     page.goto(f"{root}/mechanism.html")
     motion = page.locator(".bk-mechanism")
@@ -397,7 +497,7 @@ def test_no_page_is_wider_than_the_screen_and_dark_pages_have_dark_figures(
     book: Path, page: Page, width: int, theme: str
 ):
     page.set_viewport_size({"width": width, "height": 900})
-    page.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    set_theme(page, theme)
     html = book / "_build" / "html"
     for path in [html / "intro.html", html / "results.html", *html.glob("executed/0[4-7]*.html")]:
         page.goto(path.as_uri())
@@ -441,13 +541,16 @@ def test_pages_are_light(book: Path):
         assert len(text) - pictures < 4e5, path.name
 
 
-def test_metrics_lie_beside_the_pages_that_offer_them(book: Path):
+def test_what_pages_offer_to_download_is_there(book: Path):
     html, offered = book / "_build" / "html", 0
     for path in html.glob("executed/*.html"):
         for link in re.findall(r'<a download="[^"]*" href="([^"]*)"', path.read_text()):
             assert json.loads((path.parent / link).read_text()), link
             offered += 1
     assert offered > 20
+    notebooks = re.findall(r'download="" href="([^"]*ipynb)"', (html / "results.html").read_text())
+    assert len(notebooks) == 4
+    assert all((html / link).exists() for link in notebooks)
 
 
 def test_equations_are_set(root: str, page: Page):

@@ -1,4 +1,5 @@
 import base64
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -263,3 +264,20 @@ def test_arms_of_training_data_are_dots_with_their_intervals_panel_by_panel():
     assert dict(zip(phase.y, phase.x, strict=True)) == {"public": 0.6, "synthetic (ε = 1)": 0.5}
     assert (phase.error_x.array[0], phase.error_x.arrayminus[0]) == pytest.approx((0.2, 0.1))
     assert list(dice.y) == ["public"]
+
+
+def test_every_figure_has_a_caption():
+    drawing = {
+        name for name, made in inspect.getmembers(figures, inspect.isfunction) if made.__module__ == figures.__name__
+    }
+    drawing = {name for name in drawing if inspect.signature(getattr(figures, name)).return_annotation is go.Figure}
+    assert {name for name in drawing if not name.startswith("_")} - {"utility_dots"} == set(figures.CAPTIONS)
+    points = {"attribute": ["LVEDV"] * 2, "requested": [1.0, 2], "measured": [1.0, 2], "run": "run"}
+    drawn = {
+        "tradeoff": figures.tradeoff(METRICS, {"kid": "KID"}),
+        "response_matrix": figures.response_matrix(RESPONSE),
+        "requested_and_measured": figures.requested_and_measured(pd.DataFrame(points)),
+    }
+    assert {name: figure.layout.meta["caption"] for name, figure in drawn.items()} == {
+        name: figures.CAPTIONS[name] for name in drawn
+    }

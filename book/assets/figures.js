@@ -234,7 +234,6 @@
       open ? openSolid(box, volumes, shownNow()[0]) : closeSolid(box);
       return open;
     });
-    box.dataset.drawn = "yes";
     box.solidButton = solid;
     listen(box, stage, look, shared, keys);
     box.querySelectorAll(":scope > img").forEach((still) => still.remove());
@@ -365,7 +364,8 @@
       const { data } = sheet.getImageData(column * tile, row * tile, tile - 2, tile - 2); // 2 pixels lie between tiles
       return { width: tile - 2, height: tile - 2, depth: 1, mm, voxels: data.filter((_, i) => i % 4 === 0) };
     };
-    const middle = Math.floor(attributes[0].levels.length / 2), look = { slice: 0, level: 128, window: 255 };
+    const last = attributes[0].levels.length - 1, middle = Math.floor(last / 2), first = Math.min(middle + 1, last); // one that differs
+    const look = { slice: 0, level: 128, window: 255 };
     const volumes = attributes.map(({ levels }, row) => levels.map((_, column) => cut(row, column)));
     const panels = [panel(""), panel(""), panel("")];
     const stage = element("div", { className: "bk-panels" }, ...panels.map(({ canvas, caption }) => element("figure", {}, canvas, caption)));
@@ -375,11 +375,10 @@
     const show = (row) => {
       const { name, phase, levels } = attributes[row];
       choices.forEach((one, i) => one.setAttribute("aria-pressed", i === row));
-      const heads = [element("th", { scope: "col", textContent: name }), ...levels.map((_, i) => element("th", { scope: "col", textContent: `level ${i + 1}` }))];
-      const line = (side) => element("tr", {}, element("th", { scope: "row", textContent: side }), ...levels.map((level) => element("td", { textContent: level[side] })));
-      const table = element("table", {}, element("caption", { textContent: "What was requested, and what was measured on the sample" }),
-        element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, line("requested"), line("measured")));
-      const dial = dialled("requested", levels.map(({ requested }) => requested), middle, (column) => {
+      const line = (side, kind) => element("tr", {}, element("th", { scope: "row", textContent: side }), ...levels.map((level) => element(kind, { textContent: level[side] })));
+      const table = element("table", {}, element("caption", { textContent: `The ${name}, as it was requested, and as it was measured on the sample` }),
+        element("thead", {}, line("requested", "th")), element("tbody", {}, line("measured", "td")));
+      const dial = dialled("requested", levels.map(({ requested }) => requested), first, (column) => {
         const { requested, measured } = levels[column];
         panels[0].caption.textContent = `${phase}, requested ${requested}`;
         panels[1].caption.textContent = `${phase}, requested ${levels[middle].requested}`;
@@ -392,7 +391,7 @@
         table.querySelectorAll("tr").forEach((cells) => [...cells.children].slice(1).forEach((cell, i) => cell.classList.toggle("bk-chosen", i === column)));
       });
       place.replaceChildren(...dial.parts, scrolling(table));
-      dial.set(middle);
+      dial.set(first);
     };
     const choices = attributes.map(({ name }, i) => element("button", { type: "button", textContent: name, onclick: () => show(i) }));
     still.remove();
@@ -451,7 +450,7 @@
     if (box.dataset.begun) return;
     box.dataset.begun = "yes";
     const kind = [...box.classList].find((name) => drawings[name]);
-    turn = turn.then(() => drawings[kind](box)).catch((error) => failed(box, error instanceof Event ? new Error("its library could not be loaded") : error));
+    turn = turn.then(() => drawings[kind](box)).then(() => { box.dataset.drawn = "yes"; }).catch((error) => failed(box, error instanceof Event ? new Error("its library could not be loaded") : error));
   };
   const near = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
     near.unobserve(target);
