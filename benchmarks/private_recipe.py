@@ -9,7 +9,8 @@ nothing is claimed for it. First, how much of a mean gradient each part of the n
 would get (half an hour or more; resumable).
 
 subspace: the same with the directions of a public subspace, beside the weights that were published before it. What
-was rehearsed of it from the public model of one cycle is kept as first_cycle, and so is the rehearsal above.
+was rehearsed of it from the public model of one cycle is kept as first_cycle, and so is the rehearsal above; published
+is the part below of that model, tuned by its edges, which the book's executed chapters show.
 
 private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand all weights
 trained from scratch at epsilon 10, and all weights tuned with no noise. On test patients: the Frechet distance, and the
