@@ -214,6 +214,9 @@ def run_private() -> dict[str, object]:
             "fd_closed": 100 * (public["fd"] - row["fd"]) / gap if gap else 0.0,
             "fd_over_public": row["fd"] / public["fd"],
         }
+        if epsilon and owner is study:
+            beyond = study.differing(epsilon, 0.0).table("differences").query("metric == 'FD-EffNet'").iloc[0]
+            row |= {f"fd_change{end}": float(beyond[end.strip("_") or "value"]) for end in ("", "_low", "_high")}
         print(row, flush=True)
         keep_part("private", about | {"rows": rows})
     return about | {"rows": rows}
