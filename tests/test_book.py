@@ -39,12 +39,6 @@ CHROMIUM = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
-AXE = (
-    "axe-core@4.14.1",
-    "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
-    {"package/axe.min.js": "axe.min.js"},
-)
-"""What finds faults that keep a page from people with a disability, pinned as the book's libraries are."""
 NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("0[0-7]_*.ipynb"))  # of a study
 CHAPTER = [
     new_markdown_cell("# A chapter\n\n$$ g = \\frac{1}{B} \\sum_i g_i $$"),
@@ -207,20 +201,6 @@ def page(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert not complaints
-
-
-@pytest.fixture(scope="module")
-def axe() -> str:
-    """axe-core's script, fetched once."""
-    vendored, folder = module("vendored"), Path(__file__).with_name("vendor")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vendored, "VENDOR", folder)
-        patch.setattr(vendored, "PACKAGES", {"axe": AXE})
-        try:
-            vendored.fetch()
-        except StudyError as error:
-            pytest.fail(str(error)) if os.environ.get("CI") == "true" else pytest.skip(str(error))
-    return (folder / "axe" / "axe.min.js").read_text()
 
 
 FIGURES = ".bk-plot, .bk-volumes, .bk-dial, .bk-levels, .bk-mechanism"
@@ -461,22 +441,6 @@ def test_nothing_prints_blank(book: Path, page: Page):
             assert picture.bounding_box()["height"] > 100  # type: ignore[index]
             assert not blank(picture.screenshot()), name
         assert not [shown for shown in page.locator(".bk-controls, .bk-stops").all() if shown.is_visible()]
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_page_has_a_serious_fault_for_people_with_a_disability(book: Path, page: Page, axe: str, theme: str):
-    set_theme(page, theme)
-    html, faults = book / "_build" / "html", set()
-    (html / "dial.html").write_text((html / "cite.html").read_text().replace("</h1>", f"</h1>{levels_dial()}", 1))
-    for path in [*html.glob("*.html"), *html.glob("executed/*.html")]:
-        page.goto(path.as_uri())
-        draw_all(page)
-        page.evaluate(axe)
-        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-        serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
-        faults |= {(fault["id"], path.stem, node["html"][:150]) for fault in serious for node in fault["nodes"]}
-    (html / "dial.html").unlink()
-    assert not faults
 
 
 def test_the_mechanism_moves_with_its_sliders(root: str, page: Page):
