@@ -39,6 +39,12 @@ CHROMIUM = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 ]
+AXE = (
+    "axe-core@4.14.1",
+    "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+    {"package/axe.min.js": "axe.min.js"},
+)
+"""What finds faults that keep a page from people with a disability, pinned as the book's libraries are."""
 NOTEBOOKS = sorted(path.stem for path in (BOOK.parent / "notebooks").glob("0[0-7]_*.ipynb"))  # of a study
 CHAPTER = [
     new_markdown_cell("# A chapter\n\n$$ g = \\frac{1}{B} \\sum_i g_i $$"),
@@ -201,6 +207,17 @@ def page(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert not complaints
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core's script, fetched from npm."""
+    vendored, folder = module("vendored"), tmp_path_factory.mktemp("vendor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vendored, "VENDOR", folder)
+        patch.setattr(vendored, "PACKAGES", {"axe": AXE})
+        vendored.fetch()
+    return (folder / "axe" / "axe.min.js").read_text()
 
 
 FIGURES = ".bk-plot, .bk-volumes, .bk-dial, .bk-levels, .bk-mechanism"
@@ -441,6 +458,22 @@ def test_nothing_prints_blank(book: Path, page: Page):
             assert picture.bounding_box()["height"] > 100  # type: ignore[index]
             assert not blank(picture.screenshot()), name
         assert not [shown for shown in page.locator(".bk-controls, .bk-stops").all() if shown.is_visible()]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_page_has_a_serious_fault_for_people_with_a_disability(book: Path, page: Page, axe: str, theme: str):
+    set_theme(page, theme)
+    html, faults = book / "_build" / "html", set()
+    (html / "dial.html").write_text((html / "cite.html").read_text().replace("</h1>", f"</h1>{levels_dial()}", 1))
+    for path in sorted({*html.glob("*.html"), *html.glob("executed/*.html")} - {html / "index.html"}):  # it leads on
+        page.goto(path.as_uri())
+        draw_all(page)
+        page.evaluate(axe)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")["violations"]
+        serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+        faults |= {(fault["id"], path.stem, node["html"][:150]) for fault in serious for node in fault["nodes"]}
+    (html / "dial.html").unlink()
+    assert not faults
 
 
 def test_the_mechanism_moves_with_its_sliders(root: str, page: Page):

@@ -468,7 +468,15 @@
 
   function mend() { // what the theme's own elements tell a screen reader
     document.querySelectorAll(".search-button-field, details > summary").forEach((one) => one.removeAttribute("aria-label")); // their text says it
-    document.querySelectorAll(".theme-switch-button > i").forEach((icon) => { icon.removeAttribute("title"); icon.setAttribute("aria-hidden", true); });
+    document.querySelectorAll(".theme-switch-button").forEach((button) => { // its icons' titles say another name than its own
+      const hide = () => [...button.children].forEach((icon) => {
+        icon.setAttribute("aria-hidden", true);
+        icon.removeAttribute("title");
+        icon.querySelector("title")?.remove();
+      });
+      hide();
+      new MutationObserver(hide).observe(button, { childList: true, subtree: true }); // Font Awesome draws the icons when it likes
+    });
     document.querySelectorAll("[role=doc-biblioentry]").forEach((entry) => entry.setAttribute("role", "listitem"));
   }
 
