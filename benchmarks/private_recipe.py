@@ -35,7 +35,7 @@ from tqdm import tqdm
 from benchmarks import RESULTS, keep
 from cardiac_ldm.evaluation.intervals import Estimate, bootstrap
 from cardiac_ldm.parameters import Parameters
-from cardiac_ldm.privacy import Randomness
+from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import epsilon_pld, terms_of
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.finetune import finetune
@@ -86,7 +86,8 @@ FASTER = ALONG | {"learning_rate": 6.0}
 SUBSPACE = [Recipe(1), Recipe(1, ALONG), Recipe(1, FASTER), Recipe(10, FASTER)]
 
 
-def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
+def mean(values: np.ndarray, chosen: np.ndarray) -> float:
+    """A statistic of the chosen patients, for `bootstrap`."""
     return float(values[chosen].mean())
 
 
@@ -127,6 +128,14 @@ def _share(public: np.ndarray, tuned: np.ndarray, unbounded: np.ndarray, chosen:
     return float(100 * (public - tuned)[chosen].mean() / (public - unbounded)[chosen].mean())
 
 
+def part_of(plan: PrivatePlan) -> PrivatePlan:
+    """A plan of a sixth of the batch with a sixth of the noise, which states what it spends itself."""
+    batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
+    smaller = replace(plan, expected_batch=batch, noise_multiplier=noise)
+    terms = terms_of(smaller.mechanisms("denoiser", "")) if noise else ()
+    return replace(smaller, epsilon=epsilon_pld(terms, plan.delta, 1e-3) if noise else math.inf)
+
+
 def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
     """Run what has not been run yet; one row a recipe, kept as soon as it's there."""
     study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
@@ -145,16 +154,13 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
         plan = settings.plan(recipe.epsilon, settings.delta, len(train))
-        batch, noise = plan.expected_batch // SHARE, plan.noise_multiplier / SHARE
-        smaller = replace(plan, expected_batch=batch, noise_multiplier=noise)
-        terms = terms_of(smaller.mechanisms("denoiser", settings.tuned)) if noise else ()
-        smaller = replace(smaller, epsilon=epsilon_pld(terms, settings.delta, 1e-3) if noise else math.inf)
+        smaller = part_of(plan)
         model = study.denoiser(study.pretrained)
         study.profile = study.profile.model_copy(update={"finetune": settings})
         directions = study.load_directions(model)
         finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public", directions)
         change = held_out_loss(model.eval(), held_out, validation) - before
-        worth = bootstrap(partial(_mean, change), len(change), resamples=1000, seed=0)
+        worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
         rows.append(
             {
                 "epsilon": str(recipe.epsilon),

@@ -16,6 +16,7 @@ from cardiac_ldm.privacy import Ledger, Record, Standing
 from cardiac_ldm.privacy.table import TableRecipe
 from cardiac_ldm.runs import Run
 from cardiac_ldm.training.finetune import FinetuneSettings
+from cardiac_ldm.training.rehearsed import verdict
 
 _KINDS = {"finetune": "model", "attributes": "table of attributes"}
 """What stages that learn from private patients leave, by their names."""
@@ -49,6 +50,8 @@ class Spending:
     def planned(self, wanted: Iterable[Wanted]) -> str | None:
         """What all these models and tables would spend together, in words; None where they are there.
 
+        And what rehearsals on public patients say of whether the models will be the better for it.
+
         Raises:
             PrivacyError: more than the manifest's budget, or something that would reveal patients; it's named.
             ParameterError: a budget that no plan reaches.
@@ -66,7 +69,12 @@ class Spending:
                 del new[stage, epsilon]
         kinds = " and ".join(name for stage, name in _KINDS.items() if stage in {kind for kind, _ in new})
         cohort = f"{patients.name} ({kinds})" if "table" in kinds else patients.name
-        return record.covered(cohort, people, patients.budget, *new.values()) if new else None
+        if not new:
+            return None
+        said = record.covered(cohort, people, patients.budget, *new.values())
+        recipes = ((epsilon, asked[stage, epsilon].recipe) for stage, epsilon in new)
+        worth = [verdict(r, epsilon, patients.places) for epsilon, r in recipes if isinstance(r, FinetuneSettings)]
+        return ". ".join([said, *dict.fromkeys(worth)])
 
     def agree(self, wanted: Iterable[Wanted], spend: bool) -> None:
         """Look at all that a study asks for before any of it is spent. Raises PrivacyError unless told to spend."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd, epsilon_pld
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.training import finetune as room
-from cardiac_ldm.training import pretrain, private
+from cardiac_ldm.training import pretrain, private, rehearsed
 from cardiac_ldm.training.checkpoint import load_state, load_weights, save_state
 from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune
 from tests.conftest import TINY, store_patients
@@ -583,3 +583,44 @@ def test_the_progress_of_simulated_patients_is_shown(
 ) -> None:
     run(tmp_path, patients, recipe())
     assert re.search(r"private denoiser: 4/4 steps, +[\d.]+ steps/s", capfd.readouterr().err)
+
+
+# --- What it's expected to be worth ---------------------------------------------------------------------------------
+
+
+def test_who_is_about_to_spend_is_told_what_rehearsals_of_no_more_patients_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = PROFILE.finetune.model_copy(update={"learning_rate": 1.0})
+    found: list[tuple[Any, ...]] = [
+        (80, 1, 0.5, 0.2, 0.8, PROFILE.finetune),
+        (80, 10, -0.1, -0.3, 0.1, PROFILE.finetune),
+        (400, 1, -0.6, -0.9, -0.3, PROFILE.finetune),
+        (60, 1, -9.0, -9.5, -8.5, other),
+    ]
+    names = ("places", "epsilon", "change", "low", "high", "recipe")
+    rows = [dict(zip(names, row, strict=True)) | {"n_patients": 100, "tuned": "edges"} for row in found]
+    rows = [row | {"recipe": row["recipe"].model_dump(mode="json")} for row in rows]
+    (tmp_path / "cohort_sizes.json").write_text(json.dumps({"rows": rows}))
+    known = rehearsed.rehearsals(tmp_path / "cohort_sizes.json")
+    monkeypatch.setattr(rehearsed, "rehearsals", lambda: known)
+
+    def said(epsilon: float, places: int) -> str:
+        return rehearsed.verdict(PROFILE.finetune, epsilon, places)
+
+    assert said(1, 399) == (
+        "In a rehearsal with 80 simulated public patients and epsilon 1, the loss on 100 others changed by +0.50 "
+        "[+0.20, +0.80] / 1000: it's expected to harm. Consider the public model with your population's table of "
+        "attributes (notebook 08, attributes private, table_share 1)"
+    )
+    assert "80 simulated public patients and epsilon 10, " in said(20, 80)
+    assert "-0.10 [-0.30, +0.10] / 1000: it's expected to change nothing that could be told. Consider" in said(20, 80)
+    assert said(5, 400).endswith("-0.60 [-0.90, -0.30] / 1000: it's expected to help")
+    assert said(1, 79) == said(0.5, 400).replace("400", "79")
+    assert said(1, 79) == "Whether it helps isn't known: no rehearsal had this recipe and at most 79 patients"
+
+
+def test_a_cohort_smaller_than_a_batch_joins_every_step_whole() -> None:
+    settings = recipe(expected_batch=200)
+    settings.require_reachable(1.0, 1e-3, 12)
+    assert settings.plan(1.0, 1e-3, 12).sampling_rate == 1

@@ -534,7 +534,7 @@ def test_row_14_a_delta_that_exposes_somebody_is_warned_of_and_every_patient_may
     recipe = study.profile.finetune
     with pytest.warns(UserWarning, match=r"delta: 0.0099 is above N\^-1.1 = 0.0063 \(N = 100\)"):
         recipe.plan(1, 0.0099, 100)
-    whole = PrivatePlan.for_budget(1.0, 1e-5, n_patients=20, expected_batch=20, steps=3, clip=1.0, draws=1)
+    whole = recipe.model_copy(update={"expected_batch": 40, "steps": 3}).plan(1.0, 1e-5, 20)  # more than there are
     ledger = whole.ledger(Randomness(0, simulated=True), **WORDS)
     assert whole.sampling_rate == 1
     assert whole.sample_batch(np.random.default_rng(0)).all()

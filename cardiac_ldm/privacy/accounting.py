@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
@@ -36,7 +37,8 @@ def epsilon_prv(terms: Terms, delta: float, scale: float) -> float:
     """Upper bound on epsilon of Poisson-subsampled Gaussian mechanisms, composed; at most 0.4 % of `scale` too high."""
     accountant = PRVAccountant()
     accountant.history = list(terms)
-    return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR * max(scale, LEAST)))
+    with np.errstate(divide="ignore"):  # a sampling rate of 1 is meant: its logarithms are infinite, and right
+        return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR * max(scale, LEAST)))
 
 
 @cache

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -25,7 +26,8 @@ from cardiac_ldm.training.checkpoint import load_state, save_state, update_avera
 class PrivateSettings(Settings):
     """The recipe of one private stage: all of it is public, none of it is chosen on private patients.
 
-    precision: of the forward pass; gradients, clipping and noise are float32 or better either way.
+    expected_batch: patients in a step; all of them, in every step, where the cohort has fewer. precision: of the
+    forward pass; gradients, clipping and noise are float32 or better either way.
     """
 
     steps: int = Field(ge=1)
@@ -40,8 +42,7 @@ class PrivateSettings(Settings):
         """The plan that, after `before`, has spent `epsilon` on `n_patients` places. Warns of a delta above N^-1.1."""
         if delta > (most := n_patients**-1.1):
             warnings.warn(f"delta: {delta:g} is above N^-1.1 = {most:.2g} (N = {n_patients}): give less", stacklevel=2)
-        terms = self.model_dump(include={"expected_batch", "steps", "clip", "draws"})
-        return PrivatePlan.for_budget(epsilon, delta, n_patients=n_patients, before=before, **terms)
+        return PrivatePlan.for_budget(epsilon, delta, before=before, **self._terms(n_patients))
 
     def require_reachable(self, epsilon: float, delta: float, n_patients: int) -> None:
         """Check what `plan` would, but for the search of the noise multiplier, which takes seconds.
@@ -49,9 +50,12 @@ class PrivateSettings(Settings):
         Raises:
             ParameterError: a setting doesn't fit so many patients, or no noise suffices for the budget.
         """
-        settings = (n_patients, self.expected_batch, self.steps, self.clip, self.draws, epsilon, delta)
-        plan = PrivatePlan(*settings, noise_multiplier=0.0)
+        plan = PrivatePlan(epsilon=epsilon, delta=delta, noise_multiplier=0.0, **self._terms(n_patients))
         require_reachable(epsilon, delta, plan.sampling_rate, self.steps)
+
+    def _terms(self, n_patients: int) -> dict[str, Any]:
+        batch = min(self.expected_batch, n_patients)
+        return self.model_dump(include={"steps", "clip", "draws"}) | {"n_patients": n_patients, "expected_batch": batch}
 
 
 def train_privately(

@@ -1,0 +1,60 @@
+"""What fine-tuning is worth to cohorts of several sizes: `python -m benchmarks.cohort_sizes` (an hour; resumable).
+
+The first patients of a second PUBLIC phantom population (`phantom_rehearsal`) play a private cohort of that size, and
+the recipes of `demo` and `laptop` run on them, noise and accounting included. What a recipe is worth is the change of
+the denoising loss on held-out rehearsal patients, patient by patient, with the same timesteps and noise; the interval
+is over patients, of one run. Where batches are drawn and a training would take more than 2,000 gradients, it draws a
+sixth of each batch with a sixth of the noise, as `benchmarks.private_recipe` does: what privacy adds to the mean
+gradient is the same, what sampling adds is more. `cardiac_ldm.training.rehearsed` tells it to whoever is about to spend
+a budget.
+"""
+
+import hashlib
+from functools import partial
+from itertools import product
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import keep
+from benchmarks.private_recipe import N_VALIDATION, mean, part_of
+from cardiac_ldm.evaluation.intervals import bootstrap
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.privacy import Randomness
+from cardiac_ldm.study import Study
+from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.pretrain import held_out_loss
+
+SIZES, BUDGETS = (80, 400, 4000), (1.0, 10.0)
+
+
+def main() -> None:
+    """Rehearse what has not been; results/cohort_sizes.json is kept after each."""
+    rows: list[dict[str, Any]] = []
+    for profile, size, epsilon in tqdm([*product(("demo", "laptop"), SIZES, BUDGETS)], desc="rehearsals"):
+        study = Study(Parameters(profile=profile, cohort_private="phantom_rehearsal"))
+        limits = {"train": SIZES[-1], "validation": N_VALIDATION}
+        private = study.profile.patients["private"].model_copy(update=limits)
+        study.profile = study.profile.model_copy(update={"patients": study.profile.patients | {"private": private}})
+        train, validation = study.private.split("train"), study.private.split("validation")
+        latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
+        settings, model = study.profile.finetune, study.denoiser(study.pretrained)
+        before = held_out_loss(model, held_out, validation)
+        plan = settings.plan(epsilon, settings.delta, size)
+        drawn = part_of(plan) if plan.sampling_rate < 1 and plan.steps * plan.expected_batch > 2000 else plan
+        described = f"{study.pretrained.key} {study.private.key} {size} {epsilon:g} {settings.model_dump_json()}"
+        folder = study.runs / "recipes" / hashlib.sha256(described.encode()).hexdigest()[:12]
+        given = settings, Randomness(0, simulated=True), folder, "phantom_public", study.load_directions(model)
+        finetune(model, train[:size], latents, drawn, *given)
+        change = 1000 * (held_out_loss(model.eval(), held_out, validation) - before)
+        worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
+        row = {"profile": profile, "tuned": settings.tuned, "epsilon": epsilon, "places": size}
+        row |= {"expected_batch": plan.expected_batch, "drawn": drawn.expected_batch}
+        row |= {"noise_multiplier": plan.noise_multiplier, "better_patients": float((change < 0).mean())}
+        row |= {"change": worth.value, "low": worth.low, "high": worth.high, "n_patients": len(change)}
+        rows.append(row | {"recipe": settings.model_dump(mode="json")})
+        keep("cohort_sizes", rows=rows)
+
+
+if __name__ == "__main__":
+    main()
