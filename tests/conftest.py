@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cardiac_ldm import release
 from cardiac_ldm.cohort import Cohort, PatientRecord, load_manifest
 from cardiac_ldm.cohort.patients import table_row, write_patient
 from cardiac_ldm.parameters import FinetuneParameters, Parameters
@@ -107,3 +109,18 @@ def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
     real.runs, real.public = study.runs, study.public
     real.private = Cohort(load_manifest(manifest), study.private.path, "hospital", study.private.draw)
     return real
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[None]:
+    """Releases are drawn by a thread: processes would take longer to start than to draw a few patients."""
+    with pytest.MonkeyPatch.context() as environment:
+        threads = lambda workers, context, begin, given: ThreadPoolExecutor(1, "", begin, given)  # noqa: E731
+        environment.setattr(release, "ProcessPoolExecutor", threads)
+        yield
+
+
+@pytest.fixture
+def copy(released: Path, tmp_path: Path) -> Path:
+    """A copy of a module's release."""
+    return Path(shutil.copytree(released, tmp_path / "copy"))

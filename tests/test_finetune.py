@@ -616,6 +616,7 @@ def test_who_is_about_to_spend_is_told_what_rehearsals_of_no_more_patients_found
     assert "80 simulated public patients and epsilon 10, " in said(20, 80)
     assert "-0.10 [-0.30, +0.10] / 1000: it's expected to change nothing that could be told. Consider" in said(20, 80)
     assert said(5, 400).endswith("-0.60 [-0.90, -0.30] / 1000: it's expected to help")
+    assert said(0.95, 400) == said(5, 400)
     assert said(1, 79) == said(0.5, 400).replace("400", "79")
     assert said(1, 79) == "Whether it helps isn't known: no rehearsal had this recipe and at most 79 patients"
 

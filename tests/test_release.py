@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from cardiac_ldm.report import verify
 from cardiac_ldm.study import Study
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 PATIENTS = 8
 
 
@@ -43,23 +44,9 @@ def asked(study: Study, **parameters: Any) -> Study:
     return other
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """Threads will do: processes would take longer to start than to draw a few patients."""
-    with pytest.MonkeyPatch.context() as environment:
-        threads = lambda workers, context, begin, given: ThreadPoolExecutor(1, "", begin, given)  # noqa: E731
-        environment.setattr(room, "ProcessPoolExecutor", threads)
-        yield
-
-
 @pytest.fixture(scope="module")
 def released(study: Study, threads) -> Path:
     return release(asked(study, epsilon=1, licence="CC-BY-4.0", share_model=True))
-
-
-@pytest.fixture
-def copy(released: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(released, tmp_path / "copy"))
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -66,6 +66,8 @@ def _decisions(ledger: Ledger, together: Standing | None) -> str:
         "public.\n"
         "- **Evidence**: the mechanism is audited with made-up patients, from end to end (the study's chapter on "
         "attacks). No attack was run on these patients: its result would itself reveal something about them.\n"
+        "- **Whether it helped**: nobody looked. To compare this model with the public one on these patients would "
+        "cost budget of its own; what rehearsals with public patients expect is said before a budget is spent.\n"
         "- **A patient withdraws**: name them under `exclude:` in the cohort's manifest. Models "
         "that exist can't forget them; their influence on these stays bounded by the figures above. To train again "
         "adds to the privacy loss of those who remain.\n\n"
