@@ -14,10 +14,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from benchmarks import keep
-from benchmarks.private_recipe import N_VALIDATION, mean, part_of
+from benchmarks.private_recipe import mean, part_of
 from cardiac_ldm.evaluation.intervals import bootstrap
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
@@ -25,13 +26,14 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import held_out_loss
 
-SIZES, BUDGETS = (80, 400, 4000), (1.0, 10.0)
+SIZES, BUDGETS, N_VALIDATION = (80, 400, 4000), (1.0, 10.0), 60
 
 
 def main() -> None:
     """Rehearse what has not been; results/cohort_sizes.json is kept after each."""
     rows: list[dict[str, Any]] = []
-    for profile, size, epsilon in tqdm([*product(("demo", "laptop"), SIZES, BUDGETS)], desc="rehearsals"):
+    before: dict[str, np.ndarray] = {}
+    for size, profile, epsilon in tqdm([*product(SIZES, ("laptop", "demo"), BUDGETS)], desc="rehearsals"):
         study = Study(Parameters(profile=profile, cohort_private="phantom_rehearsal"))
         limits = {"train": SIZES[-1], "validation": N_VALIDATION}
         private = study.profile.patients["private"].model_copy(update=limits)
@@ -39,14 +41,15 @@ def main() -> None:
         train, validation = study.private.split("train"), study.private.split("validation")
         latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
         settings, model = study.profile.finetune, study.denoiser(study.pretrained)
-        before = held_out_loss(model, held_out, validation)
+        if profile not in before:
+            before[profile] = held_out_loss(model, held_out, validation, draws=4)
         plan = settings.plan(epsilon, settings.delta, size)
         drawn = part_of(plan) if plan.sampling_rate < 1 and plan.steps * plan.expected_batch > 2000 else plan
         described = f"{study.pretrained.key} {study.private.key} {size} {epsilon:g} {settings.model_dump_json()}"
         folder = study.runs / "recipes" / hashlib.sha256(described.encode()).hexdigest()[:12]
         given = settings, Randomness(0, simulated=True), folder, "phantom_public", study.load_directions(model)
         finetune(model, train[:size], latents, drawn, *given)
-        change = 1000 * (held_out_loss(model.eval(), held_out, validation) - before)
+        change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before[profile])
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
         row = {"profile": profile, "tuned": settings.tuned, "epsilon": epsilon, "places": size}
         row |= {"expected_batch": plan.expected_batch, "drawn": drawn.expected_batch}
