@@ -8,9 +8,9 @@ size with a sixth of its noise: what privacy adds to the mean gradient is the sa
 nothing is claimed for it. First, how much of a mean gradient each part of the network holds, and how much noise it
 would get (half an hour or more; resumable).
 
-subspace: the same with the directions of a public subspace, beside the weights that were published before it. What
-was rehearsed of it from the public model of one cycle is kept as first_cycle, and so is the rehearsal above; published
-is the part below of that model, tuned by its edges, which the book's executed chapters show.
+subspace: the same with the directions of a public subspace, beside the weights that were tuned before it. What was
+rehearsed of it from the public model of one cycle is kept as first_cycle, as is the rehearsal above; first_study is the
+part below of that model, tuned by its edges.
 
 private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand all weights
 trained from scratch at epsilon 10, and all weights tuned with no noise. On test patients: the Frechet distance, and the

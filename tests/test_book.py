@@ -530,6 +530,11 @@ def test_every_picture_is_described_captioned_and_says_whom_it_shows(book: Path)
             assert re.search(r'bk-badge">[^<]*(simulated|synthetic)', wall), path.name
 
 
+def test_pages_show_numbers_and_no_roles_and_not_which_stages_ran(book: Path):
+    for path in (book / "_build" / "html").rglob("*.html"):
+        assert not re.search(r"\{(value|claim)\}|not done yet with these settings; running", path.read_text()), path.name
+
+
 def test_pages_are_light(book: Path):
     for path in (book / "_build" / "html").rglob("*.html"):
         text = path.read_text()

@@ -67,14 +67,21 @@ def introduce(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def fold_code(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Fold the code of every notebook cell, so that a chapter reads as one."""
+    """Fold the code of every notebook cell and leave out which stages it ran, so that a chapter reads as one."""
     if not app.env.doc2path(docname).endswith(".ipynb"):
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]
+            cell["outputs"] = [output for output in cell["outputs"] if not _told_of_stages(output)]
     source[0] = json.dumps(notebook)
+
+
+def _told_of_stages(output: dict[str, Any]) -> bool:
+    """Whether an output only says which stages were run (`runs.Stage.complete`)."""
+    lines = "".join(output.get("text", "")).splitlines()
+    return bool(lines) and all(" not done yet with these settings; running it in " in line for line in lines)
 
 
 def link_metrics(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -272,7 +272,7 @@ class Headline(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Draw it as every figure of the book is drawn."""
-        recipe = read("private_recipe.published")
+        recipe = read("private_recipe.private")
         starts = {("pre-trained", "all"): "pre-trained, all weights tuned", ("from scratch", "all"): "from scratch"}
         rows = sorted(recipe["rows"], key=lambda row: (float(row["epsilon"]), row["expected_batch"] or 0))
         largest = {(row["epsilon"], row["start"], row["tuned"]): row for row in rows}  # of several batches
@@ -318,6 +318,7 @@ class Dial(SphinxDirective):
                 "measures": _measures(v["title"]),
             }
             for v in volumes
+            if v["phase"] == "ED"
         ]
         payload = json.dumps({"badge": "synthetic", "models": models})
         alt = "Samples of models with different privacy budgets for one condition, and what was measured of each"
