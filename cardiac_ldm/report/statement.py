@@ -22,9 +22,8 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
     together, factor = together or ledger.together, math.exp(min(ledger.epsilon, 700))
     right = f"{_right(ledger.epsilon, ledger.delta):.1%} of cases after seeing this model"
     if together and together.runs > 1:
-        right += (
-            f", and {_right(together.epsilon, together.delta):.1%} after seeing all {together.runs} of these patients"
-        )
+        known = _right(together.epsilon, together.delta)
+        right += f", and {known:.1%} after seeing all {together.runs} models of these patients"
     return (
         f"**({ledger.epsilon:g}, {ledger.delta:g})-differential privacy per patient.** The guarantee compares training "
         f"on {ledger.private_data} with training on the same patients less any one of them, all volumes of theirs "
