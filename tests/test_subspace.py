@@ -1,5 +1,6 @@
 """A public subspace: its directions are principal ones of public patients, and patients move no more than k numbers."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.training import subspace as room
 from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune, learning
-from cardiac_ldm.training.subspace import SubspaceLoss, SubspaceSettings, public_directions
+from cardiac_ldm.training.subspace import SubspaceLoss, SubspaceSettings, public_directions, restraint
 from tests.test_finetune import NARROW, PROFILE, SEEDED, made_up
 
 SUBSPACE = SubspaceSettings(dimensions=4, patients=12, draws=2, power=0.25)
@@ -237,3 +238,25 @@ def test_the_audit_trains_what_the_recipe_trains(private: Patients, tmp_path: Pa
     without_noise = [row for row in found["rows"] if row["noise"] == 0]
     assert without_noise
     assert all(row["shown"] == row["at_most"] > 0 for row in without_noise)
+
+
+def test_the_more_noise_the_smaller_the_step(
+    private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [restraint(noise) for noise in (0.0, 0.05, 0.1367, 0.5487, 4.095, math.inf)]
+    assert parts[:3] == [1.0, 1.0, 1.0]  # no step is larger than what was rehearsed
+    assert parts[3:] == pytest.approx([0.354, 0.00918, 0.0], rel=0.01)
+    taken = []
+
+    def seen(
+        tuned: object, loss: object, plan: object, settings: FinetuneSettings, *rest: object, **more: object
+    ) -> None:
+        taken.append(settings.learning_rate)
+
+    monkeypatch.setattr("cardiac_ldm.training.finetune.train_privately", seen)
+    directions = torch.zeros(4, sum(weight.numel() for weight in network().parameters()))
+    for noise in (0.5, 3.292):  # σ √4 / 12
+        plan, folder = plan_of(recipe(), noise_multiplier=noise), tmp_path / str(noise)
+        folder.mkdir()
+        finetune(network(), private, latents_of(private), plan, recipe(), SEEDED, folder, "public", directions)
+    assert taken == [0.1, pytest.approx(0.1 * restraint(0.5487), rel=1e-3)]

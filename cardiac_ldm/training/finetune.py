@@ -24,7 +24,7 @@ from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, dpsg
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, train_privately
-from cardiac_ldm.training.subspace import MOMENTUM, SubspaceLoss, SubspaceSettings
+from cardiac_ldm.training.subspace import MOMENTUM, SubspaceLoss, SubspaceSettings, restraint
 
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
@@ -135,6 +135,9 @@ def finetune(
         _tidy(folder)
         return ledger
     tuned, loss = learning(model, patients, latents, plan, settings, directions)
+    if settings.subspace:
+        noise = plan.noise_multiplier * math.sqrt(settings.subspace.dimensions) / plan.expected_batch
+        settings = settings.model_copy(update={"learning_rate": settings.learning_rate * restraint(noise)})
     given = plan, settings, randomness, ledger, patients, folder, save_every
     train_privately(tuned, loss, *given, optimiser=settings.optimiser)
     if isinstance(loss, SubspaceLoss):

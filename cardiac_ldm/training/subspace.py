@@ -27,6 +27,8 @@ _ROWS = 16
 _COLUMNS = 2**16
 MOMENTUM = 0.9
 """Of gradient descent on z."""
+_NOISE, _SIGNAL = 0.137, 2.7
+"""Of a step in the rehearsals that chose the step size: the noise, in clipping norms, and the signal over it."""
 
 
 class SubspaceSettings(Settings):
@@ -51,6 +53,19 @@ class Directions(nn.Module):
     def __init__(self, dimensions: int, weights: int) -> None:
         super().__init__()
         self.register_buffer("directions", torch.empty(dimensions, weights, dtype=torch.float16))
+
+
+def restraint(noise: float) -> float:
+    """The part of the rehearsed step size that suits steps with more noise: few patients, or a small budget.
+
+    Of a sum whose signal stands S over its noise, shrinking does best to keep S² / (1 + S²). It's public: a plan says
+    how much noise there is.
+
+    Args:
+        noise: the length of a step's noise in clipping norms, σ √k / B.
+    """
+    signal = _SIGNAL * min(1.0, _NOISE / noise) if noise else _SIGNAL
+    return (signal**2 / (1 + signal**2)) / (_SIGNAL**2 / (1 + _SIGNAL**2))
 
 
 def public_directions(
