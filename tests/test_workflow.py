@@ -557,7 +557,8 @@ def test_only_a_finished_study_is_published(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="holds no finished study"):
         publish(executed, published)
     assert len(list(published.iterdir())) == 2
-    (executed / "07_gallery.ipynb").write_text("executed")
+    paths = '{}"input_path": "{}notebooks/a.ipynb", "output_path": "{}chapters/laptop/a.ipynb"'
+    (executed / "07_gallery.ipynb").write_text(paths.format("executed", "/home/me/clone/", "/home/me/runs/"))
     publish(executed, published)
     assert sorted(path.name for path in published.iterdir()) == ["00_cohorts.ipynb", "07_gallery.ipynb"]
-    assert {path.read_text() for path in published.iterdir()} == {"executed"}
+    assert {path.read_text() for path in published.iterdir()} == {"executed", paths.format("executed", "", "")}
