@@ -16,6 +16,7 @@ import yaml
 from cardiac_ldm import release
 from cardiac_ldm.cohort import Cohort, PatientRecord, load_manifest
 from cardiac_ldm.cohort.patients import table_row, write_patient
+from cardiac_ldm.evaluation import candidates
 from cardiac_ldm.parameters import FinetuneParameters, Parameters
 from cardiac_ldm.study import Study
 
@@ -33,8 +34,9 @@ def store_patients(path: Path, n_patients: int, records: Iterable[PatientRecord]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow begins first, or one process works on it long after the others have ended."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes longest begins first, or one process works on it long after the others have ended."""
+    markers = {item: item.get_closest_marker("slow") for item in items}
+    items.sort(key=lambda item: -(marker.kwargs.get("minutes", 1) if (marker := markers[item]) else 0))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,10 +115,14 @@ def hospital(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
-    """Releases are drawn by a thread: processes would take longer to start than to draw a few patients."""
+    """Releases are drawn by a thread, without second rounds: processes would take longer to start than to draw a few.
+
+    The networks of these tests never draw a plausible heart, so that every request would go through all rounds.
+    """
     with pytest.MonkeyPatch.context() as environment:
         threads = lambda workers, context, begin, given: ThreadPoolExecutor(1, "", begin, given)  # noqa: E731
         environment.setattr(release, "ProcessPoolExecutor", threads)
+        environment.setattr(candidates, "ROUNDS", 1)
         yield
 
 

@@ -31,7 +31,7 @@ from sphinx.errors import ExtensionError
 from cardiac_ldm.errors import StudyError
 from cardiac_ldm.report.viewer import show_levels, show_synthetic
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=4)
 
 BOOK = Path(__file__).parents[1] / "book"
 CHROMIUM = [

@@ -18,7 +18,7 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=3)
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -22,7 +22,7 @@ from tests.test_guarantee import ward
 from tests.test_release import asked, edit, resum
 from tests.test_table import tables
 
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 
 LEARNT = "a table of attributes of {}private patients of {}, learnt under the same guarantee"
 TOLD = ("STATEMENT.md", "README", "DATASHEET.md", "MODEL_CARD.md", "croissant.json", "release.json")

@@ -32,7 +32,7 @@ from cardiac_ldm.report import verify
 from cardiac_ldm.study import Study
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 
 PATIENTS = 8
 
