@@ -110,8 +110,9 @@ class Parameters(BaseModel):
             limits = profile.patients[role].model_dump()
             patients[role] = _present(self.manifest(role), getattr(self, f"data_root_{role}"), limits)
         private = self.manifest("private")
+        places = private.places or len(patients["private"]["train"])
         for epsilon in filter(None, self.budgets):
-            profile.finetune.check(epsilon, private.name, len(patients["private"]["train"]), private.secret)
+            profile.finetune.check(epsilon, private.name, places, private.secret)
         reference = "private" if private.simulated else "public"
         if (tested := len(patients[reference]["test"])) < self.fewest_tested:
             raise ParameterError(

@@ -98,7 +98,7 @@ class Spending:
                         left.unlink()
 
     def charge(self, ledger: Ledger, folder: Path) -> None:
-        """Charge the patients for a run before its first step; one that goes on was charged."""
+        """Charge the patients for a run before its first step; one that goes on was charged, and its ledger stays."""
         path = folder / "privacy.json"
         folder.chmod(0o700)
         if not path.exists():  # on the disk first: a kill before the next lines has neither spent nor charged
@@ -106,7 +106,7 @@ class Spending:
         begun, record = Ledger.load(path), Record()
         people = record.hashes(self.patients.people)
         together = record.charge(begun, self.patients.name, people, self.patients.budget)
-        begun.model_copy(update={"together": together}).save(path)
+        begun.model_copy(update={"together": begun.together or together}).save(path)
 
     def together(self) -> Standing | None:
         """What all private models of the patients spent together; None where there is none.

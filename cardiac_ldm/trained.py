@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
+from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.control import public_span
 from cardiac_ldm.models.anatomy import HeartFinder
 from cardiac_ldm.models.autoencoder import Autoencoder
@@ -225,20 +226,25 @@ class Trained:
         if epsilon == 0:
             return self.pretrained
         epsilon, patients = float(epsilon), self.private.split("train")
-        self.profile.finetune.check(epsilon, patients.name, len(patients), patients.secret)
+        self.profile.finetune.check(epsilon, patients.name, patients.places, patients.secret)
         if not patients.secret:
             return self.trained_privately(epsilon)
         self._agree([*self._wanted((epsilon,)), *self._asked])
-        self._spending.begin(self._of_real_patients(epsilon))
-        run = type(self).trained_privately.complete(self, self._described_real(epsilon), epsilon)
+        return self._vouched(type(self).trained_privately, self._described_real(epsilon), epsilon)
+
+    def _vouched(self, learning: Stage, described: dict[str, object], epsilon: float) -> Run:
+        """The finished run of real patients, whose record knows of it."""
+        self._spending.begin(place(self.runs, learning.name, described))
+        run = learning.complete(self, described, epsilon)
         if is_first_process():
             Record().vouch(run.ledger)
         return run
 
     @stage("finetune", 3, settings=("finetune",), needs=("start", "private"), title="fine-tuning", together=True)
     def trained_privately(self, run: Run, epsilon: float) -> Metrics:
-        """A private training, on simulated or on real patients."""
+        """A private training, on simulated or on real patients; ask `finetuned` for it."""
         patients, settings = self.private.split("train"), self.profile.finetune
+        self._require_agreed(run, self._of_real_patients(epsilon) if patients.secret else run)
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
         plan = settings.plan(epsilon, settings.delta, patients.places)
@@ -249,7 +255,8 @@ class Trained:
             self._spending.charge(ledger, run.folder)
         latents = self.latents(patients, self.private)
         if patients.secret:
-            _ = latents[:]  # else what had been encoded would tell who was in the batches
+            for volume in range(len(latents)):  # else what had been encoded would tell who was in the batches
+                _ = latents[volume : volume + 1]
         model = self.denoiser(self.pretrained)
         along = self.load_directions(model)
         left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data, along)
@@ -282,6 +289,12 @@ class Trained:
 
     def _agree(self, wanted: list[Wanted]) -> None:
         self._spending.agree(wanted, getattr(self.parameters, "spend", False))
+
+    def _require_agreed(self, run: Run, agreed: Run) -> None:
+        """Raise PrivacyError where real patients would be charged for a run that nobody agreed to, a seed's own."""
+        if run.key != agreed.key:
+            name = {"finetune": "finetuned", "attributes": "tabulated"}[run.stage]
+            raise PrivacyError(f"{run.stage}: of real patients only `{name}` gives it, once it's agreed to; ask that")
 
     def _described_real(self, epsilon: float) -> dict[str, object]:
         """What a model of real patients depends on: no seed, no version.
@@ -318,16 +331,13 @@ class Trained:
             return self.attributes(epsilon)
         own = epsilon == getattr(self.parameters, "table_epsilon", 0.0)
         self._agree([*self._wanted(tables=(epsilon,)), *(self._asked if own else [])])
-        self._spending.begin(self._table_of_real_patients(epsilon))
-        run = type(self).attributes.complete(self, self._described_table(epsilon), epsilon)
-        if is_first_process():
-            Record().vouch(run.ledger)
-        return run
+        return self._vouched(type(self).attributes, self._described_table(epsilon), epsilon)
 
     @stage("attributes", 1, settings=("finetune.delta",), needs=("public", "private"), title="table of attributes")
     def attributes(self, run: Run, epsilon: float) -> Metrics:
-        """The table of simulated or of real private patients' attributes."""
+        """The table of simulated or of real private patients' attributes; ask `tabulated` for it."""
         patients, recipe = self.private.split("train"), TableRecipe(self.profile.finetune.delta)
+        self._require_agreed(run, self._table_of_real_patients(epsilon) if patients.secret else run)
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
         plan, public_data = recipe.plan(epsilon, patients.places), load_manifest(self.parameters.cohort_public).name

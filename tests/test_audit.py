@@ -324,6 +324,12 @@ def test_evidence_is_the_log_ratio_of_the_densities_of_a_canary_in_and_out(noise
     assert evidence(gradient, signs, plan) == pytest.approx(np.log(inside / stats.norm.pdf(x, 0, noise)))
 
 
+def test_where_everybody_joins_evidence_is_that_of_the_gaussian_alone() -> None:
+    plan, x = noiseless(n_patients=20, expected_batch=20, noise_multiplier=2.0), np.array([-2.0, 0.0, 3.0])
+    gradient = torch.from_numpy(x * 0.5 / 20)
+    assert evidence(gradient, np.ones((3, 1)), plan) == pytest.approx((x - 0.5) / 4)
+
+
 def test_evidence_shows_more_than_the_sum_where_noise_is_low_and_lots_are_small() -> None:
     plan, rng, m = noiseless(n_patients=4000, expected_batch=192, noise_multiplier=0.55), np.random.default_rng(9), 4000
     included = rng.random(m) < 0.5
@@ -448,8 +454,9 @@ def test_scores_that_bound_nothing_are_refused_by_name(
 
 def test_a_bound_that_needs_fair_coins_or_noise_says_so() -> None:
     members = np.arange(1000) < 800
-    with pytest.raises(ParameterError, match=r"^included: 800 of 1000 is not what fair coins give; draw who is in by"):
-        one_run_bound(np.arange(1000.0), members, DELTA)
+    for bound in (one_run_bound, f_one_run_bound):
+        with pytest.raises(ParameterError, match=r"^included: 800 of 1000 is not what fair coins give; draw who is in"):
+            bound(np.arange(1000.0), members, DELTA)
     assert threshold_bound(1.0 * members, members, DELTA) > 2
     with pytest.raises(
         ParameterError, match=r"^delta: 0 holds for no Gaussian mechanism; give the delta of the ledger"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from cardiac_ldm.cohort import GRID, Manifest, PatientRecord, Patients, load_manifest
-from cardiac_ldm.errors import ParameterError
+from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, dpsgd, epsilon_pld
 from cardiac_ldm.profile import Profile
@@ -36,7 +36,7 @@ from tests.conftest import TINY, store_patients
 pytestmark = pytest.mark.slow
 
 PROFILE = Profile.load(str(TINY))
-SEEDED, ENTROPY = Randomness(5, simulated=True), Randomness(None, simulated=True)
+SEEDED, ENTROPY = Randomness(5, simulated=True), Randomness(None, simulated=False)
 BROAD = PROFILE.denoiser
 NARROW = BROAD.model_copy(update={"channels": (8,), "attention": (False,), "context": 8})
 
@@ -86,8 +86,20 @@ def run(
     torch.manual_seed(1)
     model, plan = network.build(1), plan or plan_of(settings, len(patients))
     torch.seed()  # nothing below may draw from the global generator
+    if patients.secret and not (folder / "privacy.json").exists():
+        charged(folder, patients, settings, plan, randomness)
     given = (patients, latents_of(patients), plan, settings, randomness, folder, "public")
     return model, finetune(model, *given, save_every=save_every)
+
+
+def charged(
+    folder: Path, patients: Patients, settings: FinetuneSettings, plan: PrivatePlan, randomness: Randomness
+) -> None:
+    """Leave the ledger of a run for which real patients were charged, as a study does."""
+    words = {"private_data": f"{patients.name} ({patients.split})", "public_data": "public"}
+    ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **words)
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger.model_copy(update={"run": "its name in the record"}).save(folder / "privacy.json")
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +266,10 @@ def recorded_run(folder: str, tuned: str, entropy: str) -> None:
         return taken[-1].clone()
 
     PrivatePlan.gradient = recorded  # type: ignore[method-assign, assignment]
-    patients = made_up(Path(folder).parent / "secret", manifest=HOSPITAL)
+    patients = of_entropy(Path(folder).parent) if entropy else made_up(Path(folder).parent / "twelve")
     settings = recipe(steps=8, expected_batch=2, tuned=tuned)
-    model, _ = run(Path(folder) / f"rank-{rank}", patients, settings, None, ENTROPY if entropy else SEEDED)
+    where = Path(folder) / f"rank-{0 if entropy else rank}"  # the ledger of a charged run is there for all of them
+    model, _ = run(where, patients, settings, None, ENTROPY if entropy else SEEDED)
     torch.save({"gradients": taken, "weights": model.state_dict()}, Path(folder) / f"{rank}.pt")
 
 
@@ -274,8 +287,16 @@ HOSPITAL = Manifest.model_validate(
 )
 
 
+def of_entropy(cohorts: Path) -> Patients:
+    """Real private patients, as far as the library can tell."""
+    return made_up(cohorts / "secret", manifest=HOSPITAL)
+
+
 def recorded(server: Server, folder: Path, tuned: str, processes: int, entropy: str = "") -> list[dict]:
     folder.mkdir()
+    if entropy:
+        settings = recipe(steps=8, expected_batch=2, tuned=tuned)
+        charged(folder / "rank-0", of_entropy(folder.parent), settings, plan_of(settings), ENTROPY)
     server.call(recorded_run, folder, tuned, entropy, processes=processes)
     assert [path.name for path in sorted(folder.glob("rank-*"))] == ["rank-0"]  # the others write nothing
     assert sorted(path.name for path in (folder / "rank-0").iterdir()) == ["privacy.json", "weights.safetensors"]
@@ -286,7 +307,7 @@ def test_two_processes_take_the_steps_of_one(server: Server, cohorts: Path) -> N
     plan = plan_of(recipe(steps=8, expected_batch=2))
     sizes = {int(plan.sample_batch(SEEDED.generator(step, 0)).sum()) for step in range(plan.steps)}
     assert {0, 1, 3} <= sizes  # an empty lot, one that leaves a process without a patient, an odd one
-    made_up(cohorts / "secret", manifest=HOSPITAL)
+    made_up(cohorts / "twelve")
     (alone,) = recorded(server, cohorts / "alone", "attention", 1)
     for together in recorded(server, cohorts / "together", "attention", 2):
         for one, two in zip(alone["gradients"], together["gradients"], strict=True):
@@ -297,7 +318,6 @@ def test_two_processes_take_the_steps_of_one(server: Server, cohorts: Path) -> N
 
 
 def test_two_processes_with_fresh_randomness_end_with_the_same_weights(server: Server, cohorts: Path) -> None:
-    made_up(cohorts / "secret", manifest=HOSPITAL)
     first, second = recorded(server, cohorts / "fresh", "lora-2", 2, "entropy")
     left = load_file(cohorts / "fresh" / "rank-0" / "weights.safetensors")
     for name, weight in first["weights"].items():
@@ -308,7 +328,13 @@ def test_two_processes_with_fresh_randomness_end_with_the_same_weights(server: S
 # Which folder a run may go on in.
 
 
-def stopped(folder: Path, patients: Patients, settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped(
+    folder: Path,
+    patients: Patients,
+    settings: FinetuneSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    randomness: Randomness = SEEDED,
+) -> None:
     """Leave a run that ended after its first step."""
 
     def save_then_stop(path: Path, **state: object) -> None:
@@ -318,7 +344,7 @@ def stopped(folder: Path, patients: Patients, settings: FinetuneSettings, monkey
     with monkeypatch.context() as patched:
         patched.setattr(private, "save_state", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
-            run(folder, patients, settings, save_every=0)
+            run(folder, patients, settings, None, randomness, save_every=0)
 
 
 def test_only_the_same_run_goes_on(
@@ -562,10 +588,10 @@ def test_a_wrong_recipe_is_one_clear_sentence(changes: dict, sentence: str, tmp_
 def test_nothing_of_real_patients_is_shown_or_left(
     cohorts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = made_up(cohorts / "secret", manifest=HOSPITAL)
+    secret = of_entropy(cohorts)
     capfd.readouterr()
     pretrain.Latents(PROFILE.autoencoder.build().eval(), secret, tmp_path / "latents.zarr")[:]
-    stopped(tmp_path / "killed", secret, recipe(), monkeypatch)
+    stopped(tmp_path / "killed", secret, recipe(), monkeypatch, ENTROPY)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["privacy.json", "progress.txt", "state.pt"]
     state = load_state(tmp_path / "killed" / "state.pt") or {}
     assert set(state) == {"step", "tuned", "average", "optimiser", "ledger", "settings", "cohort"}
@@ -576,6 +602,18 @@ def test_nothing_of_real_patients_is_shown_or_left(
     assert ledger.randomness == "ChaCha20, keyed by the operating system's entropy"
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_real_patients_are_met_on_their_record_alone_and_by_noise_that_nobody_can_draw(
+    cohorts: Path, tmp_path: Path
+) -> None:
+    secret, plan = of_entropy(cohorts), plan_of(recipe())
+    for randomness, says in ((ENTROPY, "hospital weren't charged"), (SEEDED, "hospital are real; their noise must be")):
+        model, folder = BROAD.build(1), tmp_path / says[:20]
+        folder.mkdir()
+        with pytest.raises(PrivacyError, match=says):
+            finetune(model, secret, latents_of(secret), plan, recipe(), randomness, folder, "public")
+        assert not [*folder.iterdir()]
 
 
 def test_the_progress_of_simulated_patients_is_shown(

@@ -169,6 +169,36 @@ def test_row_02_a_run_goes_on_though_another_library_calibrates_the_noise_otherw
     assert noise == [begun[0].mechanisms[0].noise_multiplier]
 
 
+def test_row_02_a_run_goes_on_though_others_were_charged_since(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: Path, **state: object) -> None:
+        save(path, **state)
+        raise KeyboardInterrupt
+
+    save = loop.save_state
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", stop)
+        patch.setattr("cardiac_ldm.trained.finetune", saving_always(patch))
+        with pytest.raises(KeyboardInterrupt):
+            real().finetuned(1)
+    real("2").finetuned(2)
+    run = real(spend=False).finetuned(1)
+    assert run.done
+    assert len(Record().spends) == 2
+    assert run.ledger.together is not None
+    assert run.ledger.together.runs == 1  # what the record said when it began
+    together = real().together()
+    assert together is not None
+    assert together.runs == 2
+
+
+@pytest.mark.parametrize("stage", ["trained_privately", "attributes"])
+def test_no_stage_charges_what_nobody_agreed_to(stage: str, real: Real) -> None:
+    there = real(spend=False)
+    with pytest.raises(PrivacyError, match=r"of real patients only `(finetuned|tabulated)` gives it"):
+        getattr(there, stage)(1.0)
+    assert not Record().spends
+
+
 def saving_always(patch: pytest.MonkeyPatch) -> Callable[..., Ledger]:
     """The fine-tuning that saves its state after every step."""
     from cardiac_ldm.training.finetune import finetune
@@ -290,7 +320,8 @@ def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> Non
         shutil.copy(tmp_path / "mini.yaml", folder)
         patients = prepare(load_manifest(folder / "mini.yaml"), store=folder / "store").split("train")
         plan = PrivatePlan(patients.places, 3, 4, 1.0, 1, 20.0, 1e-5, noise_multiplier=2.0)
-        ledgers.append(plan.ledger(Randomness(None, simulated=False), **WORDS))
+        ledger = plan.ledger(Randomness(None, simulated=False), **WORDS)
+        ledgers.append(ledger.model_copy(update={"run": "its name in the record"}))
         weight, settings, seen = nn.Parameter(torch.zeros(1)), recipe_of(plan), set[int]()
         train_privately(
             {"w": weight}, lambda unit, _, seen=seen: seen.add(unit), plan, settings,  # type: ignore[misc]
@@ -389,6 +420,8 @@ def test_row_09_a_budget_that_means_nothing_is_refused_in_words(epsilon: float, 
     terms: dict[str, Any] = {"n_patients": 100, "expected_batch": 10, "steps": 4, "clip": 1.0, "draws": 1}
     with pytest.raises(ParameterError, match=f"^epsilon: {epsilon} protects nobody or teaches nothing"):
         PrivatePlan.for_budget(epsilon, 1e-5, **terms)
+    with pytest.raises(ParameterError, match=f"^epsilon: {epsilon} protects nobody or teaches nothing"):
+        recipe_of(PrivatePlan(100, 10, 4, 1.0, 1, 1.0, 1e-5, 1.0)).require_reachable(epsilon, 1e-5, 100)
     with pytest.raises((ParameterError, PrivacyError)):
         real(str(epsilon)).finetuned(epsilon)
     assert not Record().spends

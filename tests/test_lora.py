@@ -34,6 +34,12 @@ def moved(tuned: dict[str, nn.Parameter]) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
 
 
+def test_it_lies_where_its_layer_does() -> None:
+    layer = nn.Linear(3, 4, device="meta")  # which stands for a GPU
+    add_lora([layer], 2)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+
+
 def test_it_starts_as_the_identity(model: Denoiser) -> None:
     before = output(model)
     tuned = model.tunable("lora-4")

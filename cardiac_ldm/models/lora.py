@@ -13,8 +13,8 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         inputs = weight[0].numel()
-        self.up = nn.Parameter(torch.zeros(len(weight), rank))
-        self.down = nn.Parameter(torch.randn(rank, inputs, generator=generator) / inputs**0.5)
+        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.down = nn.Parameter((torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, of the shape of `weight`."""

@@ -100,7 +100,9 @@ def calibrate(epsilon: float, delta: float, rate: float, steps: int, before: Ter
 
 
 def require_reachable(epsilon: float, delta: float, rate: float, steps: int, before: Terms = ()) -> None:
-    """Raise ParameterError where no noise multiplier that `calibrate` tries is enough."""
+    """Raise ParameterError where a budget is senseless, or no noise multiplier that `calibrate` tries is enough."""
+    if not LEAST <= epsilon <= MOST and not math.isinf(epsilon):
+        raise ParameterError(f"epsilon: {epsilon} protects nobody or teaches nothing; ask for {LEAST} to {MOST:g}")
     if _epsilon_gdp((*before, (_MOST_NOISE, rate, steps)), delta) > epsilon:
         raise ParameterError(f"epsilon: {epsilon} can't be reached in {steps} steps; ask for fewer steps")
 

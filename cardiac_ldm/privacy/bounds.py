@@ -60,19 +60,33 @@ def one_run_bound(scores: np.ndarray, included: np.ndarray, delta: float) -> flo
     Raises:
         ParameterError: an argument is out of range, or `included` is not what fair coins give.
     """
-    order, m, bounds = _order(scores, included, delta), len(scores), [0.0]
+    m = len(scores)
+    found = _guessed(scores, included, delta, lambda k, correct, epsilon: p_value(m, k, correct, epsilon, delta), 50.0)
+    return max(found, default=0.0)  # at 50 every guess is right and the p-value is 1
+
+
+def _guessed(
+    scores: np.ndarray,
+    included: np.ndarray,
+    delta: float,
+    likely: Callable[[int, int, float], float],
+    highest: float,
+    xtol: float = 1e-9,
+) -> list[float]:
+    """What each of `GUESSES` shows, where it shows anything: the largest value at which its success is unlikely.
+
+    likely: guesses, right ones, value -> the probability of so many right ones. highest: where it's 1.
+    """
+    order, m, found = _order(scores, included, delta), len(scores), []
     if binomtest(int(included.sum()), m).pvalue < 1e-6:
         raise ParameterError(f"included: {included.sum()} of {m} is not what fair coins give; draw who is in by coins")
     for top, bottom in GUESSES:
         k_in, k_out = int(top * m), int(bottom * m)
         correct = int(included[order[m - k_in :]].sum() + (~included[order[:k_out]]).sum())
-
-        def excess(epsilon: float, guesses: int = k_in + k_out, correct: int = correct) -> float:
-            return p_value(m, guesses, correct, epsilon, delta) - SIGNIFICANCE / len(GUESSES)
-
+        excess = lambda x, k=k_in + k_out, right=correct: likely(k, right, x) - SIGNIFICANCE / len(GUESSES)  # noqa: E731
         if excess(0.0) < 0:
-            bounds.append(brentq(excess, 0.0, 50.0))  # at 50 every guess is right and the p-value is 1
-    return max(bounds)
+            found.append(brentq(excess, 0.0, highest, xtol=xtol))
+    return found
 
 
 def f_p_value(n_canaries: int, guesses: int, correct: int, blow_up_inverse: Callable[[float], float]) -> float:
@@ -115,20 +129,14 @@ def f_one_run_bound(scores: np.ndarray, included: np.ndarray, delta: float) -> f
     Like `one_run_bound` it needs no independence of the canaries; like `gaussian_bound` it assumes the shape of the
     loss, and so shows more. Guesses, significance, args and errors are those of `one_run_bound`; delta must be above 0.
     """
-    order, m, bounds = _order(scores, included, delta), len(scores), [0.0]
     if delta == 0:
         raise ParameterError("delta: 0 holds for no Gaussian mechanism; give the delta of the ledger")
-    for top, bottom in GUESSES:
-        k_in, k_out = int(top * m), int(bottom * m)
-        correct = int(included[order[m - k_in :]].sum() + (~included[order[:k_out]]).sum())
 
-        def excess(mu: float, guesses: int = k_in + k_out, correct: int = correct) -> float:
-            g = lambda x: float(ndtr(ndtri(min(x, 1.0)) - mu))  # noqa: E731
-            return f_p_value(m, guesses, correct, g) - SIGNIFICANCE / len(GUESSES)
+    def likely(guesses: int, correct: int, mu: float) -> float:
+        return f_p_value(len(scores), guesses, correct, lambda x: float(ndtr(ndtri(min(x, 1.0)) - mu)))
 
-        if excess(0.0) < 0:
-            bounds.append(_gaussian_epsilon(brentq(excess, 0.0, 40.0, xtol=1e-3), delta))
-    return max(bounds)
+    found = _guessed(scores, included, delta, likely, 40.0, xtol=1e-3)
+    return max((_gaussian_epsilon(mu, delta) for mu in found), default=0.0)
 
 
 def threshold_bound(scores: np.ndarray, included: np.ndarray, delta: float) -> float:

@@ -19,14 +19,28 @@ from typing import Any
 from filelock import FileLock
 from platformdirs import user_data_path
 
+from cardiac_ldm.cohort import Patients
 from cardiac_ldm.cohort.manifest import Budget
 from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy.accounting import Mechanism, Stated, epsilon_pld, merged
+from cardiac_ldm.privacy.dpsgd import Randomness
 from cardiac_ldm.privacy.ledger import Ledger, Standing
 
 People = tuple[tuple[str, ...], ...]
 """For every person what they are known by; in the record, salted hashes."""
 _TORN = b" torn\n"  # ends a line whose writing was killed: nothing was spent on it
+
+
+def require_charged(patients: Patients, randomness: Randomness, ledger: Ledger) -> None:
+    """Raise PrivacyError where a mechanism would meet real patients off their record, or with noise that isn't secret.
+
+    Who was charged has a name in the record, which the ledger on disk holds; only the first process reads that.
+    """
+    if patients.secret and randomness.simulated:
+        raise PrivacyError(f"randomness: simulated, and {patients.name} are real; their noise must be nobody's to draw")
+    if patients.secret and is_first_process() and not ledger.run:
+        raise PrivacyError(f"run: {patients.name} weren't charged for this one; ask a Study for it, which charges them")
 
 
 class Spend(Stated):

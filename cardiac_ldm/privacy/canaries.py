@@ -85,7 +85,8 @@ def evidence(gradient: Tensor, signs: np.ndarray, plan: PrivatePlan) -> np.ndarr
     if plan.noise_multiplier == 0:
         return x
     rate = plan.sampling_rate
-    return np.logaddexp(math.log1p(-rate), math.log(rate) + (x - 0.5) / plan.noise_multiplier**2)
+    with np.errstate(divide="ignore"):  # of a rate of 1, where everybody joins, the first is -inf, and right
+        return np.logaddexp(np.log1p(-rate), np.log(rate) + (x - 0.5) / plan.noise_multiplier**2)
 
 
 def canary_scores(

@@ -27,7 +27,7 @@ from randomgen import ChaCha
 from torch import Tensor, distributed
 
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, calibrate, terms_of
+from cardiac_ldm.privacy.accounting import Mechanism, calibrate, terms_of
 from cardiac_ldm.privacy.ledger import Ledger
 
 
@@ -160,8 +160,6 @@ class PrivatePlan:
         before: tuple[Mechanism, ...] = (),
     ) -> "PrivatePlan":
         """The plan that, with what `before` spent, spends (epsilon, delta) and no more."""
-        if not epsilon <= 0 and (epsilon < LEAST or MOST < epsilon < math.inf):
-            raise ParameterError(f"epsilon: {epsilon} protects nobody or teaches nothing; ask for {LEAST} to {MOST:g}")
         settings = (n_patients, expected_batch, steps, clip, draws, epsilon, delta)
         plan = cls(*settings, noise_multiplier=0.0, before=before)
         if math.isinf(epsilon):

@@ -21,7 +21,8 @@ from scipy.special import logsumexp, ndtr, ndtri
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, Patients, require_public
 from cardiac_ldm.cohort.requests import with_end_systole
 from cardiac_ldm.errors import ParameterError, PrivacyError
-from cardiac_ldm.privacy.accounting import LEAST, MOST, Mechanism, calibrate, require_reachable
+from cardiac_ldm.privacy.accounting import Mechanism, calibrate, require_reachable
+from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.privacy.dpsgd import Randomness, gaussian
 from cardiac_ldm.privacy.ledger import Ledger
 
@@ -122,7 +123,7 @@ class TablePlan:
         Raises:
             ParameterError: a setting is out of its range; the message names it.
         """
-        require_sensible(epsilon, delta, n_patients)
+        _require_sensible(epsilon, delta, n_patients)
         sigma = 0.0 if math.isinf(epsilon) else calibrate(epsilon, delta, 1.0, 2)
         return cls(n_patients, epsilon, delta, sigma)
 
@@ -186,7 +187,7 @@ class TableRecipe:
         """
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
-        require_sensible(epsilon, self.delta, n_patients)
+        _require_sensible(epsilon, self.delta, n_patients)
 
     def plan(self, epsilon: float, places: int) -> TablePlan:
         """The plan of a budget."""
@@ -197,14 +198,11 @@ class TableRecipe:
         return self.plan(epsilon, places).mechanisms
 
 
-def require_sensible(epsilon: float, delta: float, n_patients: int) -> None:
+def _require_sensible(epsilon: float, delta: float, n_patients: int) -> None:
     """Raise ParameterError where no table can be measured with so much, before it's planned, which takes seconds."""
-    if not LEAST <= epsilon <= MOST and not math.isinf(epsilon):
-        raise ParameterError(f"epsilon: {epsilon} protects nobody or teaches nothing; ask for {LEAST} to {MOST:g}")
     if not 0 < delta < 1 / max(n_patients, 1):
         raise ParameterError(f"delta: {delta} must lie between 0 and 1/N = 1/{n_patients}")
-    if math.isfinite(epsilon):
-        require_reachable(epsilon, delta, 1.0, 2)
+    require_reachable(epsilon, delta, 1.0, 2)
 
 
 def tabulate(
@@ -216,7 +214,8 @@ def tabulate(
     was charged, and nobody has seen what it measured: it's gone on with.
 
     Raises:
-        PrivacyError: the public patients aren't, or the folder's ledger isn't of this table.
+        PrivacyError: the public patients aren't, the folder's ledger isn't of this table, or real patients weren't
+            charged for it.
         ParameterError: `folder` holds another plan's, or the plan is for another number of patients.
     """
     require_public(public, "their attributes, without noise")
@@ -231,6 +230,7 @@ def tabulate(
         ledger = known if table.exists() else known.bound()
         plan = replace(plan, noise_multiplier=ledger.mechanisms[0].noise_multiplier)
     if not table.exists():
+        require_charged(patients, randomness, ledger)
         ledger.save(path)
         plan.measure(rows_of(patients), rows_of(public), randomness).save(unbound)
         ledger = ledger.bound(unbound)

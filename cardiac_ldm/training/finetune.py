@@ -219,10 +219,11 @@ class PatientLoss:
 
     def gradients(self, units: Sequence[int], draws: Callable[[int], torch.Generator]) -> Iterator[Tensor]:
         """Unclipped gradients, float32 (n, d) of some patients at a time; of an empty place, none."""
-        left = [rows for unit in units if (rows := self.rows(unit, draws(unit)))]
+        left = [unit for unit in units if self.offsets[unit] < self.offsets[unit + 1]]
         while left:
+            rows = [rows for unit in left[: self.at_once] if (rows := self.rows(unit, draws(unit)))]
             try:
-                yield self._gradients(left[: self.at_once])
+                yield self._gradients(rows)
             except torch.OutOfMemoryError:
                 if self.at_once == 1:
                     raise

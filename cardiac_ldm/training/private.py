@@ -17,6 +17,7 @@ from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
 from cardiac_ldm.privacy.accounting import require_reachable
+from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.privacy.dpsgd import UnitGradients, UnitLoss
 from cardiac_ldm.progress import tqdm
 from cardiac_ldm.settings import Precision, Settings
@@ -81,8 +82,10 @@ def train_privately(
     on real patients, whose rate would tell how large batches were, goes to a file.
 
     Raises:
+        PrivacyError: real patients weren't charged for this run, or their noise could be drawn again.
         ParameterError: the plan is for another number of patients, or `folder` holds the state of another run.
     """
+    require_charged(patients, randomness, ledger)
     if patients.places != plan.n_patients:
         raise ParameterError(f"{patients.name}: has {patients.places} patients, the plan is for {plan.n_patients}")
     own = f"{randomness.run}/{ledger.mechanisms[-1].stage}/{plan.epsilon}/{settings.model_dump_json()}"
