@@ -47,7 +47,7 @@ def main() -> None:
         drawn = part_of(plan) if plan.sampling_rate < 1 and plan.steps * plan.expected_batch > 2000 else plan
         described = f"{study.pretrained.key} {study.private.key} {size} {epsilon:g} {settings.model_dump_json()}"
         folder = study.runs / "recipes" / hashlib.sha256(described.encode()).hexdigest()[:12]
-        given = settings, Randomness(0, simulated=True), folder, "phantom_public", study.load_directions(model)
+        given = settings, Randomness(0, simulated=True), folder, "phantom_public", study.load_directions()
         finetune(model, train[:size], latents, drawn, *given)
         change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before[profile])
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)

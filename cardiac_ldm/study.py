@@ -265,7 +265,7 @@ class Study(Trained):
         train = self.audited_cohort.split("train")
         denoiser, latents = self.denoiser(self.pretrained), self.latents(train, self.audited_cohort)
         randomness = Randomness(self.seed, simulated=True, run=run.folder.name)
-        given = self.profile.finetune, randomness, run.folder, self.load_directions(denoiser)
+        given = self.profile.finetune, randomness, run.folder, self.load_directions()
         found = audit_training(denoiser, train, latents, epsilon, *given)
         return {"epsilon": plain(epsilon), "stated": plain(epsilon)} | found
 

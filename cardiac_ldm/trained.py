@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cardiac_ldm.cohort import Cohort, Patients, load_manifest, prepare
 from cardiac_ldm.errors import PrivacyError
 from cardiac_ldm.evaluation.control import public_span
@@ -205,7 +203,7 @@ class Trained:
         """Where private training starts: the public model, or the public directions along which it goes on."""
         return self.directions if self.profile.finetune.subspace else self.pretrained
 
-    @stage("subspace", 1, settings=("finetune.subspace",), needs=("pretrained",), title="public directions")
+    @stage("subspace", 2, settings=("finetune.subspace",), needs=("pretrained",), title="public directions")
     def directions(self, run: Run) -> Metrics:
         """The directions along which private training moves the public model, from public patients' gradients."""
         settings = self.profile.finetune.along
@@ -213,7 +211,7 @@ class Trained:
         latents = self.latents(self.public.split("train"), self.public)[: patients.offsets[-1]]
         found, variance = public_directions(self.denoiser(self.pretrained), patients, latents, settings)
         run.leave(weights=found)
-        return {"variance": variance.tolist()}
+        return {"variance": variance.tolist(), "sizes": found.sizes}
 
     def finetuned(self, epsilon: float) -> Run:
         """The denoiser fine-tuned on private patients with a budget of `epsilon`; 0 is the pre-trained one.
@@ -258,8 +256,8 @@ class Trained:
             for volume in range(len(latents)):  # else what had been encoded would tell who was in the batches
                 _ = latents[volume : volume + 1]
         model = self.denoiser(self.pretrained)
-        along = self.load_directions(model)
-        left = finetune(model, patients, latents, plan, settings, randomness, run.folder, public_data, along)
+        given = patients, latents, plan, settings, randomness, run.folder, public_data, self.load_directions()
+        left = finetune(model, *given)
         if patients.secret and is_first_process():
             Record().finish(left)
         return {"epsilon": plain(epsilon)}
@@ -391,13 +389,10 @@ class Trained:
         _ = run.ledger
         return run.load(self.profile.denoiser.build(self.profile.autoencoder.latent_channels))
 
-    def load_directions(self, model: Denoiser) -> Tensor | None:
-        """The public directions float16 (k, d) along which a model's d weights learn; None where others learn."""
-        if self.profile.finetune.subspace is None:
-            return None
-        weights = sum(weight.numel() for weight in model.parameters())
-        k = self.profile.finetune.along.dimensions
-        return self.directions.load(Directions(k, weights)).directions
+    def load_directions(self) -> Directions | None:
+        """The public directions along which a model's weights learn; None where others learn."""
+        found = self.directions if self.profile.finetune.subspace else None
+        return found and found.load(Directions(found.metrics["sizes"]))
 
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""

@@ -19,7 +19,7 @@ from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.training import subspace as room
 from cardiac_ldm.training.finetune import FinetuneSettings, PatientLoss, finetune, learning
-from cardiac_ldm.training.subspace import SubspaceLoss, SubspaceSettings, public_directions, restraint
+from cardiac_ldm.training.subspace import Directions, SubspaceLoss, SubspaceSettings, public_directions, restraint
 from tests.test_finetune import NARROW, PROFILE, SEEDED, made_up
 
 SUBSPACE = SubspaceSettings(dimensions=4, patients=12, draws=2, power=0.25)
@@ -48,6 +48,13 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Patients:
     return made_up(tmp_path_factory.mktemp("private") / "twelve", (2, 1, 3) * 4)
 
 
+def of_all(directions: Tensor) -> Directions:
+    """Directions (k, d) of all weights together."""
+    found = Directions([directions.shape])
+    found.block0 = directions
+    return found
+
+
 def recipe(**changes: object) -> FinetuneSettings:
     settings = PROFILE.finetune.model_dump() | {"tuned": "subspace", "subspace": SUBSPACE.model_dump(), "clip": 0.05}
     return FinetuneSettings.model_validate(settings | {"expected_batch": 12, "learning_rate": 0.1} | changes)
@@ -58,12 +65,12 @@ def plan_of(settings: FinetuneSettings, **changes: float) -> PrivatePlan:
     return PrivatePlan(12, **settings.model_dump(include={"expected_batch", "steps", "clip", "draws"}), **terms)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("power", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(("power", "apart"), [(0.0, False), (0.25, False), (1.0, False), (0.25, True)])
 def test_directions_are_the_principal_ones_of_scaled_public_gradients(
-    power: float, public: Patients, monkeypatch: pytest.MonkeyPatch
+    power: float, apart: bool, public: Patients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, latents, gradients = network(), latents_of(public), []
-    settings = SUBSPACE.model_copy(update={"power": power})
+    settings = SUBSPACE.model_copy(update={"power": power, "apart": apart, "dimensions": 30 if apart else 4})
     common = room._common_loss
 
     def seen(*given: object) -> Tensor:
@@ -79,11 +86,20 @@ def test_directions_are_the_principal_ones_of_scaled_public_gradients(
     spread = (centred**2).mean(axis=0)
     scale = (spread + 1e-3 * spread.mean()) ** -power
     scale /= np.sqrt((scale**2).mean())
-    _, singular, expected = np.linalg.svd(centred * scale, full_matrices=False)
-    np.testing.assert_allclose(variance, singular[:4] ** 2 / 12, rtol=1e-3)
-    directions = found.directions.double().numpy()
-    for own, right in zip(directions, expected[:4] * scale, strict=True):
-        assert abs(own @ right) >= 0.999 * np.linalg.norm(own) * np.linalg.norm(right)
+    ends = np.cumsum([weight.numel() for weight in model.parameters()]) if apart else [len(scale)]
+    blocks = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    each = [np.linalg.svd((centred * scale)[:, block], full_matrices=False)[1:] for block in blocks]
+    least = np.sort(np.concatenate([singular for singular, _ in each]))[-settings.dimensions]
+    expected = np.concatenate([singular[singular >= least] for singular, _ in each])
+    assert len(found) == len(expected) == settings.dimensions
+    np.testing.assert_allclose(variance, expected**2 / 12, rtol=1e-3)
+    numbers = iter(np.eye(len(found), dtype=np.float16))
+    for block, (singular, vectors) in zip(blocks, each, strict=True):
+        for right in vectors[singular >= least] * scale[block]:
+            moved = found.moves(torch.from_numpy(next(numbers))).double().numpy()
+            own = moved[block]
+            assert np.linalg.norm(own) == np.linalg.norm(moved) > 0
+            assert abs(own @ right) >= 0.999 * np.linalg.norm(own) * np.linalg.norm(right)
 
 
 def test_all_patients_meet_the_same_timesteps_and_noise(public: Patients, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +123,9 @@ def test_private_patients_give_no_directions_and_few_public_ones_few(public: Pat
     many = SUBSPACE.model_copy(update={"dimensions": 12})
     with pytest.raises(ParameterError, match="12 directions need more than 12 public patients"):
         public_directions(network(), public, latents_of(public), many)
+    found, _ = public_directions(network(), public, latents_of(public), many.model_copy(update={"apart": True}))
+    assert len(found) == 12
+    assert max(k for k, _ in found.sizes) < 12
 
 
 @pytest.mark.parametrize("changes", [{"subspace": None}, {"tuned": "edges"}])
@@ -115,20 +134,26 @@ def test_a_subspace_and_its_settings_go_together(changes: dict[str, object]) -> 
         recipe(**changes)
 
 
-def along(private: Patients, directions: Tensor, settings: FinetuneSettings) -> tuple[Denoiser, SubspaceLoss]:
+def along(private: Patients, directions: Directions, settings: FinetuneSettings) -> tuple[Denoiser, SubspaceLoss]:
     model = network()
     _, loss = learning(model, private, latents_of(private), plan_of(settings), settings, directions)
     assert isinstance(loss, SubspaceLoss)
     return model, loss
 
 
-def test_a_patients_gradient_is_that_of_their_loss_by_z(private: Patients) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_patients_gradient_is_that_of_their_loss_by_z(apart: bool, private: Patients) -> None:
     settings = recipe()
     torch.manual_seed(3)
     model = network()
     names, sizes = zip(*((name, weight.shape) for name, weight in model.named_parameters()), strict=True)
     directions = torch.randn(4, sum(size.numel() for size in sizes)) * 1e-2
-    model, loss = along(private, directions, settings)
+    if apart:  # two of them are of the first weight tensor alone, two of the others
+        first = sizes[0].numel()
+        directions[:2, first:], directions[2:, :first] = 0, 0
+        blocks = Directions([(2, first), (2, directions.shape[1] - first)])
+        blocks.block0, blocks.block1 = directions[:2, :first], directions[2:, first:]
+    model, loss = along(private, blocks if apart else of_all(directions), settings)
     start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     with torch.no_grad():
         loss.z.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
@@ -163,7 +188,7 @@ def test_a_patients_gradient_is_that_of_their_loss_by_z(private: Patients) -> No
 def test_one_patient_more_moves_the_sum_by_no_more_than_the_clip(size: float, private: Patients) -> None:
     """However long the directions and whatever the volume: what is clipped is what noise is added to."""
     settings = recipe()
-    directions = torch.randn(4, sum(weight.numel() for weight in network().parameters())) * 100
+    directions = of_all(torch.randn(4, sum(weight.numel() for weight in network().parameters())) * 100)
     plan = plan_of(settings, noise_multiplier=0.0)
 
     class Sized:
@@ -187,7 +212,7 @@ def test_one_patient_more_moves_the_sum_by_no_more_than_the_clip(size: float, pr
 
 def test_noise_is_added_to_k_numbers(private: Patients) -> None:
     settings = recipe(clip=1e-9)
-    directions = torch.randn(4, sum(weight.numel() for weight in network().parameters()))
+    directions = of_all(torch.randn(4, sum(weight.numel() for weight in network().parameters())))
     _, loss = along(private, directions, settings)
     plan = plan_of(settings, noise_multiplier=3e9)
     drawn = [plan.gradient(0, [loss.z], loss, Randomness(n, simulated=True)) for n in range(60)]
@@ -204,7 +229,7 @@ def test_training_moves_the_weights_along_the_directions_alone_and_goes_on_after
     plan = plan_of(settings)
 
     def train(folder: Path) -> dict[str, Tensor]:
-        given = private, latents_of(private), plan, settings, SEEDED, folder, "public", found.directions
+        given = private, latents_of(private), plan, settings, SEEDED, folder, "public", found
         ledger = finetune(network(), *given, save_every=0.0)
         assert ledger.mechanisms[-1].tuned == "subspace"
         return load_file(folder / "weights.safetensors")
@@ -212,7 +237,7 @@ def test_training_moves_the_weights_along_the_directions_alone_and_goes_on_after
     weights = train(tmp_path / "whole")
     start = dict(network().named_parameters())
     moved = torch.cat([(weights[name] - start[name]).flatten() for name in start]).double()
-    basis = found.directions.double()
+    basis = torch.stack([found.moves(z) for z in torch.eye(4, dtype=torch.float16)]).double()
     left = moved - torch.linalg.lstsq(basis.T, moved[:, None]).solution[:, 0] @ basis
     assert left.norm() < 1e-3 * moved.norm()
     gradient = PrivatePlan.gradient
@@ -232,7 +257,7 @@ def test_training_moves_the_weights_along_the_directions_alone_and_goes_on_after
 
 def test_the_audit_trains_what_the_recipe_trains(private: Patients, tmp_path: Path) -> None:
     """An attacker who reads the coordinates finds as many canaries as there are, where noise is left out."""
-    directions = torch.randn(40, sum(weight.numel() for weight in network().parameters())) * 1e-3
+    directions = of_all(torch.randn(40, sum(weight.numel() for weight in network().parameters())) * 1e-3)
     found = audit_training(network(), private, latents_of(private), 10.0, recipe(), SEEDED, tmp_path, directions)
     assert (found["n_canaries"], found["n_patients"]) == (40, 12)
     without_noise = [row for row in found["rows"] if row["noise"] == 0]
@@ -254,7 +279,7 @@ def test_the_more_noise_the_smaller_the_step(
         taken.append(settings.learning_rate)
 
     monkeypatch.setattr("cardiac_ldm.training.finetune.train_privately", seen)
-    directions = torch.zeros(4, sum(weight.numel() for weight in network().parameters()))
+    directions = of_all(torch.zeros(4, sum(weight.numel() for weight in network().parameters())))
     for noise in (0.5, 3.292):  # σ √4 / 12
         plan, folder = plan_of(recipe(), noise_multiplier=noise), tmp_path / str(noise)
         folder.mkdir()

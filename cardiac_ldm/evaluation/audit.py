@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.models.denoiser import Denoiser
@@ -20,7 +19,7 @@ from cardiac_ldm.privacy.canaries import draw_canaries, ledger_scores, weights_s
 from cardiac_ldm.training.finetune import FinetuneSettings, learning
 from cardiac_ldm.training.pretrain import Latents
 from cardiac_ldm.training.private import train_privately
-from cardiac_ldm.training.subspace import SubspaceLoss
+from cardiac_ldm.training.subspace import Directions, SubspaceLoss
 
 _PLACES, _KNOWN, _STEPS = 600, 16, 8
 
@@ -45,7 +44,7 @@ def audit_training(
     recipe: FinetuneSettings,
     randomness: Randomness,
     folder: Path,
-    directions: Tensor | None = None,
+    directions: Directions | None = None,
 ) -> dict[str, Any]:
     """The same through a private training, from end to end: most places are canaries', an attacker reads final weights.
 
@@ -55,7 +54,7 @@ def audit_training(
         latents: of the volumes of those at least.
         randomness: whose seed everything comes from.
         folder: for what the training leaves, which is removed.
-        directions: (k, d) along which all d weights learn, where a subspace is tuned; then canaries are k at most.
+        directions: along which all weights learn, where a subspace is tuned; then canaries are at most as many.
     """
     known, rows = min(_KNOWN, len(patients)), []
     start = {name: weight.clone() for name, weight in denoiser.state_dict().items()}

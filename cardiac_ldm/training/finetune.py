@@ -24,7 +24,7 @@ from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, dpsg
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, train_privately
-from cardiac_ldm.training.subspace import MOMENTUM, SubspaceLoss, SubspaceSettings, restraint
+from cardiac_ldm.training.subspace import MOMENTUM, Directions, SubspaceLoss, SubspaceSettings, restraint
 
 
 def _sensible(band: tuple[int, int, float]) -> tuple[int, int, float]:
@@ -103,7 +103,7 @@ def finetune(
     randomness: Randomness,
     folder: Path,
     public_data: str,
-    directions: Tensor | None = None,
+    directions: Directions | None = None,
     save_every: float = 30.0,
 ) -> Ledger:
     """Run a plan on private patients; leaves `weights.safetensors` and `privacy.json` in `folder`.
@@ -115,7 +115,7 @@ def finetune(
         model: the pre-trained denoiser; changed in place.
         latents: (n_volumes, c, d, h, w) of the patients' volumes.
         public_data: what the pre-training used, for the ledger.
-        directions: (k, d) along which all d weights learn, where a subspace is tuned.
+        directions: along which all weights learn, where a subspace is tuned.
 
     Raises:
         ParameterError: the plan is for another number of patients, or `folder` holds another run.
@@ -164,7 +164,7 @@ def learning(
     latents: np.ndarray | Latents,
     plan: PrivatePlan,
     settings: FinetuneSettings,
-    directions: Tensor | None = None,
+    directions: Directions | None = None,
 ) -> tuple[dict[str, nn.Parameter], "PatientLoss | SubspaceLoss"]:
     """What learns, by name: weights of a denoiser, or z, which moves all of them along directions; patients' losses."""
     tuned, device = model.tunable("all" if settings.subspace else settings.tuned), compute_device()

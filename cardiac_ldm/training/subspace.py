@@ -7,6 +7,7 @@ arXiv 2202.05963) scales by public gradients. Here directions are taken once, of
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,23 +37,41 @@ class SubspaceSettings(Settings):
 
     dimensions: k. patients: how many give a gradient each, the mean over `draws` timesteps and noises that all share,
     so that gradients differ as patients do. power: coordinates are scaled by the variance of public gradients to
-    -power; 0 leaves the steepest directions, which move the loss least.
+    -power; 0 leaves the steepest directions, which move the loss least. apart: every weight tensor has directions of
+    its own, k in all, those of the largest variance: as many patients then give far more.
     """
 
     dimensions: Count
     patients: Count
     draws: Count
     power: float = Field(ge=0, le=1)
+    apart: bool = Field(default=False, exclude_if=lambda apart: not apart)
 
 
 class Directions(nn.Module):
-    """Directions float16 (k, d) in the space of a model's d weights: z (k,) moves the weights by z @ directions."""
+    """Directions in the space of a model's d weights end to end, float16 (k_b, d_b) for every block b of them.
 
-    directions: Tensor
+    sizes: (k_b, d_b) of each. z (k,), block by block too, moves the weights by `moves(z)`.
+    """
 
-    def __init__(self, dimensions: int, weights: int) -> None:
+    def __init__(self, sizes: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.register_buffer("directions", torch.empty(dimensions, weights, dtype=torch.float16))
+        self.sizes = [(k, d) for k, d in sizes]
+        for number, size in enumerate(self.sizes):
+            self.register_buffer(f"block{number}", torch.empty(size, dtype=torch.float16))
+
+    def __len__(self) -> int:
+        return sum(k for k, _ in self.sizes)
+
+    def along(self, gradients: Tensor) -> Tensor:
+        """Gradients with respect to z, float32 (n, k), from those with respect to the weights (n, d)."""
+        parts = gradients.split([d for _, d in self.sizes], dim=1)
+        return torch.cat([part @ block.T for part, block in zip(parts, self.buffers(), strict=True)], dim=1)
+
+    def moves(self, z: Tensor) -> Tensor:
+        """By how much z (k,) moves the weights, (d,)."""
+        parts = z.split([k for k, _ in self.sizes])
+        return torch.cat([part @ block for part, block in zip(parts, self.buffers(), strict=True)])
 
 
 def restraint(noise: float) -> float:
@@ -74,7 +93,7 @@ def public_directions(
     """The principal directions of public patients' gradients, scaled, and the variance (k,) along each.
 
     With G the centred gradients of unit length and S a diagonal of mean square 1, they are B S where B are the leading
-    right singular vectors of G S.
+    right singular vectors of G S, or of each weight tensor's columns of it.
 
     Args:
         latents: (n_volumes, c, d, h, w) of the patients' volumes.
@@ -85,11 +104,13 @@ def public_directions(
     """
     require_public(patients, "directions of private patients' gradients, which have no noise")
     n, k = min(settings.patients, len(patients)), settings.dimensions
-    if n <= k:
-        raise ParameterError(f"subspace.dimensions: {k} directions need more than {n} public patients; give fewer")
     model.to(compute_device()).requires_grad_(True)
     weights = list(model.parameters())
-    gradients = torch.empty(n, sum(weight.numel() for weight in weights))
+    sizes = [weight.numel() for weight in weights]
+    widths = sizes if settings.apart else [sum(sizes)]
+    if k > sum(min(n - 1, width) for width in widths):
+        raise ParameterError(f"subspace.dimensions: {k} directions need more than {n} public patients; give fewer")
+    gradients = torch.empty(n, sum(sizes))
     attributes = torch.from_numpy(patients.attributes)
     for patient in tqdm(range(n), desc="public gradients", unit="patient"):
         own = slice(*patients.offsets[patient : patient + 2].tolist())
@@ -101,11 +122,17 @@ def public_directions(
     scale /= scale.square().mean().sqrt()
     for columns in range(0, gradients.shape[1], _COLUMNS):  # in place: they are the largest thing in memory
         gradients[:, columns : columns + _COLUMNS] *= scale[columns : columns + _COLUMNS]
-    values, vectors = torch.linalg.eigh((gradients @ gradients.T).double())
-    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-    found = Directions(k, gradients.shape[1])
-    found.directions.copy_(((vectors / values.sqrt()).T.float() @ gradients).mul_(scale))
-    return found, (values / n).numpy()
+    parts, scales = gradients.split(widths, dim=1), scale.split(widths)
+    values, vectors = zip(*(torch.linalg.eigh((part @ part.T).double()) for part in parts), strict=True)
+    least = torch.cat(values).topk(k).values[-1]
+    kept = [(own >= least).nonzero().flatten().flip(0) for own in values]
+    found = Directions([(len(own), width) for own, width in zip(kept, widths, strict=True)])
+    for block, own, value, vector, part, of_part in zip(
+        found.buffers(), kept, values, vectors, parts, scales, strict=True
+    ):
+        block.copy_(((vector[:, own] / value[own].sqrt()).T.float() @ part).mul_(of_part))
+    variance = torch.cat([value[own] for value, own in zip(values, kept, strict=True)]) / n
+    return found, variance.numpy()
 
 
 def _common_loss(model: Denoiser, latents: Tensor, attributes: Tensor, draws: int) -> Tensor:
@@ -123,25 +150,25 @@ def _common_loss(model: Denoiser, latents: Tensor, attributes: Tensor, draws: in
 
 @dataclass
 class SubspaceLoss:
-    """Patients' gradients along directions, of a model whose weights are start + z @ directions.
+    """Patients' gradients along directions, of a model whose weights are start + directions.moves(z).
 
     full: gives gradients, float32 (n, d) of some patients at a time, with respect to all weights of `model`.
     """
 
     model: Denoiser
-    directions: Tensor
+    directions: Directions
     full: Callable[[Sequence[int], Callable[[int], torch.Generator]], Iterator[Tensor]]
 
     def __post_init__(self) -> None:
         device = device_of(self.model)
-        self.directions = self.directions.to(device, torch.float32)
+        self.directions = deepcopy(self.directions).to(device, torch.float32)
         self.start = nn.utils.parameters_to_vector(self.model.parameters()).detach()
         self.z = nn.Parameter(torch.zeros(len(self.directions), device=device))
 
     @torch.no_grad()
     def move(self) -> None:
         """Give the model the weights that belong to z."""
-        nn.utils.vector_to_parameters(self.start + self.z @ self.directions, self.model.parameters())
+        nn.utils.vector_to_parameters(self.start + self.directions.moves(self.z), self.model.parameters())
 
     def alone(self, unit: int, generator: torch.Generator) -> Tensor | None:
         """A scalar that has a unit's gradient with respect to z; None of an empty place."""
@@ -152,4 +179,4 @@ class SubspaceLoss:
         """Unclipped gradients with respect to z, float32 (n, k) of some patients at a time."""
         self.move()
         for gradients in self.full(units, draws):
-            yield gradients @ self.directions.T
+            yield self.directions.along(gradients)
