@@ -278,6 +278,7 @@ def setting_up(n_patients: int) -> dict[str, float]:
     """Seconds and MB to be ready for the first step with this many patients: tables, latents, noise, ledger."""
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
         row = {"group": None, "labelled": True, "attributes": [[0.0] * len(ATTRIBUTE_NAMES)] * 2}
+        row |= {"repairs": [], "doubts": []}
         with (Path(folder) / "train.jsonl").open("w") as table:
             table.writelines(json.dumps({"id": f"p{i:06d}"} | row) + "\n" for i in range(n_patients))
         shape = (2 * n_patients, 4, GRID.n_slices, 12, 12)

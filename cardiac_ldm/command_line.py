@@ -22,27 +22,9 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_VALUES = {"-p", "-r", "--parameters", "--parameters_raw"}
-ONE_VALUE = {
-    "-f",
-    "-y",
-    "-b",
-    "-k",
-    "-l",
-    "--parameters_file",
-    "--parameters_yaml",
-    "--parameters_base64",
-    "--engine",
-    "--autosave-cell-every",
-    "--kernel",
-    "--language",
-    "--cwd",
-    "--stdout-file",
-    "--stderr-file",
-    "--log-level",
-    "--start-timeout",
-    "--start_timeout",
-    "--execution-timeout",
-}
+ONE_VALUE = {"-f", "-y", "-b", "-k", "-l", "--parameters_file", "--parameters_yaml", "--parameters_base64", "--engine"}
+ONE_VALUE |= {"--autosave-cell-every", "--kernel", "--language", "--cwd", "--stdout-file", "--stderr-file"}
+ONE_VALUE |= {"--log-level", "--start-timeout", "--start_timeout", "--execution-timeout"}
 
 
 class NBClientEngine(engines.NBClientEngine):

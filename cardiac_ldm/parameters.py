@@ -5,10 +5,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ValidationError, ValidationInfo, field_validator
 
 from cardiac_ldm.cohort import Manifest, load_manifest
 from cardiac_ldm.cohort.prepare import enrolled
@@ -18,12 +17,25 @@ from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.privacy.accounting import LEAST
 from cardiac_ldm.privacy.table import SHARE
 from cardiac_ldm.profile import Profile, Role, sentence
+from cardiac_ldm.settings import Settings
 
 MOST_RELEASED = 99999
 """Synthetic patients in one release: their names have five digits."""
 
 
-class Parameters(BaseModel):
+def _whole(low: int, high: int, why: str = "") -> BeforeValidator:
+    """A whole number in a range, which papermill may hand over as text."""
+
+    def whole(value: object) -> int:
+        number = _number(value)
+        if number is None or not low <= number <= high or number != int(number):
+            raise ValueError(f"must be a whole number from {low}{why} to {high}")
+        return int(number)
+
+    return BeforeValidator(whole)
+
+
+class Parameters(Settings, strict=True):
     """What every notebook takes.
 
     profile: a name in `cardiac_ldm/profiles`, or the path of a YAML file. cohort_public, cohort_private: manifests in
@@ -31,13 +43,12 @@ class Parameters(BaseModel):
     environment or the manifest says). seed: of everything but the randomness that protects real patients.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     profile: str = "demo"
     cohort_public: str = "phantom_public"
     cohort_private: str = "phantom_private"
     data_root_public: str = ""
     data_root_private: str = ""
-    seed: int = 0
+    seed: Annotated[int, _whole(0, 2**32 - 1)] = 0
     fewest_tested: ClassVar[int] = MIN_PATIENTS
 
     @field_validator("*", mode="before")
@@ -46,14 +57,6 @@ class Parameters(BaseModel):
         if cls.model_fields[str(of.field_name)].annotation is str and not isinstance(value, str):
             raise ValueError("must be text; papermill's option -r keeps what looks like a number as it is")
         return value
-
-    @field_validator("seed", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> int:
-        number = _number(value)
-        if not (number is not None and 0 <= number < 2**32 and number == int(number)):
-            raise ValueError(f"must be a whole number from 0 to {2**32 - 1}")
-        return int(number)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -148,6 +151,9 @@ def _yes_or_no(value: object) -> object:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
+YesOrNo = Annotated[bool, BeforeValidator(_yes_or_no)]
+
+
 def _present(manifest: Manifest, root: str, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """A cohort's patients by split, all of whom must be where its files are."""
     place = manifest.data_root(Path(root) if root else None)
@@ -183,10 +189,9 @@ class ModelParameters(Parameters):
     """
 
     epsilon: float = 10
-    spend: bool = False
+    spend: YesOrNo = False
     lowest: ClassVar[float] = 0
     fewest_tested: ClassVar[int] = 1
-    _agreed = field_validator("spend", mode="before")(_yes_or_no)
 
     @field_validator("epsilon", mode="before")
     @classmethod
@@ -206,7 +211,7 @@ class ModelParameters(Parameters):
 class FinetuneParameters(ModelParameters):
     """Of the fine-tuning notebook: epsilon is above 0."""
 
-    lowest: ClassVar[float] = float(np.nextafter(0, 1))
+    lowest: ClassVar[float] = math.nextafter(0, 1)
 
 
 class ReleaseParameters(ModelParameters):
@@ -218,20 +223,11 @@ class ReleaseParameters(ModelParameters):
     the release away. share_model: whether weights and ledgers go with it.
     """
 
-    patients: int = 100
+    patients: Annotated[int, _whole(MIN_PATIENTS, MOST_RELEASED, ", which measures need,")] = 100
     attributes: str = "public"
     table_share: float = SHARE
     licence: str = "no licence: the holder has not chosen one yet"
-    share_model: bool = False
-    _yes = field_validator("share_model", mode="before")(_yes_or_no)
-
-    @field_validator("patients", mode="before")
-    @classmethod
-    def _enough(cls, value: object) -> int:
-        number = _number(value)
-        if number is None or number != int(number) or not MIN_PATIENTS <= number <= MOST_RELEASED:
-            raise ValueError(f"must be a whole number from {MIN_PATIENTS}, which measures need, to {MOST_RELEASED}")
-        return int(number)
+    share_model: YesOrNo = False
 
     @field_validator("table_share", mode="before")
     @classmethod
@@ -272,14 +268,13 @@ class CompareParameters(Parameters):
     """
 
     epsilons: tuple[float, ...] = (0, 1, 10, math.inf)
-    spend: bool = False
-    _agreed = field_validator("spend", mode="before")(_yes_or_no)
+    spend: YesOrNo = False
 
     @field_validator("epsilons", mode="before")
     @classmethod
     def _in_range(cls, value: object) -> tuple[float, ...]:
         given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        numbers = {part.strip() if isinstance(part, str) else part: _number(part) for part in given}
+        numbers = {part.strip() if isinstance(part, str) else str(part): _number(part) for part in given}
         for part, number in numbers.items():
             if number is None or number < 0:
                 raise ValueError(f"{part!r} must be a number of at least 0; separate them by commas")

@@ -101,6 +101,15 @@ def test_ukbb_is_read_with_the_names_of_the_research_analysis_platform(tmp_path)
     assert ukbb(tmp_path, f"{columns}\n1000011,Female,61,24.5\n") == {"SEX": 0, "AGE": 61, "BMI": 24.5}
 
 
+def test_a_ukbb_participant_whom_the_table_lacks_is_unknown_where_it_names_another(tmp_path):
+    for eid in ("1000001_2_0", "1000002_2_0"):
+        mini.make_ukbb(tmp_path / "data", eid)
+    (tmp_path / "data/fields.csv").write_text("eid,p31\n1000001,Male\n")
+    manifest = mini.manifest(tmp_path, "ukbb", reader={"kind": "ukbb", "table": "fields.csv"})
+    assert read_patient(manifest, tmp_path / "data", "1000001_2_0").attributes == {"SEX": 1}
+    assert read_patient(manifest, tmp_path / "data", "1000002_2_0").attributes == {}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -201,6 +210,9 @@ def test_excluding_somebody_who_is_not_there_is_refused_without_anybody_elses_na
         manifest.patient_ids("train", PATIENTS)
     assert "mini: exclude: number 1 is no patient of this cohort; correct the name" in str(caught.value)
     assert not any(name in str(caught.value) for name in PATIENTS)
+    if shares:  # of a folder that holds nobody, the folder is wrong: to take out who left would bring them back
+        with pytest.raises(CohortError, match="no patients of the layout table are there; is the root right"):
+            manifest.patient_ids("train", ())
 
 
 def test_exclude_is_a_list_of_names_once_each_that_leaves_somebody(tmp_path):
@@ -243,8 +255,30 @@ def test_new_lists_files_that_no_table_lists(tmp_path, capsys):
     manifest = load_manifest(new(tmp_path / "data", tmp_path / "guess.yaml"))
     printed = capsys.readouterr().out
     assert "2 patients in 4 rows, 4 labelled" in printed
-    assert "anna/scout.nii: says neither ED nor ES; left out" in printed
+    assert "anna/scout.nii: doesn't say ED or ES, or not whose it is; left out" in printed
     assert_is_the_heart(read_patient(manifest, manifest.data_root(), "anna"))
+
+
+def test_new_takes_names_from_files_where_folders_tell_nobody_apart(tmp_path, capsys):
+    for seed, name in enumerate(("anna", "berta")):
+        for phase in mini.PHASES:
+            for array, folder, end in zip(mini.heart(phase, seed), ("images", "labels"), ("", "_gt"), strict=True):
+                mini.save(array, tmp_path / f"data/{folder}/{name}_{phase}{end}.nii.gz")
+    manifest = load_manifest(new(tmp_path / "data", tmp_path / "guess.yaml"))
+    printed = capsys.readouterr().out
+    assert "2 patients in 4 rows, 4 labelled" in printed
+    assert "left out" not in printed
+    assert_is_the_heart(read_patient(manifest, manifest.data_root(), "anna"))
+
+
+def test_new_says_which_files_nobody_can_be_told_from(tmp_path, capsys):
+    for phase in mini.PHASES:
+        for again in ("", " copy"):
+            mini.save(mini.heart(phase)[0], tmp_path / f"data/anna/{phase}{again}.nii.gz")
+    new(tmp_path / "data", tmp_path / "guess.yaml")
+    printed = capsys.readouterr().out
+    assert "1 patients in 2 rows" in printed
+    assert printed.count(".nii.gz: doesn't say ED or ES, or not whose it is; left out") == 2
 
 
 def test_new_says_what_it_lacks(tmp_path, capsys):

@@ -32,6 +32,7 @@ from cardiac_ldm.parameters import (
     EvaluateParameters,
     FinetuneParameters,
     Parameters,
+    ReleaseParameters,
 )
 from cardiac_ldm.trained import ROOT
 from tests.conftest import TINY
@@ -279,6 +280,14 @@ def test_budgets_of_which_one_is_none_are_refused(value: str, tmp_path: Path) ->
         CompareParameters.read(given(["-p", "epsilons", value], tmp_path, "notebooks/06_tradeoff.ipynb"))
     with pytest.raises(StudyError, match="must hold at least one budget"):
         CompareParameters.read({"epsilons": []})
+    with pytest.raises(StudyError, match=r"'\[1\]' must be a number"):
+        CompareParameters.read({"epsilons": [[1]]})
+
+
+@pytest.mark.parametrize("value", ["inf", "7", "8.5", "100000", "many"])
+def test_patients_of_a_release_are_a_whole_number_that_measures_and_names_allow(value: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"^patients: .*must be a whole number from 8, which measures need, to 99999"):
+        ReleaseParameters.read(given(["-p", "patients", value], tmp_path, "notebooks/08_release.ipynb"))
 
 
 @pytest.mark.parametrize(("option", "value", "seed"), [("-p", "3", 3), ("-r", "0", 0), ("-p", "0.0", 0)])

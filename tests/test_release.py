@@ -379,6 +379,7 @@ def test_attributes_of_real_private_patients_leave_with_noise_alone(hospital: St
         ("LVEDV\n1000\n", "LVEDV is 1000; expected 60 to 350 mL"),
         ("patient,LVEDV\nanna,100\n", "has the column 'patient'; columns are attributes"),
         ("SEX\nwoman\n", "SEX is woman; expected 0 to 1"),
+        ("LVEF,RVEF\n55,60,\n", "a row has more cells than the header"),
     ],
 )
 def test_a_table_of_requests_against_physics_is_refused(tmp_path: Path, table: str, says: str) -> None:

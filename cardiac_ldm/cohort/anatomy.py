@@ -4,7 +4,7 @@ Errors refuse a patient; doubts are remarked and kept with them. Thresholds lie 
 phantoms have and what each corruption of them has; `python -m benchmarks.data_faults` measures both on others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -94,11 +94,13 @@ def examine(volumes: Sequence[Volume], said: Mapping[str, float], sources: Sourc
 
 def examine_labels(volumes: Sequence[Volume], said: Mapping[str, float], sources: Sources) -> list[Finding]:
     """What labels tell, and the table against them: for labels by a segmenter these are doubts, since it may err."""
+    labels = labels_by_phase(volumes)
+    measured = measure_attributes(labels, volumes[0].spacing_mm) if labels else {}
     found = [finding for v in volumes if v.labels is not None for finding in _labels(v, v.labels, sources)]
-    if all(finding.doubt for finding in found):  # sizes and sides of labels that are something else mean nothing
-        found += [*_sides(volumes, sources), *_sizes(volumes, sources)]
-    trusted = all(finding.doubt for finding in found)
-    return [*found, *_order(volumes, sources, "labels"), *_table(volumes, said, sources, trusted)]
+    if measured and all(finding.doubt for finding in found):  # those of labels that are something else mean nothing
+        found += [*_sides(volumes, labels, measured["ANGLE"], sources), *_sizes(labels, measured, sources)]
+    trusted = measured if all(finding.doubt for finding in found) else {}
+    return [*found, *_order(volumes, sources, "labels"), *_table(said, trusted, sources)]
 
 
 def segmented(patient: Patient, seen: Mapping[str, np.ndarray]) -> list[str]:
@@ -249,9 +251,10 @@ def _scattered(mask: np.ndarray) -> float:
     return float(apart / max(mask.sum(), 1))
 
 
-def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
+def _sides(
+    volumes: Sequence[Volume], labels: Mapping[str, np.ndarray], angle: float, sources: Sources
+) -> Iterator[Finding]:
     """Where the RV lies beside the LV, and whether the heart is its own mirror image."""
-    labels = labels_by_phase(volumes)
     with_rv = [phase for phase, one in labels.items() if (one == RV).any()]
     if not with_rv:
         return
@@ -261,7 +264,7 @@ def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         yield Finding(
             "no RV", sources.labels[lacking], f"has no RV, which is labelled at {phase}; label it, or not", True
         )
-    angle, hand = measure_attributes(labels, volumes[0].spacing_mm)["ANGLE"], handedness(volumes)
+    hand = handedness(volumes)
     if not ANGLES[0] <= angle <= ANGLES[1]:
         ways = _REFLECTIONS if hand < 0 else _TURNS
         fits = {way: (by + (-angle if hand < 0 else angle)) % 360 for way, by in ways.items()}
@@ -274,11 +277,7 @@ def _sides(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
         yield Finding("reflected", sources.images[phase], says, True)
 
 
-def _sizes(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
-    labels = labels_by_phase(volumes)
-    if not labels:
-        return
-    measured = measure_attributes(labels, volumes[0].spacing_mm)
+def _sizes(labels: Iterable[str], measured: Mapping[str, float], sources: Sources) -> Iterator[Finding]:
     last = sources.labels[list(labels)[-1]]
     if measured["LVESV"] > measured["LVEDV"]:
         met = f"{measured['LVESV']:.0f} mL against {measured['LVEDV']:.0f} mL"
@@ -293,8 +292,8 @@ def _sizes(volumes: Sequence[Volume], sources: Sources) -> Iterator[Finding]:
             yield Finding("size", sources.labels["ES" if "ES" in name else "ED"], says, name != "LVEDV")
 
 
-def _table(volumes: Sequence[Volume], said: Mapping[str, float], sources: Sources, trusted: bool) -> Iterator[Finding]:
-    """The table against itself, and against labels that may be trusted."""
+def _table(said: Mapping[str, float], measured: Mapping[str, float], sources: Sources) -> Iterator[Finding]:
+    """The table against itself, and against what labels measure, where they may be trusted."""
     for side in ("LV", "RV"):
         full, empty, ef = (said.get(f"{side}{end}") for end in ("EDV", "ESV", "EF"))
         if not (full and empty):
@@ -306,12 +305,8 @@ def _table(volumes: Sequence[Volume], said: Mapping[str, float], sources: Source
         elif ef and abs(ef - makes) > EF_POINTS:
             says = f"{side}EF is {ef:g} %, but volumes of {full:g} and {empty:g} mL make {makes:.0f} %"
             yield Finding("table", sources.table, f"{says}; correct them")
-    labels = labels_by_phase(volumes)
-    if not labels or not trusted:
-        return
-    measured = measure_attributes(labels, volumes[0].spacing_mm)
     for name in ("LVEDV", "LVESV", "RVEDV", "RVESV"):
-        given, seen = said.get(name, np.nan), measured[name]
+        given, seen = said.get(name, np.nan), measured.get(name, np.nan)
         if seen > 0 and abs(given - seen) > LEAST_ML and max(given / seen, seen / given) > DOUBTED_FACTOR:
             says = f"{name} is {given:g} mL, but the labels measure {seen:.0f} mL; correct the table, or the labels"
             yield Finding("table", sources.table, says, max(given / seen, seen / given) <= FACTOR)

@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from cardiac_ldm.errors import CohortError, PrivacyError
+from cardiac_ldm.settings import Settings
 
 MANIFEST_FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 SPLITS = ("train", "validation", "test")
 _ROOT = "CARDIAC_LDM_ROOT_{}"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PhantomReader(_Strict):
+class PhantomReader(Settings):
     """Simulated patients: their population, and the seed that fixes every one of them."""
 
     kind: Literal["phantom"]
@@ -31,34 +28,34 @@ class PhantomReader(_Strict):
     seed: int = Field(ge=0)
 
 
-class AcdcReader(_Strict):
+class AcdcReader(Settings):
     """The ACDC challenge's own folder layout, as it's downloaded (training/patient001) or without its outer folder."""
 
     kind: Literal["acdc"]
 
 
-class MnmsReader(_Strict):
+class MnmsReader(Settings):
     """The M&Ms challenge's own folder layout; table is its CSV, below the data root."""
 
     kind: Literal["mnms"]
     table: str = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
 
 
-class Mnms2Reader(_Strict):
+class Mnms2Reader(Settings):
     """The M&Ms-2 challenge's own folder layout; table is its CSV, below the data root."""
 
     kind: Literal["mnms2"]
     table: str = "dataset_information.csv"
 
 
-class UkbbReader(_Strict):
+class UkbbReader(Settings):
     """UK Biobank in the layout of the converter ukbb_cardiac; table is a CSV of the fields, below the data root."""
 
     kind: Literal["ukbb"]
     table: str | None = None
 
 
-class TableReader(_Strict):
+class TableReader(Settings):
     """Any folder of NIfTI files; table is the CSV that lists them, labels maps the files' label values to ours."""
 
     kind: Literal["table"]
@@ -88,7 +85,7 @@ def _members(value: Any) -> int | float | tuple[str, ...]:  # noqa: ANN401
 Members = Annotated[int | float | tuple[str, ...], BeforeValidator(_members)]
 
 
-class Splits(_Strict):
+class Splits(Settings):
     """Who belongs where: patients' names, or shares that sum to 1, or for simulated cohorts how many are drawn."""
 
     train: Members
@@ -115,7 +112,7 @@ class Splits(_Strict):
         return self
 
 
-class Budget(_Strict):
+class Budget(Settings):
     """The most that any one real private patient may spend in all runs together; its owner decides it, in public.
 
     patients: how many places there are to learn from, public too: who joins or leaves fills one or leaves it empty, so
@@ -127,7 +124,7 @@ class Budget(_Strict):
     patients: int | None = Field(default=None, gt=0)
 
 
-class Manifest(_Strict):
+class Manifest(Settings):
     """A cohort: its name, whether it's public or private, simulated or real, its terms of use, reader and splits.
 
     obtain: how to get the data, and what of it is public. budget: needed of real private patients. checksums:
@@ -224,7 +221,7 @@ class Manifest(_Strict):
         elif isinstance(self.splits.train, tuple):
             known = {name for _, members in self.splits for name in members}
         known |= set(map(self.person, known))
-        for number, patient in enumerate(self.exclude, 1):
+        for number, patient in enumerate(self.exclude if known else (), 1):  # else the folder is wrong, not the name
             if patient not in known:  # who withdrew is nobody else's business: no name is told
                 raise CohortError(
                     f"{self.name}: exclude: number {number} is no patient of this cohort; correct the name, or take it "

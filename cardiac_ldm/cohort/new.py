@@ -118,7 +118,7 @@ def _listed(folder: Path, tables: dict[str, list[str]]) -> tuple[dict[str, Any],
     """Write a table of the NIfTI files, by what their names say. Raises CohortError."""
     rows, unclear = _rows(folder)
     if not rows:
-        seen = f"{len(unclear)} NIfTI files whose names say neither ED nor ES" if unclear else "no NIfTI file"
+        seen = f"{len(unclear)} NIfTI files whose names don't say ED or ES" if unclear else "no NIfTI file"
         hint = f"; {', '.join(tables)} lacks the columns patient, phase, path" if tables else ""
         raise CohortError(
             f"{folder}: holds {seen}{hint}; list the files in a CSV with the columns patient, phase, path (and labels, "
@@ -136,13 +136,16 @@ def _listed(folder: Path, tables: dict[str, list[str]]) -> tuple[dict[str, Any],
     said.append(
         f"{len({row[0] for row in rows})} patients in {len(rows)} rows, {sum(bool(r[3]) for r in rows)} labelled"
     )
-    said += [f"{file}: says neither ED nor ES; left out" for file in unclear[:10]]
+    said += [f"{file}: doesn't say ED or ES, or not whose it is; left out" for file in unclear[:10]]
     return {"kind": "table", "table": _TABLE}, said
 
 
 def _rows(folder: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """Rows (patient, phase, path, labels), and the files whose names don't tell."""
-    met: dict[tuple[str, str], dict[bool, str]] = defaultdict(dict)
+    """Rows (patient, phase, path, labels), and the files whose names don't tell.
+
+    A patient's name is their folder's; where folders don't tell patients apart, as `images` and `labels` don't, files'.
+    """
+    told: list[tuple[Path, str, str, bool]] = []
     unclear = []
     for path in sorted(path for end in ENDINGS for path in folder.rglob(f"*{end}") if path.is_file()):
         file = path.relative_to(folder)
@@ -152,7 +155,14 @@ def _rows(folder: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
             unclear.append(file.as_posix())
             continue
         rest = [word for word in words if word.lower() not in (*_LABELS, *_PHASES)]
-        patient = "_".join(file.parent.parts or rest)
-        met[patient, phase][any(word.lower() in _LABELS for word in words)] = file.as_posix()
+        told.append((file, "_".join(rest), phase, any(word.lower() in _LABELS for word in words)))
+    by_folder = {file: "_".join(file.parent.parts) or name for file, name, *_ in told}
+    for names in (by_folder, {file: name for file, name, *_ in told}, by_folder):
+        met: dict[tuple[str, str], dict[bool, str]] = defaultdict(dict)
+        for file, _, phase, labels in reversed(told):
+            met[names[file], phase][labels] = file.as_posix()
+        left = {file for files in met.values() for file in files.values() if False in files}
+        if len(left) == len(told) and all(names.values()):
+            break
     rows = [(*who, files[False], files.get(True, "")) for who, files in sorted(met.items()) if False in files]
-    return rows, unclear
+    return rows, unclear + sorted(file.as_posix() for file, *_ in told if file.as_posix() not in left)

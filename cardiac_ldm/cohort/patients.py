@@ -237,7 +237,8 @@ class Patients(Sequence[PatientRecord]):
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Patients({self.name}, {self.split}, {self.role}, {len(self)} patients)"
+        count = "" if self.secret else f", {len(self)} patients"  # which only the holder may know
+        return f"Patients({self.name}, {self.split}, {self.role}{count})"
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def _ukbb_fields(reading: Reading, table: str, patient: str) -> list[tuple[str, 
         known = ", ".join(UKBB_FIELDS)
         raise reading.error(table, f"has none of the fields {known}, by these names or as p31, p21003_i2; export them")
     if patient not in rows.index:
-        if rows.index.isin([path.name for path in reading.root.iterdir()]).any():
+        if rows.index.isin([path.name.partition("_")[0] for path in reading.root.iterdir()]).any():
             return []
         raise reading.error(table, "lists no participant who has a folder; are the eids another application's?")
     row = rows.loc[[patient]]

@@ -49,10 +49,12 @@ def of_table(path: Path) -> np.ndarray:
     """The rows of a CSV whose columns are attributes by our names, in our units: float32 (n, 14), NaN where empty.
 
     Raises:
-        CohortError: a column or value is wrong, or physics forbids it; the message names file, line and value.
+        CohortError: a column or value is wrong, or physics forbids it; the message names file and value.
     """
     try:
         text = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").rename(columns=str.strip)
+        if not isinstance(text.index, pd.RangeIndex):  # pandas would take the first cells for names of rows
+            raise ValueError("a row has more cells than the header; remove those, or a comma at the rows' ends")
         names = list(text)
         wanted = [name for name in ATTRIBUTE_NAMES if name in names and name != "ESED"]
         if unknown := [name for name in names if name not in wanted]:

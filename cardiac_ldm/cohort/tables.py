@@ -17,11 +17,6 @@ UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "none", "null")
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
-def column(name: str) -> str:
-    """A column's name as it stands."""
-    return name
-
-
 def ukbb_field(name: str) -> str:
     """A UK Biobank column as field-instance.array (21003-2.0), from the ways in which it's been exported.
 
@@ -42,7 +37,7 @@ def read_table(
     needed: Sequence[str],
     optional: Sequence[str] = (),
     others: bool = True,
-    named: Callable[[str], str] = column,
+    named: Callable[[str], str] = str,
 ) -> pd.DataFrame:
     """A CSV's rows as text, indexed by the column `key`; cached until the file is modified (st_mtime_ns).
 
