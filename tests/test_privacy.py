@@ -696,9 +696,15 @@ def test_proposals_fill_the_hours_and_come_in_the_order_of_their_signal() -> Non
         assert 0.99 < spent <= 1.0
 
 
-@pytest.mark.parametrize("changes", [{"hours": 0.1}, {"n_patients": 31}])
-def test_too_few_hours_or_patients_are_one_sentence(changes: dict[str, Any]) -> None:
-    with pytest.raises(ParameterError, match=r"hours: .* hold .* gradients of .* patients; 30 steps of 16") as raised:
+def test_everybody_in_every_step_is_proposed_too() -> None:
+    table = propose(1.0, 1e-5, **(OFFER | {"n_patients": 31}))
+    assert table[["expected_batch", "steps"]].to_numpy().tolist() == [[31, 38]]
+    assert set(propose(1.0, 1e-5, **(OFFER | {"hours": 0.7})).expected_batch) == {16, 32, 80}
+
+
+@pytest.mark.parametrize(("changes", "fewest"), [({"hours": 0.1}, 16), ({"n_patients": 31, "hours": 0.1}, 31)])
+def test_too_few_hours_are_one_sentence(changes: dict[str, Any], fewest: int) -> None:
+    with pytest.raises(ParameterError, match=rf"hours: .* hold .* gradients of .* 30 steps of {fewest} are") as raised:
         propose(3.0, 1e-5, **(OFFER | changes))
     assert "\n" not in str(raised.value)
 

@@ -197,7 +197,7 @@ def _trained(
     seed: int,
 ) -> Network:
     network = _seeded(build, seed)
-    return _train(network, loss, n, budget.steps, budget.batch, budget.learning_rate, seed, progress=True)[0]
+    return _train(network, loss, n, budget.steps, budget.batch, budget.learning_rate, seed)[0]
 
 
 @torch.no_grad()

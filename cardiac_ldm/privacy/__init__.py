@@ -1,6 +1,6 @@
 """The mechanism that every private patient goes through, and the ledger that states what it spent."""
 
-from cardiac_ldm.privacy.accounting import Mechanism, epsilon_pld, epsilon_prv, epsilon_rdp
+from cardiac_ldm.privacy.accounting import Mechanism, epsilon_pld, epsilon_prv
 from cardiac_ldm.privacy.budget import Record
 from cardiac_ldm.privacy.dpsgd import PrivatePlan, Randomness
 from cardiac_ldm.privacy.ledger import Ledger, Standing, public_ledger
@@ -14,6 +14,5 @@ __all__ = [
     "Standing",
     "epsilon_pld",
     "epsilon_prv",
-    "epsilon_rdp",
     "public_ledger",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_data_path
+from scipy.cluster.hierarchy import DisjointSet
 
 from cardiac_ldm.cohort import Patients
 from cardiac_ldm.cohort.manifest import Budget
@@ -122,16 +123,12 @@ class Record:
 
         It's the most that any one person has, among all whom these runs touched: also those who have left since.
         """
-        spends, leads, touched = self.spends, dict[str, str](), defaultdict[str, set[int]](set)
-
-        def first(key: str) -> str:
-            while leads.setdefault(key, key) != key:
-                key = leads[key]
-            return key
-
+        spends, same, touched = self.spends, DisjointSet(), defaultdict[str, set[int]](set)
         for person in (*people, *(person for spend in spends for person in spend.people)):
             for key in person:
-                leads[first(key)] = first(person[0])
+                same.add(key)
+                same.merge(person[0], key)
+        first = same.__getitem__
         for number, spend in enumerate(spends):
             for person in spend.people:
                 touched[first(person[0])].add(number)

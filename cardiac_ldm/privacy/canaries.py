@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from cardiac_ldm.errors import ParameterError
-from cardiac_ldm.privacy.dpsgd import PrivatePlan, Randomness
+from cardiac_ldm.privacy.dpsgd import PrivatePlan, Randomness, UnitLoss
 from cardiac_ldm.privacy.ledger import Ledger
 
 EXCESS = 1e3
 """A canary's gradient is this many times as long as the clip, so that a clip that is missing or too large shows."""
 
-UnitLoss = Callable[[int, torch.Generator], Tensor | None]
 BatchLoss = Callable[[Sequence[int]], UnitLoss]
 
 

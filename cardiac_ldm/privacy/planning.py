@@ -31,13 +31,13 @@ def propose(
         and of_run, sqrt(steps) times as much, if the gradient kept its direction.
 
     Raises:
-        ParameterError: the hours don't suffice for 30 steps of the smallest batch (16 patients).
+        ParameterError: the hours don't suffice for 30 steps of the smallest batch, 16 patients or all of fewer than 32.
     """
     visits, rows = int(hours * 3600 / seconds_per_patient), []
-    for batch in (2**power for power in range(4, 20)):
-        steps = visits // batch
-        if batch > n_patients // 2 or steps < FEWEST_STEPS:
-            break
+    drawn = [2**power for power in range(4, 20) if 2**power <= n_patients // 2]
+    for batch in (*drawn, n_patients):  # or everybody in every step
+        if (steps := visits // batch) < FEWEST_STEPS:
+            continue
         plan = PrivatePlan.for_budget(
             epsilon, delta, n_patients=n_patients, expected_batch=batch, steps=steps, clip=1.0, draws=1
         )
@@ -45,8 +45,8 @@ def propose(
         rows.append((batch, steps, plan.noise_multiplier, signal, signal * math.sqrt(steps)))
     if not rows:
         raise ParameterError(
-            f"hours: {hours} hold {visits} gradients of {n_patients} patients; {FEWEST_STEPS} steps of 16 of at least "
-            "32 patients are needed: give more hours or patients, or a smaller model"
+            f"hours: {hours} hold {visits} gradients of {n_patients} patients; {FEWEST_STEPS} steps of "
+            f"{min([*drawn, n_patients])} are needed: give more hours, or a smaller model"
         )
     columns = ["expected_batch", "steps", "noise_multiplier", "signal_to_noise", "of_run"]
     return pd.DataFrame(rows, columns=columns).sort_values("of_run", ignore_index=True)

@@ -124,7 +124,6 @@ def _train(
     batch: int,
     learning_rate: float,
     seed: int,
-    progress: bool = True,
     state: Path | None = None,
 ) -> tuple[Network, list[dict[str, float]]]:
     """AdamW; a step's volumes are all different, drawn from the seed."""
@@ -135,4 +134,4 @@ def _train(
 
     recipe = Recipe(steps, learning_rate, torch.optim.AdamW, warm_up=0.3, clip=None)
     name = type(network).__name__
-    return network, fit(network, loss, recipe, name, generator=generator, state=state, progress=progress)
+    return network, fit(network, loss, recipe, name, generator=generator, state=state)

@@ -63,7 +63,6 @@ def fit(
     generator: torch.Generator | None = None,
     first: int = 0,
     state: Path | None = None,
-    progress: bool = True,
 ) -> list[dict[str, float]]:
     """Train a network in place, on the device that computes; it's left there in evaluation mode.
 
@@ -119,8 +118,7 @@ def fit(
         return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     written, begun = time.monotonic(), len(losses)
-    hide = not progress or not is_first_process()
-    with tqdm(total=recipe.steps, initial=begun, desc=name, unit="step", disable=hide) as bar:
+    with tqdm(total=recipe.steps, initial=begun, desc=name, unit="step", disable=not is_first_process()) as bar:
         for step in range(first + begun, first + recipe.steps):
             with computing():
                 loss = loss_of(step)

@@ -18,7 +18,8 @@ from cardiac_ldm.cohort import Patients, require_public
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import PrivatePlan
-from cardiac_ldm.privacy.canaries import BatchLoss, UnitLoss, sensitivity
+from cardiac_ldm.privacy.canaries import BatchLoss, sensitivity
+from cardiac_ldm.privacy.dpsgd import UnitLoss
 from cardiac_ldm.training.pretrain import random_loss
 
 _CRITIC_STEPS, _CRITIC_RATE = 5, 2e-3

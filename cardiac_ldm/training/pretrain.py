@@ -171,15 +171,9 @@ def random_noising(latents: Tensor, generator: torch.Generator, bands: Bands = _
     return lows[chosen].long() + within.long(), torch.randn(latents.shape, generator=generator)
 
 
-def random_loss(
-    model: Denoiser,
-    latents: Tensor,
-    attributes: Tensor,
-    generator: torch.Generator,
-    bands: Bands = _ALL,
-) -> Tensor:
-    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep, of these bands, and noise a row."""
-    drawn = (part.to(latents.device) for part in random_noising(latents, generator, bands))
+def random_loss(model: Denoiser, latents: Tensor, attributes: Tensor, generator: torch.Generator) -> Tensor:
+    """Diffusion loss (b,) of latents (b, c, d, h, w) at one random timestep and noise a row."""
+    drawn = (part.to(latents.device) for part in random_noising(latents, generator))
     return model.loss(latents, attributes, *drawn)
 
 
