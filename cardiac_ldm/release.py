@@ -26,14 +26,7 @@ from filelock import FileLock
 
 from cardiac_ldm.cohort import Volumes, load_manifest
 from cardiac_ldm.cohort.prepare import ONE_THREAD, end_with_parent
-from cardiac_ldm.cohort.requests import (
-    both_phases,
-    completed,
-    of_public,
-    of_table,
-    refuse_private,
-    with_end_systole,
-)
+from cardiac_ldm.cohort.requests import both_phases, completed, of_public, of_table, refuse_private, with_end_systole
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.candidates import CANDIDATES, choose
 from cardiac_ldm.evaluation.synthesis import synthesise
@@ -63,22 +56,25 @@ def release(study: Study) -> Path:
     assert isinstance(parameters, ReleaseParameters)
     tables = [study.tabulated(parameters.table_epsilon)] if parameters.table_epsilon else []
     if parameters.attributes not in ("public", "private"):
-        _of_csv(study)  # before hours of training
+        _of_csv(study, parameters)  # before hours of training
     model = study.finetuned(study.beside_table(parameters.epsilon, parameters.table_epsilon))
     ledgers = [run.ledger for run in (*tables, model)]
     together = standing(*ledgers, together=study.together() if parameters.epsilon else None)
     ledger, wanted = composed(ledgers, parameters.epsilon), requests(study)
     run = place(study.runs, "release", _described(study, model, wanted))
     begun = run.folder / "begun.txt"
-    about = _about(study, ledger, begun.read_text() if begun.exists() else datetime.now(UTC).date().isoformat())
+    date = begun.read_text() if begun.exists() else datetime.now(UTC).date().isoformat()
+    about = _about(study, parameters, ledger, date)
     final = study.runs / "release" / about.name
-    if final.exists():
-        raise ParameterError(f"{final} exists; move it away, or ask for another release")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.folder / "lock"):
+    with FileLock(study.runs / f".{run.folder.name}.lock"):  # outside of the folder, which goes at the end
+        if final.exists():
+            raise ParameterError(f"{final} exists; move it away, or ask for another release")
+        run.folder.mkdir(parents=True, exist_ok=True)
         begun.write_text(about.date)
         unfinished = run.folder / "unfinished"
-        _draw_missing(_sampler(study, model, unfinished, run.folder / "rows"), wanted)
+        networks = study.load_autoencoder(), study.denoiser(model), *study.anatomy_networks
+        settings = study.profile.sampling.model_dump() | {"seed": study.seed}
+        _draw_missing(_Sampler(*networks, settings, unfinished, run.folder / "rows"), wanted)
         measured = _measured(study, run, unfinished, wanted, plain(parameters.epsilon))
         if parameters.share_model:
             shared = {"denoiser": model, "autoencoder": study.autoencoder}
@@ -87,7 +83,7 @@ def release(study: Study) -> Path:
         write_rest(unfinished, about, ledgers, together, rows, study.evaluation(run).folder, measured)
         final.parent.mkdir(parents=True, exist_ok=True)
         unfinished.replace(final)
-    shutil.rmtree(run.folder)
+        shutil.rmtree(run.folder)
     return final
 
 
@@ -103,13 +99,11 @@ def requests(study: Study) -> np.ndarray:
     if parameters.attributes == "private":
         drawn = study.table(parameters.table_epsilon).sample(parameters.patients, rng)
         return with_end_systole(completed(drawn, public, rng))  # a public patient's fraction may not fit the volume
-    given = _of_csv(study)
+    given = _of_csv(study, parameters)
     return completed(given[np.arange(parameters.patients) % len(given)], public, rng)
 
 
-def _of_csv(study: Study) -> np.ndarray:
-    parameters = study.parameters
-    assert isinstance(parameters, ReleaseParameters)
+def _of_csv(study: Study, parameters: ReleaseParameters) -> np.ndarray:
     path, manifest = Path(parameters.attributes), load_manifest(parameters.cohort_private)
     given = of_table(path)
     if manifest.secret:
@@ -126,10 +120,8 @@ def _described(study: Study, model: Run, wanted: np.ndarray) -> dict[str, object
     return {"parameters": study.parameters.model_dump(mode="json"), "upstream": needs, "settings": settings}
 
 
-def _about(study: Study, ledger: Ledger, date: str) -> About:
+def _about(study: Study, parameters: ReleaseParameters, ledger: Ledger, date: str) -> About:
     """What the release says of itself; date: of the day on which it was begun, which a resumed one keeps."""
-    parameters = study.parameters
-    assert isinstance(parameters, ReleaseParameters)
     private = load_manifest(parameters.cohort_private)
     cohort = private.name if ledger.mechanisms else parameters.manifest("public").name
     profile = Path(parameters.profile).stem
@@ -186,12 +178,6 @@ class _Sampler:
         temporary = self.rows / f"{name}.tmp"
         temporary.write_text(json.dumps(said))
         temporary.replace(self.rows / f"{name}.json")
-
-
-def _sampler(study: Study, model: Run, folder: Path, rows: Path) -> _Sampler:
-    settings = study.profile.sampling.model_dump() | {"seed": study.seed}
-    networks = study.load_autoencoder(), study.denoiser(model), *study.anatomy_networks
-    return _Sampler(*networks, settings, folder, rows)
 
 
 def _draw_missing(sampler: _Sampler, wanted: np.ndarray) -> None:

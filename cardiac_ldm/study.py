@@ -164,7 +164,7 @@ class Study(Trained):
     @stage("counterfactual", 1, settings=_STEERED, needs=("finetuned", "reference_cohort", "anatomy"))
     def counterfactual(self, run: Run, epsilon: float) -> Metrics:
         """One attribute moves, the noise stays: how far each attribute moves in what is drawn; the table `response`."""
-        anatomy, table = control.steer(self.reference, self._reader(run, epsilon), **self._bootstrap)
+        anatomy, table = control.steer(self.reference, partial(self._read_drawn, run, epsilon), **self._bootstrap)
         run.leave(anatomy=anatomy, response=table)
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 
@@ -179,18 +179,14 @@ class Study(Trained):
     @stage("beyond", 2, settings=_STEERED, needs=("finetuned", "reference_cohort", "pretrained", "anatomy"))
     def beyond_range(self, run: Run, epsilon: float) -> Metrics:
         """Hearts smaller and larger than all public ones, measured at end-diastole; the table `beyond`."""
-        span, read = self.pretrained.metrics["span"], self._reader(run, epsilon)
+        span, read = self.pretrained.metrics["span"], partial(self._read_drawn, run, epsilon)
         anatomy, table = control.reach(self.reference, span, read, **self._bootstrap)
         run.leave(anatomy=anatomy, beyond=table)
         return {"epsilon": plain(epsilon), "model": self.finetuned(epsilon).folder.name, "rows": records(table)}
 
-    def _reader(self, run: Run, epsilon: float) -> control.Reader:
-        """Gives what is read from volumes that a budget's model draws for attributes (n, 14) of patients (n,)."""
-
-        def read(attributes: np.ndarray, patient_index: np.ndarray) -> pd.DataFrame:
-            return control.read_anatomy(self._drawn(run, epsilon, attributes, patient_index), *self.anatomy_networks)
-
-        return read
+    def _read_drawn(self, run: Run, epsilon: float, *requested: np.ndarray) -> pd.DataFrame:
+        """What is read from volumes that a budget's model draws for attributes (n, 14) of patients (n,)."""
+        return control.read_anatomy(self._drawn(run, epsilon, *requested), *self.anatomy_networks)
 
     @property
     def _bootstrap(self) -> dict[str, Any]:
@@ -222,10 +218,8 @@ class Study(Trained):
     def useful(self, run: Run, epsilon: float) -> Metrics:
         """What the training cohort of a budget is worth, alone and beside few private patients."""
         drawn, few = replace(self.training_cohort(epsilon).volumes, name="synthetic"), self._few
-        found, known = (
-            self._useful([drawn, few + drawn] if few else [drawn]),
-            self.useful_baselines.read("training_sets"),
-        )
+        found = self._useful([drawn, few + drawn] if few else [drawn])
+        known = self.useful_baselines.read("training_sets")
         rows = records(tabulate_training_sets(found, known, **self._bootstrap), 15)
         return {"epsilon": plain(epsilon), "model": run.folder.name, "rows": rows}
 

@@ -414,15 +414,11 @@ def test_a_model_that_draws_no_heart_beyond_the_public_ones_shows():
 def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_path, monkeypatch):
     drawn = []
 
-    def reader(self, run, epsilon):
+    def read(self, run, epsilon, attributes, patient_index):
         public_ledger("squares").save(run.folder / "privacy.json")
-
-        def read(attributes, patient_index):
-            drawn.append(tuple(patient_index))
-            both = np.repeat(attributes, 2, axis=0) if len(set(patient_index)) == len(patient_index) else attributes
-            return obedient(both, np.repeat(np.unique(patient_index), 2))
-
-        return read
+        drawn.append(tuple(patient_index))
+        both = np.repeat(attributes, 2, axis=0) if len(set(patient_index)) == len(patient_index) else attributes
+        return obedient(both, np.repeat(np.unique(patient_index), 2))
 
     monkeypatch.setenv("CARDIAC_LDM_RUNS", str(tmp_path))
     study = Study(Parameters(profile=str(Path(__file__).parent / "tiny.yaml")))
@@ -432,7 +428,7 @@ def test_the_stages_draw_every_request_from_the_same_noise_and_leave_tables(tmp_
     study.public = study.reference_cohort = SimpleNamespace(key="c", split=lambda name: split)  # type: ignore[assignment]
     monkeypatch.setattr(Study, "anatomy", Run("anatomy", "b", tmp_path))
     monkeypatch.setattr(Study, "finetuned", lambda self, epsilon: Run("finetune", "a", tmp_path))
-    monkeypatch.setattr(Study, "_reader", reader)
+    monkeypatch.setattr(Study, "_read_drawn", read)
     (tmp_path / "metrics.json").write_text(json.dumps({"span": public_span(split)}))
     monkeypatch.setattr(Study, "pretrained", Run("pretrain", "c", tmp_path))
 

@@ -20,13 +20,13 @@ from cardiac_ldm.evaluation.control import read_anatomy, volume_dice
 from cardiac_ldm.evaluation.features import AnatomyEncoder, slice_features
 from cardiac_ldm.evaluation.memorisation import embed
 from cardiac_ldm.evaluation.synthesis import synthesise
-from cardiac_ldm.evaluation.utility import _fit_phase_classifier, _fit_segmenter, _phases, labelled_volumes
+from cardiac_ldm.evaluation.utility import _phases, labelled_volumes
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import compute_device, device_of
 from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.profile import Profile
 from cardiac_ldm.settings import TrainingSettings
-from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
+from cardiac_ldm.training.anatomy import fit_phase_classifier, fit_segmenter, train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import HeartSettings, VQRegularisation, reconstruct, train_autoencoder
 from cardiac_ldm.training.finetune import learning
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
@@ -200,6 +200,10 @@ def test_evaluation_computes_on_the_gpu(gpu: None, public: Patients, monkeypatch
         assert len(slice_features(images, encoder)) == 8 * 7
     assert len(embed(volumes, autoencoder).vectors["latent"]) == 8
     assert volumes.labels is not None
-    trained = _fit_segmenter(images, volumes.labels, BUDGET, 0)
+    trained, _ = fit_segmenter(
+        torch.from_numpy(images), torch.from_numpy(volumes.labels), seed=0, **BUDGET.model_dump()
+    )
     assert device_of(trained) == GPU
-    assert len(_phases(_fit_phase_classifier(volumes, BUDGET, 0), images)) == 8
+    phases = torch.from_numpy(volumes.attributes[:, ATTRIBUTE_NAMES.index("ESED")])
+    classifier, _ = fit_phase_classifier(torch.from_numpy(images), phases, seed=0, **BUDGET.model_dump())
+    assert len(_phases(classifier, images)) == 8

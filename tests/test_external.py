@@ -47,6 +47,16 @@ def write_foreign(
     return folder
 
 
+def test_a_table_with_semicolons_is_read_as_one_with_commas(folder: Path) -> None:
+    once, table = read_folder(folder), folder / "attributes.csv"
+    table.write_text("sep=;\n" + table.read_text().replace(",", ";"))
+    again = read_folder(folder)
+    assert np.array_equal(once.attributes, again.attributes, equal_nan=True)
+    table.write_text(table.read_text().replace("AGE", "AGES"))
+    with pytest.raises(CohortError, match="has the unknown column 'AGES'; rename or remove it; did you mean AGE"):
+        read_folder(folder)
+
+
 def without_labels(folder: Path) -> None:
     for file in folder.glob("*_seg.nii.gz"):
         file.unlink()

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,17 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         True,
     ),
     "a patient's folder is dropped": (lambda f: shutil.rmtree(f / "sub-00003"), "don't agree: ['sub-00003']", True),
+    "the attributes are taken out": (lambda f: (f / "attributes.csv").unlink(), "FileNotFoundError", True),
+    "a volume is cut short": (
+        lambda f: verify.image(f, "sub-00001", "ES").write_bytes(verify.image(f, "sub-00001", "ES").read_bytes()[:500]),
+        "sub-00001_acq-ES_T2w.nii.gz: can't be read",
+        True,
+    ),
+    "the ledger lacks its mechanisms": (
+        lambda f: edit(f, "privacy.json", lambda x: x.pop("mechanisms")),
+        "it can't be checked to the end: KeyError: 'mechanisms'",
+        True,
+    ),
     "a sidecar says real": (
         lambda f: edit(f, SIDECAR, lambda x: x.update(Synthetic=False)),
         "its sidecar doesn't say that it's synthetic",
@@ -298,6 +310,19 @@ def test_the_projects_own_readers_take_a_release(copy: Path, tmp_path: Path) -> 
     labels = patient.volumes[0].labels
     assert labels is not None
     assert (labels == 1).nonzero()[2].mean() < (labels == 3).nonzero()[2].mean()  # not mirrored
+
+
+def test_the_same_release_asked_for_twice_at_once_is_made_once(study: Study) -> None:
+    given = {"epsilon": 0, "licence": "asked for twice"}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(release, asked(study, **given)) for _ in range(2))
+        ended = [future.exception() for future in (first, second)]
+    (refused,) = filter(None, ended)
+    assert isinstance(refused, ParameterError)
+    assert "exists; move it away, or ask for another release" in str(refused)
+    (made,) = (future.result() for future in (first, second) if not future.exception())
+    assert verify.main(made) == 0
+    shutil.rmtree(made)
 
 
 def test_killed_and_resumed_it_is_the_same_to_the_last_byte(

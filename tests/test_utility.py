@@ -157,8 +157,8 @@ def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypa
     attributes[5, ESED] = np.nan  # of patient 2
     truth[[6, 7]] = np.where(truth[[6, 7]] == 1, 0, truth[[6, 7]])  # patient 3 has no RV
     labels[8] = 0  # of patient 4, not found
-    monkeypatch.setattr(module, "_fit_segmenter", lambda *_: ByTruth(labels))
-    monkeypatch.setattr(module, "_fit_phase_classifier", lambda *_: ByPlace(np.delete(phases, 5)))
+    monkeypatch.setattr(module, "fit_segmenter", lambda *_, **__: (ByTruth(labels), []))
+    monkeypatch.setattr(module, "fit_phase_classifier", lambda *_, **__: (ByPlace(np.delete(phases, 5)), []))
     found = reached(hearts(8), replace(real, attributes=attributes, labels=truth))
     assert found.outcomes.phase.tolist() == [1, 0.5, 1, 1, 1, 1, 1, 1]
     assert found.outcomes["Dice LV"].tolist() == [1, 1, 1, 1, 0.5, 1, 1, 1]
@@ -170,7 +170,7 @@ def test_volumes_count_for_their_patient_and_what_is_not_known_does_not(monkeypa
 
 
 def test_volumes_without_labels_teach_all_but_segmentation(monkeypatch, trained, real):
-    monkeypatch.setattr(module, "_fit_segmenter", None)
+    monkeypatch.setattr(module, "fit_segmenter", None)
     blank = reached(replace(hearts(14), name="blank", labels=None), real)
     missing = blank.rows.value.isna()
     assert missing.equals(blank.rows.metric == "Dice")

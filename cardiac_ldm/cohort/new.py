@@ -12,7 +12,7 @@ import yaml
 from cardiac_ldm.cohort.manifest import MANIFEST_FOLDER, Manifest
 from cardiac_ldm.cohort.nifti import ENDINGS, on_a_line
 from cardiac_ldm.cohort.readers import list_patients
-from cardiac_ldm.cohort.tables import read_table, ukbb_field
+from cardiac_ldm.cohort.tables import header_of, read_table, ukbb_field
 from cardiac_ldm.errors import CohortError
 
 _PHASES = dict.fromkeys(("ed", "dia", "diastole", "diastolic"), "ED")
@@ -107,11 +107,9 @@ def _guess(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _columns(path: Path) -> list[str]:
     """The names in a CSV's first line, as the readers see them; none of what isn't UTF-8 text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return header_of(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return []
-    first = next((line for line in text.splitlines() if not line.lower().startswith(("sep=", '"sep='))), "")
-    return [cell.strip() for cell in next(csv.reader([first], delimiter=";" if ";" in first else ","), [])]
 
 
 def _listed(folder: Path, tables: dict[str, list[str]]) -> tuple[dict[str, Any], list[str]]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -50,17 +51,13 @@ def read_table(
     wanted = (key, *needed, *optional)
     rows: list[list[str]] = []
     try:
-        text = place.read_bytes().decode("utf-8-sig")  # as it is: a cell may hold the end of a line
-        first, _, rest = text.partition("\n")
-        said = re.fullmatch(r'"?sep=([,;])"?', first.strip(), re.IGNORECASE)
-        separator = said[1] if said else ";" if ";" in first and "," not in first else ","
-        lines = csv.reader(io.StringIO(rest if said else text, newline=""), strict=True, delimiter=separator)
+        lines, separator, said = _lines(place.read_bytes().decode("utf-8-sig"))
         header = [named(name.strip()) for name in next(lines, [])]
         kept = [index for index, name in enumerate(header) if name in wanted]
         for line in lines:
             cells = [cell.strip() for cell in line]
             if any(cells) and (len(cells) < len(header) or any(cells[len(header) :])):
-                raise ValueError(f"line {lines.line_num + bool(said)} has {len(cells)} cells, the header {len(header)}")
+                raise ValueError(f"line {lines.line_num + said} has {len(cells)} cells, the header {len(header)}")
             if any(cells):
                 rows.append([_cell(cells[i], header[i] == key, separator) for i in kept])
     except (csv.Error, ValueError) as error:
@@ -79,6 +76,24 @@ def read_table(
     if n := int((table[key] == "").sum()):
         raise ValueError(f"has {n} rows without {key}; fill them in")
     return table.set_index(key).sort_index()
+
+
+def header_of(text: str) -> list[str]:
+    """The names in a CSV's first line, as `read_table` sees them; none of what isn't CSV."""
+    try:
+        return [name.strip() for name in next(_lines(text)[0], [])]
+    except csv.Error:
+        return []
+
+
+def _lines(text: str) -> tuple[Any, str, bool]:
+    """A reader of a CSV's lines, what separates its cells, and whether a first line said that."""
+    first, _, rest = text.partition("\n")
+    said = re.fullmatch(r'"?sep=([,;])"?', first.strip(), re.IGNORECASE)
+    separator = said[1] if said else ";" if ";" in first and "," not in first else ","
+    # as it is: a cell may hold the end of a line
+    lines = csv.reader(io.StringIO(rest if said else text, newline=""), strict=True, delimiter=separator)
+    return lines, separator, bool(said)
 
 
 def _cell(text: str, is_key: bool, separator: str) -> str:

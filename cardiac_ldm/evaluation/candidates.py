@@ -3,7 +3,6 @@
 What is done to the samples of a private model is post-processing: it costs no privacy.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID, Volume, Volumes
 from cardiac_ldm.cohort.anatomy import Sources, examine
-from cardiac_ldm.evaluation.control import STEPS, read_anatomy
+from cardiac_ldm.evaluation.control import STEPS, Drawer, read_anatomy
 from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
 from cardiac_ldm.models.device import device_of
 
@@ -23,8 +22,6 @@ LOST = 6.0
 """Distance, in steps, of an attribute that can't be measured: the whole of its range."""
 _APART = 2**32
 """Candidate c of request i starts from the noise of request i + c times this."""
-Draw = Callable[[np.ndarray, np.ndarray], Volumes]
-"""Draws volumes for attributes (n, 14) requested by patients (n,)."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,7 @@ def _plausible(drawn: Volumes, rows: np.ndarray) -> bool:
 
 
 def choose(
-    draw: Draw,
-    conditions: np.ndarray,
-    number: int,
-    segmenter: Segmenter,
-    classifier: PhaseClassifier,
-    candidates: int = CANDIDATES,
+    draw: Drawer, conditions: np.ndarray, number: int, segmenter: Segmenter, classifier: PhaseClassifier
 ) -> Chosen:
     """Draw a request's volumes, conditions (v, 14), several times, and keep the nearest.
 
@@ -97,10 +89,10 @@ def choose(
     """
     n_drawn, n_refused, best = 0, 0, None
     for round_ in range(ROUNDS):
-        drawn = labelled(draw(*requests(conditions, number, candidates, round_ * candidates)), segmenter)
+        drawn = labelled(draw(*requests(conditions, number, CANDIDATES, round_ * CANDIDATES)), segmenter)
         judged = judge(drawn, segmenter, classifier)
         i = judged.best()
-        n_drawn, n_refused = n_drawn + candidates, n_refused + int((~judged.plausible).sum())
+        n_drawn, n_refused = n_drawn + CANDIDATES, n_refused + int((~judged.plausible).sum())
         if best is None or (judged.plausible[i], -judged.distance[i]) > (best.plausible, -best.distance):
             best = Chosen(
                 of_candidate(drawn, i), judged.measured[i], float(judged.distance[i]), bool(judged.plausible[i]), 0, 0

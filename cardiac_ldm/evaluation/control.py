@@ -154,7 +154,7 @@ def calibration(table: pd.DataFrame, bins: int = 6, *, resamples: int, seed: int
     """Mean measured of patients who ask for about the same: at most `bins` bins of equally many, at least 8 in each.
 
     Returns:
-        A row per bin of each attribute in CALIBRATED, in rising order of what is asked: attribute, asked (mean),
+        A row per bin of each attribute in CALIBRATED, in rising order of the request: attribute, requested (mean),
         measured (mean), low, high (95 % interval of the latter over patients), n_patients. One row, of NaN, where fewer
         than 8 patients are known.
     """
@@ -231,7 +231,7 @@ def steer(patients: Patients, read: Reader, *, resamples: int, seed: int) -> tup
     """Move one attribute of STEERED patients' requests at a time: what was read of all volumes, and its `response`.
 
     Raises:
-        PrivacyError, ParameterError: as `base_requests`.
+        PrivacyError, ParameterError: as `base_conditions`.
     """
     attributes, patient_index = base_conditions(patients, STEERED)
     conditions = {"nothing": attributes} | counterfactuals(attributes)
@@ -291,11 +291,11 @@ def response(
     the column moved: "nothing" or which attribute.
 
     Returns:
-        A row per moved and measured attribute: moved, attribute, asked and change (means over patients, as if all had
-        been moved upwards), low, high (the change's 95 % interval over patients), n_patients, in the measured
-        attribute's unit; and asked_steps, change_steps, low_steps, high_steps in its step (STEPS). Where each attribute
-        obeys alone, change equals asked: 1 step where it's the one moved, 0 where it stays. NaN where fewer than 8
-        patients' can be measured both times.
+        A row per moved and measured attribute: moved, attribute, requested and change (means over patients, as if all
+        had been moved upwards), low, high (the change's 95 % interval over patients), n_patients, in the measured
+        attribute's unit; and requested_steps, change_steps, low_steps, high_steps in its step (STEPS). Where each
+        attribute obeys alone, change equals requested: 1 step where it's the one moved, 0 where it stays. NaN where
+        fewer than 8 patients' can be measured both times.
     """
     read = {
         name: part.pivot(index="patient", columns="attribute", values=["requested", "measured"])
@@ -371,7 +371,7 @@ def beyond_range(
     `public_span`.
 
     Returns:
-        A row per attribute in MAGNIFIED and level: attribute, level, asked and measured (means over patients), low,
+        A row per attribute in MAGNIFIED and level: attribute, level, requested and measured (means over patients), low,
         high (95 % interval of the latter), n_patients, and where: whether level lies "below", "inside" or "above" the
         public LVEDVs. NaN where fewer than 8 patients' can be measured.
     """

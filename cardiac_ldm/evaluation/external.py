@@ -1,6 +1,5 @@
 """Synthetic cohorts whoever made them: a folder of NIfTI volumes and a CSV, brought to the study's grid."""
 
-import csv
 import difflib
 import hashlib
 import warnings
@@ -17,6 +16,7 @@ from cardiac_ldm.cohort.attributes import LV, RV
 from cardiac_ldm.cohort.files import OURS, Reading, Stack
 from cardiac_ldm.cohort.grid import place_on_grid
 from cardiac_ldm.cohort.manifest import TableReader
+from cardiac_ldm.cohort.tables import header_of
 from cardiac_ldm.cohort.volumes import Volume
 from cardiac_ldm.errors import CohortError
 from cardiac_ldm.evaluation.synthesis import RELEASED
@@ -172,16 +172,16 @@ def _plausible(volumes: Sequence[Volume]) -> bool:
 
 def _rows(reading: Reading) -> pd.DataFrame:
     """The table, sorted: patient and file as text, attributes as numbers. Raises CohortError."""
-    header = next(csv.reader(reading.text(TABLE).lstrip("\ufeff").splitlines()), [])
-    if "phase" in map(str.strip, header):  # as the `table` reader has it
+    header = header_of(reading.text(TABLE).lstrip("\ufeff"))
+    if "phase" in header:  # as the `table` reader has it
         text = reading.table(TABLE, "patient", ("phase", "path"), ("labels", *ATTRIBUTE_NAMES))
         phases = text["phase"].map({"ED": "1", "ES": "0"}).fillna("")
         text = text.drop(columns="phase").rename(columns={"path": "file"}).assign(ESED=phases)
-        header = [{"phase": "ESED", "path": "file"}.get(name.strip(), name) for name in header]
+        header = [{"phase": "ESED", "path": "file"}.get(name, name) for name in header]
     else:
         text = reading.table(TABLE, "patient", ("file",), ("labels", *ATTRIBUTE_NAMES))
     known = {name.casefold(): name for name in ("patient", *_COLUMNS)}
-    for column in (name.strip() for name in header):
+    for column in header:
         if column not in known.values():
             close = difflib.get_close_matches(column.casefold(), known, 1)
             hint = f"did you mean {known[close[0]]}?" if close else f"the others may be {', '.join(ATTRIBUTE_NAMES)}"

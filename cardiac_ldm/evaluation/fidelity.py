@@ -183,7 +183,7 @@ class NeighbourMeasures:
             ParameterError: as `frechet_distance`.
         """
         _require_features("precision, recall, density and coverage", synthetic, real)
-        self._k = k
+        self._k, self._known = k, dict[tuple[bytes, bytes], Neighbourhood]()
         self._synthetic_owners, self._real_owners = synthetic_index, real_index
         self._between = _distances(real, synthetic)
         self._to_synthetic = _to_patients(self._between, synthetic_index)
@@ -191,7 +191,7 @@ class NeighbourMeasures:
         self._within_real = _to_others(real, real_index)
 
     def __call__(self, synthetic: np.ndarray, real: np.ndarray) -> Neighbourhood:
-        """Give the four between these synthetic patients and these real ones, nobody repeated.
+        """Give the four between these synthetic patients and these real ones, nobody repeated; once for each pair.
 
         Raises:
             ParameterError: fewer than k + 1 patients on a side.
@@ -199,6 +199,12 @@ class NeighbourMeasures:
         _require_patients(
             f"precision, recall, density and coverage with k = {self._k}", min(len(synthetic), len(real)), self._k + 1
         )
+        pair = synthetic.tobytes(), real.tobytes()
+        if pair not in self._known:
+            self._known[pair] = self._between_them(synthetic, real)
+        return self._known[pair]
+
+    def _between_them(self, synthetic: np.ndarray, real: np.ndarray) -> Neighbourhood:
         ours, our_weights = _rows(self._synthetic_owners, synthetic)
         theirs, their_weights = _rows(self._real_owners, real)
         our_radii = self._radii(self._within_synthetic[np.ix_(ours, synthetic)])

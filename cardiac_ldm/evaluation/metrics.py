@@ -81,12 +81,7 @@ def estimate(
         for metric, distance in _distances(cohort, real, size).items()
     }
     if size >= LEAST["FD-EffNet extrapolated"]:
-        features = (
-            cohort.features["EffNet"],
-            cohort.feature_patient_index,
-            real.features["EffNet"],
-            real.feature_patient_index,
-        )
+        features = [part for m in (cohort, real) for part in (m.features["EffNet"], m.feature_patient_index)]
         curve, found[Measure("FD-EffNet extrapolated")] = frechet_infinity(*features, size=size, **draw)
         sizes = [curve.assign(**Measure(AT_SIZE)._asdict())]
     if small := [f"{metric} ({least})" for metric, least in LEAST.items() if size < least]:
@@ -213,7 +208,7 @@ def _distances(first: Measured, real: Measured, size: int) -> dict[str, Distance
     }
     if size >= LEAST["coverage"]:
         neighbours = NeighbourMeasures(*seen)
-        found |= {name: partial(_neighbourhood, neighbours, name) for name in Neighbourhood._fields}
+        found |= {name: lambda *parts, name=name: getattr(neighbours(*parts), name) for name in Neighbourhood._fields}
     if {"Inception"} <= set(first.features) & set(real.features):
         found["FID"] = _of_features(frechet_distance, first, real, "Inception")
         found["FID, paper's code"] = _of_features(paper_fid, first, real, "Inception")
@@ -231,10 +226,6 @@ def _of_features(distance: Distance, first: Measured, second: Measured, encoder:
         )
 
     return between
-
-
-def _neighbourhood(measures: NeighbourMeasures, name: str, some: np.ndarray, others: np.ndarray) -> float:
-    return float(getattr(measures(some, others), name))
 
 
 def _statistics(cohort: Measured, grouped: bool = True) -> dict[Measure, Statistic]:
@@ -282,10 +273,7 @@ def _grouped_distances(cohort: Measured, real: Measured) -> dict[Measure, tuple[
             continue
         size = min(min(len(ours[key]), len(theirs[key])) for key in shared) // 2
         for key in shared:
-            among = partial(_among, distance, ours[key], theirs[key])
-            found[Measure("FD-EffNet", "", *key)] = among, ours[key], theirs[key], size
+            members, others = ours[key], theirs[key]
+            among = lambda some, more, us=members, them=others: distance(us[some], them[more])  # noqa: E731
+            found[Measure("FD-EffNet", "", *key)] = among, members, others, size
     return found
-
-
-def _among(distance: Distance, members: np.ndarray, others: np.ndarray, some: np.ndarray, more: np.ndarray) -> float:
-    return distance(members[some], others[more])

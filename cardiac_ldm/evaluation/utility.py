@@ -7,30 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
-from monai.losses import DiceCELoss
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
-from torch.nn import functional
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Patients, Volumes, require_labelled
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.control import STRUCTURES, volume_dice
 from cardiac_ldm.evaluation.features import volume_features
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS, bootstrap
-from cardiac_ldm.models.anatomy import PhaseClassifier, Segmenter
-from cardiac_ldm.models.device import compute_device, device_of
+from cardiac_ldm.models.anatomy import PhaseClassifier
+from cardiac_ldm.models.device import device_of
 from cardiac_ldm.settings import TrainingSettings
-from cardiac_ldm.training.anatomy import _seeded, _train, augment
+from cardiac_ldm.training.anatomy import fit_phase_classifier, fit_segmenter
 
-Network = TypeVar("Network", Segmenter, PhaseClassifier)
 _BATCH = 8
 _ESED, _LVEDV = (ATTRIBUTE_NAMES.index(name) for name in ("ESED", "LVEDV"))
 _PURPOSE = "a measure of utility"
@@ -98,9 +92,12 @@ def utility(
         _check_phases(train)
         dice = pd.DataFrame(np.nan, index=np.unique(test.patient_index), columns=list(STRUCTURES))
         if train.labels is not None:
-            predicted = _fit_segmenter(train.images, train.labels, segmenter, seed)
+            pairs = torch.from_numpy(train.images), torch.from_numpy(train.labels)
+            predicted, _ = fit_segmenter(*pairs, **segmenter.model_dump(), seed=seed)
             dice = volume_dice(predicted, test.images, test.labels).groupby(test.patient_index).mean()
-        classifier = _fit_phase_classifier(train, phase, seed)
+        known = _phased(train)
+        pairs = torch.from_numpy(train.images[known]), torch.from_numpy(train.attributes[known, _ESED])
+        classifier, _ = fit_phase_classifier(*pairs, **phase.model_dump(), seed=seed)
         right = _phases(classifier, test.images[phased]) == test.attributes[phased, _ESED]
         volumes = ridge(_features(train), train.attributes[_filled(train), _LVEDV])(seen)
         regressed = pd.DataFrame({"LVEDV": test.attributes[filled, _LVEDV], "predicted LVEDV": volumes})
@@ -128,10 +125,10 @@ def tabulate_training_sets(
     """What every training set reaches (`against` is ""), and what it reaches beyond each of the other baselines.
 
     Returns:
-        Columns arm, against, and those of `Utility.rows`.
+        Columns training_set, against, and those of `Utility.rows`.
 
     Raises:
-        ParameterError: as `compare_arms`.
+        ParameterError: as `compare_training_sets`.
     """
     parts = [training_set.rows.assign(training_set=training_set.name, against="") for training_set in training_sets]
     for training_set, other in product(training_sets, baselines):
@@ -163,41 +160,7 @@ def _filled(volumes: Volumes) -> np.ndarray:
 
 def _features(volumes: Volumes) -> np.ndarray:
     """float32 (`_filled`, 1280): EfficientNet's, frozen, averaged over slices 3..9."""
-    filled = _filled(volumes)
-    return volume_features(volumes.images[filled])
-
-
-def _fit_segmenter(volumes: np.ndarray, truths: np.ndarray, budget: TrainingSettings, seed: int) -> Segmenter:
-    images, labels = (torch.from_numpy(array).to(compute_device()) for array in (volumes, truths))
-    dice = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
-
-    def loss(network: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
-        drawn, truth = augment(images[rows], labels[rows], generator)
-        return dice(network(drawn), rearrange(truth, "b d h w -> b 1 d h w"))
-
-    return _trained(Segmenter, loss, len(images), budget, seed)
-
-
-def _fit_phase_classifier(train: Volumes, budget: TrainingSettings, seed: int) -> PhaseClassifier:
-    images, phases = (torch.from_numpy(x).to(compute_device()) for x in (train.images, train.attributes[:, _ESED]))
-    known = torch.from_numpy(_phased(train))
-
-    def loss(network: PhaseClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
-        drawn, _ = augment(images[known[rows]], None, generator)
-        return functional.cross_entropy(network(drawn), phases[known[rows]].long())
-
-    return _trained(PhaseClassifier, loss, len(known), budget, seed)
-
-
-def _trained(
-    build: type[Network],
-    loss: Callable[[Network, Tensor, torch.Generator], Tensor],
-    n: int,
-    budget: TrainingSettings,
-    seed: int,
-) -> Network:
-    network = _seeded(build, seed)
-    return _train(network, loss, n, budget.steps, budget.batch, budget.learning_rate, seed)[0]
+    return volume_features(volumes.images[_filled(volumes)])
 
 
 @torch.no_grad()
@@ -226,7 +189,7 @@ _MEASURES: dict[tuple[str, str | None, str], tuple[list[str], Callable[[np.ndarr
 
 
 def _rows(training_sets: list[pd.DataFrame], resamples: int, seed: int) -> pd.DataFrame:
-    """Every measure of one arm, or the first's minus the second's; of patients in whom it's known in both."""
+    """Every measure of one training set, or the first's minus the second's; of patients in whom it's known in both."""
     rows = []
     for (metric, attribute, unit), (columns, measure) in _MEASURES.items():
         paired = pd.concat([training_set[columns] for training_set in training_sets], axis=1).dropna()

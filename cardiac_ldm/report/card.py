@@ -220,17 +220,9 @@ def _bids(folder: Path, about: About, rows: list[Mapping[str, Any]], cautions: l
         unit = {"Units": attribute.unit} if attribute.unit else {}
         described[name] = {"Description": f"{attribute.description}, {how}"} | unit
     _json(folder / "participants.json", described)
-    ignored = [
-        "*.md",
-        "attributes.csv",
-        "quality.html",
-        "plotly.min.js",
-        "metrics.json",
-        "privacy.json",
-        "release.json",
-    ]
-    ignored += ["croissant.json", "verify.py", "SHA256SUMS", "model", "model/", "model/**"]
-    (folder / ".bidsignore").write_text("\n".join(ignored) + "\n")
+    ignored = "*.md attributes.csv quality.html plotly.min.js metrics.json privacy.json release.json croissant.json "
+    ignored += "verify.py SHA256SUMS model model/ model/**"
+    (folder / ".bidsignore").write_text("\n".join(ignored.split()) + "\n")
 
 
 def _tables(folder: Path, rows: list[Mapping[str, Any]]) -> None:

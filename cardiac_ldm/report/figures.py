@@ -228,9 +228,9 @@ def distance_by_size(evaluations: Mapping[str, Mapping[str, Any]]) -> go.Figure:
 def requested_and_measured(points: pd.DataFrame) -> go.Figure:
     """Return one panel per attribute: what was measured against what was asked for, with the identity.
 
-    points: columns `attribute`, `asked` and `measured` (in the attribute's unit) and `run` (which model; it colours the
-    points); with `low`, `high` and `n_patients`, as `calibration` in `evaluation.control` gives them, points are means
-    with their intervals.
+    points: columns `attribute`, `requested` and `measured` (in the attribute's unit) and `run` (which model; it colours
+    the points); with `low`, `high` and `n_patients`, as `calibration` in `evaluation.control` gives them, points are
+    means with their intervals.
     """
     means = "low" in points
     runs, panels = list(points["run"].unique()), [TITLES[name] for name in points["attribute"].unique()]
@@ -257,7 +257,6 @@ def requested_and_measured(points: pd.DataFrame) -> go.Figure:
         facet_row_spacing=0.3 / rows,
         facet_col_spacing=0.08,
         category_orders={"panel": panels},
-        labels={"requested": "requested"},
     )
     said = " [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<br>%{customdata[2]} patients" if means else ""
     figure.update_traces(
@@ -349,9 +348,9 @@ def _said(change: float, requested: float) -> str:
 
 
 def interval_dots(rows: pd.DataFrame, columns: int = 3) -> go.Figure:
-    """Return one panel per metric: the value of each arm as a dot with its 95 % interval, synthetic ones in blue.
+    """Return one panel per metric: a dot for each training set with its 95 % interval, synthetic ones in blue.
 
-    rows: columns `arm`, `metric`, `value`, `low`, `high` and `n_patients`. columns: panels in a row.
+    rows: columns `training_set`, `metric`, `value`, `low`, `high` and `n_patients`. columns: panels in a row.
     """
     panels, training_sets = list(rows["metric"].unique()), list(rows["training_set"].unique())
     n_rows = math.ceil(len(panels) / columns)

@@ -65,11 +65,11 @@ $table
 
 def write_page(
     metrics: Mapping[str, Any], anatomy: pd.DataFrame, cohort: Volumes, statement: str, folder: Path
-) -> Path:
+) -> None:
     """Write `quality.html`, and the `plotly.min.js` that it loads, into a release.
 
     metrics: of `metrics.json`. anatomy: table of patient, attribute, requested, measured, of `read_anatomy`. cohort:
-    on which both were measured. statement: of its privacy, in Markdown. Returns the page's path.
+    on which both were measured. statement: of its privacy, in Markdown.
     """
     with pd.option_context("display.max_colwidth", None):
         table = metrics_table(metrics).reset_index().to_html(index=False, border=0)
@@ -91,9 +91,7 @@ def write_page(
         "table": table,
     }
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
-    page = folder / "quality.html"
-    page.write_text(_PAGE.substitute(shown), encoding="utf-8")
-    return page
+    (folder / "quality.html").write_text(_PAGE.substitute(shown), encoding="utf-8")
 
 
 def _html(name: str, figure: go.Figure) -> str:

@@ -26,18 +26,8 @@ METRICS = {
 }
 """What the trade-off shows, and the titles of its panels."""
 
-FIDELITY = (
-    "FD-EffNet",
-    "FD-EffNet extrapolated",
-    "KID",
-    "FD-anatomy",
-    "FID",
-    "FID, paper's code",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-)
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
+FIDELITY = ("FD-EffNet", "FD-EffNet extrapolated", "KID", "FD-anatomy", "FID", "FID, paper's code", *NEIGHBOURS)
 DIVERSITY = ("MS-SSIM", "attribute coverage", "attribute recall")
 CONTROL = (
     "phase accuracy",
@@ -237,8 +227,8 @@ def source(run: str, metrics: Mapping[str, Any]) -> HTML:
 def utility_rows(baselines: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """What training sets are worth, from the metrics of `useful_baselines` and `useful`: one row a measure.
 
-    Columns arm, against ("", or the baseline beyond which it's counted, patient by patient), metric, value, low, high,
-    n_patients, run. What isn't known is left out: Dice, of models whose decoder gives no labels.
+    Columns training_set, against ("", or the baseline beyond which it's counted, patient by patient), metric, value,
+    low, high, n_patients, run. What isn't known is left out: Dice, of models whose decoder gives no labels.
     """
     tables = []
     for metrics in (baselines, *models):
@@ -277,18 +267,15 @@ def audit_rows(audits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def audit_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of `audit_rows` with a column a bound; last, what a perfect attack would show."""
-    shown = rows.assign(noise=rows.noise.map(noise_name), stated=rows.stated.map("{:.3g}".format))
+    shown = rows.assign(
+        noise=rows.noise.map({1.0: "as stated", 0.1: "a tenth", 0.0: "none"}), stated=rows.stated.map("{:.3g}".format)
+    )
     table = shown.pivot(index=["model", "noise", "stated", "canaries"], columns="bound", values="shown")
     order = pd.MultiIndex.from_frame(shown[list(table.index.names)].drop_duplicates())
     table = table.loc[order, rows.bound.unique()]
     table.loc[("any, every canary found", "", "", rows.canaries.max()), :] = rows.groupby("bound").at_most.max()
     table = table.round(2).rename_axis(columns=None).reset_index().rename(columns={"stated": "stated ε"})
     return table.set_index("model")
-
-
-def noise_name(factor: float) -> str:
-    """What a factor of the noise is called."""
-    return {1.0: "as stated", 0.1: "a tenth", 0.0: "none"}[factor]
 
 
 def membership_table(attacks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

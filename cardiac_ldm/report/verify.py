@@ -12,7 +12,8 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,26 @@ def problems(folder: Path) -> Iterator[tuple[str, list[str]]]:
     except (OSError, ValueError) as error:
         yield "The files that say what this is can be read", [str(error)]
         return
-    yield "Every file is the one that was released, none is missing and none was added", list(files(folder))
-    yield "The ledger's mechanisms spend no more than the epsilon that it states", list(spent(ledger))
-    yield "The statement and release.json state the ledger's epsilon and delta", list(stated(ledger, about, statement))
-    yield (
-        f"There are {about.get('patients')} synthetic patients, each in the table and with all files",
-        list(counted(folder, about, patients)),
-    )
-    yield "Every volume says that it's synthetic, in mm, and lies as hearts do", list(volumes(folder, patients))
+    yield "Every file is the one that was released, none is missing and none was added", found(files, folder)
+    yield "The ledger's mechanisms spend no more than the epsilon that it states", found(spent, ledger)
+    yield "The statement and release.json state the ledger's epsilon and delta", found(stated, ledger, about, statement)
+    n_patients = about.get("patients") if isinstance(about, dict) else "an unknown number of"
+    claim = f"There are {n_patients} synthetic patients, each in the table and with all files"
+    yield claim, found(counted, folder, about, patients)
+    yield "Every volume says that it's synthetic, in mm, and lies as hearts do", found(volumes, folder, patients)
     if (folder / "model").is_dir():
-        yield "The weights of the model are those that the ledger speaks of", list(weights(folder, ledger))
+        yield "The weights of the model are those that the ledger speaks of", found(weights, folder, ledger)
+
+
+def found(check: Callable[..., Iterator[str]], *given: object) -> list[str]:
+    """What a check finds wrong; what is so wrong that the check itself fails is found, too."""
+    wrong = []
+    try:
+        for line in check(*given):
+            wrong.append(line)
+    except Exception as error:
+        wrong.append(f"it can't be checked to the end: {type(error).__name__}: {error}")
+    return wrong
 
 
 def files(folder: Path) -> Iterator[str]:
@@ -162,7 +173,7 @@ def volumes(folder: Path, patients: list[dict[str, str]]) -> Iterator[str]:
                 try:
                     said = json.loads(sidecar.read_text())
                     voxels, affine, units, description = nifti(path)
-                except (OSError, ValueError, struct.error) as error:
+                except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
                     yield f"{file}: can't be read ({error})"
                     continue
                 if said.get("Synthetic") is not True:

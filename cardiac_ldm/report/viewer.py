@@ -152,7 +152,6 @@ def nifti(volume: NDArray[np.float32] | NDArray[np.uint8], description: str = ""
     image = nib.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm", "sec")
     image.header["descrip"] = description
-    image.set_sform(affine, code="aligned")
     image.set_qform(affine, code="aligned")
     return gzip.compress(image.to_bytes(), mtime=0)
 

@@ -43,15 +43,6 @@ def shown_as(patients: Patients) -> str:
     return "simulated patients" if patients.simulated else "real patients"
 
 
-def _wall(volumes: NDArray[np.float32], captions: Sequence[str], columns: int, badge: str) -> go.Figure:
-    """Return the tiles of `mosaic` as a figure, each with its caption."""
-    _match(captions, len(volumes))
-    columns = min(columns, len(volumes))
-    height, width = volumes.shape[2] + 2, volumes.shape[3] + 2
-    corners = [(i % columns * width, i // columns * height) for i in range(len(volumes))]
-    return _captioned(mosaic(volumes, columns), corners, captions, badge)
-
-
 def _match(captions: Sequence[str], n_volumes: int) -> None:
     if len(captions) != n_volumes or n_volumes == 0:
         raise ParameterError(f"a wall needs one caption per volume: {len(captions)} captions, {n_volumes} volumes")
@@ -93,14 +84,14 @@ def _captioned(
     return figure.update_layout(height=round(height * scale) + 20, margin={"l": 10, "r": 10, "t": 10, "b": 10})
 
 
-def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str], columns: int = 6) -> go.Figure:
+def patient_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str]) -> go.Figure:
     """Return a wall of the middle slices of patients' volumes.
 
-    volumes: indices, as `patients.images` takes them. captions: one per volume. columns: slices in a row.
-    Raises PrivacyError when the patients are private and not simulated.
+    volumes: indices, as `patients.images` takes them. captions: one per volume. Raises PrivacyError when the patients
+    are private and not simulated.
     """
     require_releasable(patients, "what a patient's heart looks like")
-    return _wall(patients.images(volumes), captions, columns, shown_as(patients))
+    return synthetic_wall(patients.images(volumes), captions, badge=shown_as(patients))
 
 
 def stack_wall(patients: Patients, volumes: Sequence[int], captions: Sequence[str]) -> go.Figure:
@@ -130,7 +121,11 @@ def synthetic_wall(
     volumes: (n, slices, height, width) in [0, 1]. captions: one per volume. columns: slices in a row. badge: what they
     are, where not all are samples.
     """
-    return _wall(np.asarray(volumes), captions, columns, badge)
+    _match(captions, len(volumes))
+    columns = min(columns, len(volumes))
+    height, width = volumes.shape[2] + 2, volumes.shape[3] + 2
+    corners = [(i % columns * width, i // columns * height) for i in range(len(volumes))]
+    return _captioned(mosaic(volumes, columns), corners, captions, badge)
 
 
 def captions(attributes: NDArray[np.float32]) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -67,18 +67,28 @@ def train_segmenter(
     """
     require_public(patients, "the labels of private patients through the segmenter's weights")
     patients = require_labelled(patients, "training a segmenter")
-    volumes, dice = np.arange(len(patients.patient_index)), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
-    device = compute_device()
+    volumes = np.arange(len(patients.patient_index))
+    images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
+    return fit_segmenter(images, labels, steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, state=state)
+
+
+def fit_segmenter(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    **training: Any,  # noqa: ANN401
+) -> tuple[Segmenter, list[dict[str, float]]]:
+    """The same from images and labels (n, 13, 96, 96); guards nobody."""
+    dice, device = DiceCELoss(to_onehot_y=True, softmax=True, batch=True), compute_device()
 
     def loss(segmenter: Segmenter, rows: Tensor, generator: torch.Generator) -> Tensor:
-        images, truth = augment(all_images[rows].to(device).float(), labels[rows].to(device), generator)
+        drawn, truth = augment(images[rows].to(device).float(), labels[rows].to(device), generator)
         own = own_share(len(rows))
         assert truth is not None
-        return dice(segmenter(images[own]), rearrange(truth, "b d h w -> b 1 d h w")[own])
+        return dice(segmenter(drawn[own]), rearrange(truth, "b d h w -> b 1 d h w")[own])
 
-    all_images, labels = _read_images(patients, volumes), torch.from_numpy(patients.labels(volumes))
-    network = _seeded(Segmenter, seed)
-    return _train(network, loss, len(volumes), steps, batch, learning_rate, seed, state=state)
+    return _train(_seeded(Segmenter, seed), loss, len(images), seed=seed, **training)
 
 
 def train_phase_classifier(
@@ -93,16 +103,34 @@ def train_phase_classifier(
     """
     require_public(patients, "the phases of private patients through the classifier's weights")
     esed = patients.attributes[:, ATTRIBUTE_NAMES.index("ESED")]
-    volumes, device = np.flatnonzero(np.isfinite(esed)), compute_device()
+    volumes = np.flatnonzero(np.isfinite(esed))
+    images, phases = _read_images(patients, volumes), torch.from_numpy(esed[volumes])
+    given: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "state": state,
+    }
+    return fit_phase_classifier(images, phases, **given)
+
+
+def fit_phase_classifier(
+    images: Tensor,
+    phases: Tensor,
+    *,
+    seed: int,
+    **training: Any,  # noqa: ANN401
+) -> tuple[PhaseClassifier, list[dict[str, float]]]:
+    """The same from images (n, 13, 96, 96) and phases (n,); guards nobody."""
+    device = compute_device()
 
     def loss(classifier: PhaseClassifier, rows: Tensor, generator: torch.Generator) -> Tensor:
-        images, _ = augment(all_images[rows].to(device).float(), None, generator)
+        drawn, _ = augment(images[rows].to(device).float(), None, generator)
         own = own_share(len(rows))
-        return functional.cross_entropy(classifier(images[own]), phases[rows][own].to(device))
+        return functional.cross_entropy(classifier(drawn[own]), phases[rows][own].long().to(device))
 
-    all_images, phases = _read_images(patients, volumes), torch.from_numpy(esed[volumes]).long()
-    network = _seeded(PhaseClassifier, seed)
-    return _train(network, loss, len(volumes), steps, batch, learning_rate, seed, state=state)
+    return _train(_seeded(PhaseClassifier, seed), loss, len(images), seed=seed, **training)
 
 
 def _read_images(patients: Patients, volumes: np.ndarray) -> Tensor:
