@@ -33,6 +33,7 @@ from cardiac_ldm.parameters import CompareParameters, ReleaseParameters
 from cardiac_ldm.privacy import Ledger, PrivatePlan, Randomness, Record, epsilon_pld, epsilon_prv, public_ledger
 from cardiac_ldm.privacy.__main__ import main
 from cardiac_ldm.privacy.accounting import merged
+from cardiac_ldm.privacy.table import TablePlan, tabulate
 from cardiac_ldm.release import release
 from cardiac_ldm.report.card import standing
 from cardiac_ldm.report.statement import joint_statement, privacy_statement
@@ -189,6 +190,20 @@ def test_row_02_a_run_goes_on_though_others_were_charged_since(real: Real, monke
     together = real().together()
     assert together is not None
     assert together.runs == 2
+
+
+def test_no_table_of_real_patients_is_measured_off_their_record(real: Real, tmp_path: Path) -> None:
+    there, folder = real(), tmp_path / "table"
+    folder.mkdir()
+    patients, public = there.private.split("train"), there.public.split("train")
+    plan = TablePlan(patients.places, 1.0, 1e-5, noise_multiplier=5.0)
+    for randomness, says in (
+        (Randomness(None, simulated=False), "hospital weren't charged"),
+        (Randomness(5, simulated=True), "hospital are real; their noise must be"),
+    ):
+        with pytest.raises(PrivacyError, match=says):
+            tabulate(patients, public, plan, randomness, folder, "phantom_public")
+        assert not [*folder.iterdir()]
 
 
 @pytest.mark.parametrize("stage", ["trained_privately", "attributes"])
