@@ -196,7 +196,7 @@ def test_no_table_of_real_patients_is_measured_off_their_record(real: Real, tmp_
     there, folder = real(), tmp_path / "table"
     folder.mkdir()
     patients, public = there.private.split("train"), there.public.split("train")
-    plan = TablePlan(patients.places, 1.0, 1e-5, noise_multiplier=5.0)
+    plan = TablePlan.for_budget(1.0, 1e-5, patients.places)
     for randomness, says in (
         (Randomness(None, simulated=False), "hospital weren't charged"),
         (Randomness(5, simulated=True), "hospital are real; their noise must be"),
