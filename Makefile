@@ -25,7 +25,7 @@ test: .venv/installed-dev
 	ruff format --check
 	mypy
 	lint-imports --no-cache
-	OMP_NUM_THREADS=1 pytest --numprocesses $$(( $(CORES) + 1 )) --dist loadfile --no-loadscope-reorder  # some tests wait
+	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
 # Set-up and the commands of the README, timed in a fresh clone. make time PARTS="study test"
 time: .venv/installed
