@@ -83,7 +83,9 @@ GRID = [
 PUBLIC = {"dimensions": 384, "patients": 400, "draws": 8, "power": 0.25}
 ALONG = {"tuned": "subspace", "subspace": SubspaceSettings.model_validate(PUBLIC), "learning_rate": 3.0, "clip": 0.03}
 FASTER = ALONG | {"learning_rate": 6.0}
-SUBSPACE = [Recipe(1), Recipe(1, ALONG), Recipe(1, FASTER), Recipe(10, FASTER)]
+MANY = SubspaceSettings.model_validate(PUBLIC | {"dimensions": 10_000, "apart": True})
+APART = FASTER | {"subspace": MANY}
+SUBSPACE = [Recipe(1), Recipe(1, ALONG), Recipe(1, FASTER), Recipe(10, FASTER), Recipe(1, APART), Recipe(10, APART)]
 
 
 def mean(values: np.ndarray, chosen: np.ndarray) -> float:
