@@ -293,6 +293,19 @@ def test_the_readmes_five_lines_load_it_in_monai(released: Path, monkeypatch: py
     assert found["data"][0]["image"].shape == found["data"][0]["label"].shape == (1, 96, 96, 13)
 
 
+def test_nnunet_finds_every_volume_and_its_labels(released: Path) -> None:
+    said = json.loads((released / "dataset.json").read_text())
+    assert said["numTraining"] == len(said["dataset"]) == 2 * PATIENTS
+    assert len({case["label"] for case in said["dataset"].values()}) == 2 * PATIENTS
+    assert len({case["images"][0] for case in said["dataset"].values()}) == 2 * PATIENTS
+    for case in said["dataset"].values():
+        image, labels = (nib.load(released / path) for path in (*case["images"], case["label"]))
+        assert image.shape == labels.shape
+        assert set(np.unique(labels.dataobj)) <= set(said["labels"].values())
+    for name, phase in (case.split("_") for case in said["dataset"]):
+        assert said["dataset"][f"{name}_{phase}"]["images"] == [f"{name}/anat/{name}_acq-{phase}_T2w.nii.gz"]
+
+
 def test_the_projects_own_readers_take_a_release(copy: Path, tmp_path: Path) -> None:
     came = read_folder(copy)
     rows = list(csv.DictReader((copy / "attributes.csv").open()))

@@ -159,6 +159,7 @@ def write_rest(
     (folder / "MODEL_CARD.md").write_text(said + model_card(about, ledger, metrics))
     _bids(folder, about, rows, cautions)
     _tables(folder, rows)
+    _nnunet(folder, about, rows)
     shutil.copyfile(str(verify.__file__), folder / "verify.py")
     _json(folder / "croissant.json", croissant(folder, about, cautions))
     _sums(folder)
@@ -221,7 +222,7 @@ def _bids(folder: Path, about: About, rows: list[Mapping[str, Any]], cautions: l
         described[name] = {"Description": f"{attribute.description}, {how}"} | unit
     _json(folder / "participants.json", described)
     ignored = "*.md attributes.csv quality.html plotly.min.js metrics.json privacy.json release.json croissant.json "
-    ignored += "verify.py SHA256SUMS model model/ model/**"
+    ignored += "dataset.json verify.py SHA256SUMS model model/ model/**"
     (folder / ".bidsignore").write_text("\n".join(ignored.split()) + "\n")
 
 
@@ -237,6 +238,21 @@ def _tables(folder: Path, rows: list[Mapping[str, Any]]) -> None:
             for phase in verify.PHASES:
                 paths = (where(folder, name, phase) for where in (verify.image, verify.labels))
                 table.writerow([name, phase, *(p.relative_to(folder).as_posix() for p in paths), *values])
+
+
+def _nnunet(folder: Path, about: About, rows: list[Mapping[str, Any]]) -> None:
+    """dataset.json, by which nnU-Net (v2) takes this folder as one of its raw datasets; each volume is a case."""
+    cases = {
+        f"{said['participant_id']}_{phase}": {
+            "images": [verify.image(folder, said["participant_id"], phase).relative_to(folder).as_posix()],
+            "label": verify.labels(folder, said["participant_id"], phase).relative_to(folder).as_posix(),
+        }
+        for said in rows
+        for phase in verify.PHASES
+    }
+    labels = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
+    said = {"name": about.name, "licence": about.licence, "channel_names": {"0": "MRI"}, "labels": labels}
+    _json(folder / "dataset.json", said | {"numTraining": len(cases), "file_ending": ".nii.gz", "dataset": cases})
 
 
 def _tsv(path: Path, rows: Iterable[tuple[Any, ...]]) -> None:

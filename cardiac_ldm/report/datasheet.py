@@ -52,6 +52,7 @@ cardiac_ldm {about.version}, {about.date}, seed {about.seed}. Licence: {about.li
 - `quality.html`, `metrics.json`: what was measured. The segmenter that measured control also chose among candidates.
 - `participants.tsv`: attributes as requested and as measured, described in `participants.json`; `attributes.csv`: the
   same requests, a row a volume.
+- `dataset.json`: nnU-Net (v2) takes this folder as a raw dataset, linked as `$nnUNet_raw/Dataset501_Synthetic`.
 
 In MONAI, from this folder:
 
