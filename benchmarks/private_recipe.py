@@ -139,7 +139,7 @@ def part_of(plan: PrivatePlan) -> PrivatePlan:
 
 
 def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
-    """Run what has not been run yet; one row a recipe, kept as soon as it's there."""
+    """Run what has not been run yet; one row a recipe, kept as soon as it's there. A row of the very same run stays."""
     study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
     train, validation = study.private.split("train"), study.private.split("validation")[:N_VALIDATION]
     latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
@@ -149,12 +149,15 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
     about |= {"n_patients": len(validation), "patients": len(train)}
     about |= {"signal": signal(study)} if part == "rehearsal" else {"public": PUBLIC}
     print(about, flush=True)
-    rows: list[dict[str, Any]] = []
+    known, rows = kept_rows(part), list[dict[str, Any]]()
     for recipe in tqdm(grid, desc="recipes"):
         settings = study.profile.finetune.model_copy(update=BASE | dict(recipe.changes))
         described = json.dumps([str(recipe.epsilon), study.private.key, settings.model_dump(mode="json")])
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
+        if folder.name in known:
+            rows.append(known[folder.name])
+            continue
         plan = settings.plan(recipe.epsilon, settings.delta, len(train))
         smaller = part_of(plan)
         model = study.denoiser(study.pretrained)
@@ -169,6 +172,7 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
                 **{name: str(value) for name, value in (BASE | dict(recipe.changes)).items()},
                 "clip": f"{settings.clip:g}",
                 "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
+                "run": folder.name,
                 "noise_multiplier": plan.noise_multiplier,
                 "change_milli": 1000 * worth.value,
                 "low_milli": 1000 * worth.low,
@@ -194,9 +198,7 @@ def run_private() -> dict[str, object]:
     latents = study.latents(test, study.private)
     about: dict[str, Any] = {"n_patients": len(test), "patients": len(study.private.split("train"))}
     about |= {f"ceiling_{key}": value for key, value in _distance(study.ceiling).items()}
-    kept = json.loads((RESULTS / "private_recipe.json").read_text()).get("private", {}).get("rows", [])
-    known = {row["run"]: row for row in kept}
-    rows: list[dict[str, Any]] = []
+    known, rows = kept_rows("private"), list[dict[str, Any]]()
     losses: list[np.ndarray] = []
     for owner, epsilon in models:
         if owner is not study:
@@ -241,6 +243,13 @@ def _distance(run: Run) -> dict[str, float]:
     """FD-EffNet of an evaluation with its interval, and the floor that held-out patients reach."""
     row = next(row for row in run.metrics["rows"] if row["metric"] == "FD-EffNet")
     return {"fd": row["value"], "fd_low": row["low"], "fd_high": row["high"], "fd_floor": row["reference"]}
+
+
+def kept_rows(part: str) -> dict[str, dict[str, Any]]:
+    """The rows of a part that are known, by the run that each is of."""
+    path = RESULTS / "private_recipe.json"
+    rows = json.loads(path.read_text()).get(part, {}).get("rows", []) if path.exists() else []
+    return {row["run"]: row for row in rows if "run" in row}
 
 
 def keep_part(part: str, found: Mapping[str, object]) -> None:

@@ -271,6 +271,8 @@ def test_the_more_noise_the_smaller_the_step(
     parts = [restraint(noise) for noise in (0.0, 0.05, 0.1367, 0.5487, 4.095, math.inf)]
     assert parts[:3] == [1.0, 1.0, 1.0]  # no step is larger than what was rehearsed
     assert parts[3:] == pytest.approx([0.354, 0.00918, 0.0], rel=0.01)
+    apart = [restraint(noise, apart=True) for noise in (0.0, 0.2618, 0.6975, math.inf)]
+    assert apart == pytest.approx([1.0, 1.0, 0.636, 0.0], rel=0.01)
     taken = []
 
     def seen(
@@ -280,8 +282,10 @@ def test_the_more_noise_the_smaller_the_step(
 
     monkeypatch.setattr("cardiac_ldm.training.finetune.train_privately", seen)
     directions = of_all(torch.zeros(4, sum(weight.numel() for weight in network().parameters())))
-    for noise in (0.5, 3.292):  # σ √4 / 12
-        plan, folder = plan_of(recipe(), noise_multiplier=noise), tmp_path / str(noise)
+    apart = recipe(subspace=SUBSPACE.model_copy(update={"apart": True}))
+    for noise, given in ((0.5, recipe()), (3.292, recipe()), (3.292, apart)):  # σ √4 / 12
+        plan, folder = plan_of(given, noise_multiplier=noise), tmp_path / str(len(taken))
         folder.mkdir()
-        finetune(network(), private, latents_of(private), plan, recipe(), SEEDED, folder, "public", directions)
-    assert taken == [0.1, pytest.approx(0.1 * restraint(0.5487), rel=1e-3)]
+        finetune(network(), private, latents_of(private), plan, given, SEEDED, folder, "public", directions)
+    expected = [0.1, 0.1 * restraint(0.5487), 0.1 * restraint(0.5487, apart=True)]
+    assert taken == pytest.approx(expected, rel=1e-3)

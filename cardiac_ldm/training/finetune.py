@@ -137,7 +137,8 @@ def finetune(
     tuned, loss = learning(model, patients, latents, plan, settings, directions)
     if settings.subspace:
         noise = plan.noise_multiplier * math.sqrt(settings.subspace.dimensions) / plan.expected_batch
-        settings = settings.model_copy(update={"learning_rate": settings.learning_rate * restraint(noise)})
+        rate = settings.learning_rate * restraint(noise, settings.subspace.apart)
+        settings = settings.model_copy(update={"learning_rate": rate})
     given = plan, settings, randomness, ledger, patients, folder, save_every
     train_privately(tuned, loss, *given, optimiser=settings.optimiser)
     if isinstance(loss, SubspaceLoss):

@@ -28,8 +28,9 @@ _ROWS = 16
 _COLUMNS = 2**16
 MOMENTUM = 0.9
 """Of gradient descent on z."""
-_NOISE, _SIGNAL = 0.137, 2.7
-"""Of a step in the rehearsals that chose the step size: the noise, in clipping norms, and the signal over it."""
+_REHEARSED = {False: (0.137, 2.7), True: (0.262, 3.1)}
+"""Of a step in the rehearsals that chose the step size: the noise, in clipping norms, and the signal over it; of
+directions of the whole network, and of each weight tensor's own."""
 
 
 class SubspaceSettings(Settings):
@@ -74,7 +75,7 @@ class Directions(nn.Module):
         return torch.cat([part @ block for part, block in zip(parts, self.buffers(), strict=True)])
 
 
-def restraint(noise: float) -> float:
+def restraint(noise: float, apart: bool = False) -> float:
     """The part of the rehearsed step size that suits steps with more noise: few patients, or a small budget.
 
     Of a sum whose signal stands S over its noise, shrinking does best to keep S² / (1 + S²). It's public: a plan says
@@ -82,9 +83,11 @@ def restraint(noise: float) -> float:
 
     Args:
         noise: the length of a step's noise in clipping norms, σ √k / B.
+        apart: whether every weight tensor has directions of its own.
     """
-    signal = _SIGNAL * min(1.0, _NOISE / noise) if noise else _SIGNAL
-    return (signal**2 / (1 + signal**2)) / (_SIGNAL**2 / (1 + _SIGNAL**2))
+    rehearsed, most = _REHEARSED[apart]
+    signal = most * min(1.0, rehearsed / noise) if noise else most
+    return (signal**2 / (1 + signal**2)) / (most**2 / (1 + most**2))
 
 
 def public_directions(

@@ -260,10 +260,10 @@ def test_in_classic_notebook_itkwidgets_and_niivue_show_pixels(opened: Page):
     heart = shown[abs(shown - shown[2, 2]).max(axis=-1) > 20]  # what isn't background
     assert len(heart) > 0.02 * shown[..., 0].size
     assert np.ptp(heart) > 50
-    niivue = opened.locator(".bk-volumes")
+    niivue = opened.locator(".bk-volumes canvas").first
     niivue.scroll_into_view_if_needed(timeout=120_000)
-    niivue.locator("canvas").wait_for(timeout=120_000)
-    dragged(niivue.locator("canvas"))
+    niivue.wait_for(timeout=120_000)
+    dragged(niivue)
     opened.locator(".bk-plot").scroll_into_view_if_needed()
     opened.locator(".bk-plot svg.main-svg").first.wait_for(timeout=60_000)
 
