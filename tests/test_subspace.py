@@ -271,8 +271,8 @@ def test_the_more_noise_the_smaller_the_step(
     parts = [restraint(noise) for noise in (0.0, 0.05, 0.1367, 0.5487, 4.095, math.inf)]
     assert parts[:3] == [1.0, 1.0, 1.0]  # no step is larger than what was rehearsed
     assert parts[3:] == pytest.approx([0.354, 0.00918, 0.0], rel=0.01)
-    apart = [restraint(noise, apart=True) for noise in (0.0, 0.2618, 0.6975, math.inf)]
-    assert apart == pytest.approx([1.0, 1.0, 0.636, 0.0], rel=0.01)
+    own = [restraint(noise, apart=True) for noise in (0.0, 0.2618, 0.6975, math.inf)]
+    assert own == pytest.approx([1.0, 1.0, 0.636, 0.0], rel=0.01)
     taken = []
 
     def seen(
