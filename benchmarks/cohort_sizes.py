@@ -10,14 +10,13 @@ a budget.
 """
 
 import hashlib
+import json
 from functools import partial
 from itertools import product
-from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from benchmarks import keep
+from benchmarks import RESULTS, keep
 from benchmarks.private_recipe import mean, part_of
 from cardiac_ldm.evaluation.intervals import bootstrap
 from cardiac_ldm.parameters import Parameters
@@ -29,34 +28,50 @@ from cardiac_ldm.training.pretrain import held_out_loss
 SIZES, BUDGETS, N_VALIDATION = (80, 400, 4000), (1.0, 10.0), 60
 
 
+def study_of(profile: str) -> Study:
+    """The study whose private cohort is the rehearsal's, with as many patients as the largest size."""
+    study = Study(Parameters(profile=profile, cohort_private="phantom_rehearsal"))
+    limits = {"train": SIZES[-1], "validation": N_VALIDATION}
+    private = study.profile.patients["private"].model_copy(update=limits)
+    study.profile = study.profile.model_copy(update={"patients": study.profile.patients | {"private": private}})
+    return study
+
+
+def key_of(study: Study, size: int, epsilon: float) -> str:
+    """Tells the very rehearsal: its recipe, model and patients."""
+    recipe = study.profile.finetune.model_dump_json()
+    described = f"{study.pretrained.key} {study.private.key} {size} {epsilon:g} {recipe}"
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
 def main() -> None:
     """Rehearse what has not been; results/cohort_sizes.json is kept after each."""
-    rows: list[dict[str, Any]] = []
-    before: dict[str, np.ndarray] = {}
-    for size, profile, epsilon in tqdm([*product(SIZES, ("laptop", "demo"), BUDGETS)], desc="rehearsals"):
-        study = Study(Parameters(profile=profile, cohort_private="phantom_rehearsal"))
-        limits = {"train": SIZES[-1], "validation": N_VALIDATION}
-        private = study.profile.patients["private"].model_copy(update=limits)
-        study.profile = study.profile.model_copy(update={"patients": study.profile.patients | {"private": private}})
+    path = RESULTS / "cohort_sizes.json"
+    known = {row["run"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    studies = {profile: study_of(profile) for profile in ("laptop", "demo")}
+    grid = {
+        key_of(studies[p], size, epsilon): (p, size, epsilon) for size, p, epsilon in product(SIZES, studies, BUDGETS)
+    }
+    for key in tqdm([key for key in grid if key not in known], desc="rehearsals"):
+        profile, size, epsilon = grid[key]
+        study = studies[profile]
         train, validation = study.private.split("train"), study.private.split("validation")
         latents, held_out = study.latents(train, study.private), study.latents(validation, study.private)
         settings, model = study.profile.finetune, study.denoiser(study.pretrained)
-        if profile not in before:
-            before[profile] = held_out_loss(model, held_out, validation, draws=4)
+        before = held_out_loss(model, held_out, validation, draws=4)
         plan = settings.plan(epsilon, settings.delta, size)
         drawn = part_of(plan) if plan.sampling_rate < 1 and plan.steps * plan.expected_batch > 2000 else plan
-        described = f"{study.pretrained.key} {study.private.key} {size} {epsilon:g} {settings.model_dump_json()}"
-        folder = study.runs / "recipes" / hashlib.sha256(described.encode()).hexdigest()[:12]
-        given = settings, Randomness(0, simulated=True), folder, "phantom_public", study.load_directions()
+        folder, randomness = study.runs / "recipes" / key, Randomness(0, simulated=True)
+        given = settings, randomness, folder, "phantom_public", study.load_directions()
         finetune(model, train[:size], latents, drawn, *given)
-        change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before[profile])
+        change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before)
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
-        row = {"profile": profile, "tuned": settings.tuned, "epsilon": epsilon, "places": size}
+        row = {"profile": profile, "tuned": settings.tuned, "epsilon": epsilon, "places": size, "run": key}
         row |= {"expected_batch": plan.expected_batch, "drawn": drawn.expected_batch}
         row |= {"noise_multiplier": plan.noise_multiplier, "better_patients": float((change < 0).mean())}
         row |= {"change": worth.value, "low": worth.low, "high": worth.high, "n_patients": len(change)}
-        rows.append(row | {"recipe": settings.model_dump(mode="json")})
-        keep("cohort_sizes", rows=rows)
+        known[key] = row | {"recipe": settings.model_dump(mode="json")}
+        keep("cohort_sizes", rows=[known[key] for key in grid if key in known])
 
 
 if __name__ == "__main__":

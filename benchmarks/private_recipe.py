@@ -155,10 +155,20 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
         described = json.dumps([str(recipe.epsilon), study.private.key, settings.model_dump(mode="json")])
         key = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = study.runs / "recipes" / f"{study.pretrained.key}-{key}"
+        plan, along = settings.plan(recipe.epsilon, settings.delta, len(train)), settings.subspace
+        told = {
+            "epsilon": str(recipe.epsilon),
+            **{name: str(value) for name, value in (BASE | dict(recipe.changes)).items()},
+            "directions": str(along.dimensions) if along else "–",
+            "of": ("tensors" if along.apart else "network") if along else "–",
+            "clip": f"{settings.clip:g}",
+            "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
+            "run": folder.name,
+            "noise_multiplier": plan.noise_multiplier,
+        }
         if folder.name in known:
-            rows.append(known[folder.name])
+            rows.append(known[folder.name] | told)
             continue
-        plan = settings.plan(recipe.epsilon, settings.delta, len(train))
         smaller = part_of(plan)
         model = study.denoiser(study.pretrained)
         study.profile = study.profile.model_copy(update={"finetune": settings})
@@ -166,20 +176,8 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
         finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public", directions)
         change = held_out_loss(model.eval(), held_out, validation) - before
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
-        rows.append(
-            {
-                "epsilon": str(recipe.epsilon),
-                **{name: str(value) for name, value in (BASE | dict(recipe.changes)).items()},
-                "clip": f"{settings.clip:g}",
-                "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
-                "run": folder.name,
-                "noise_multiplier": plan.noise_multiplier,
-                "change_milli": 1000 * worth.value,
-                "low_milli": 1000 * worth.low,
-                "high_milli": 1000 * worth.high,
-                "better_patients": float((change < 0).mean()),
-            }
-        )
+        told |= {"change_milli": 1000 * worth.value, "low_milli": 1000 * worth.low, "high_milli": 1000 * worth.high}
+        rows.append(told | {"better_patients": float((change < 0).mean())})
         print(rows[-1], flush=True)
         keep_part(part, about | {"rows": rows})
     return about | {"rows": rows}

@@ -32,6 +32,7 @@ import torch
 
 from benchmarks import RESULTS, keep
 from benchmarks.acdc import RUNS, parser
+from benchmarks.private_recipe import PUBLIC
 from cardiac_ldm.cohort import Manifest, Patients, Volumes, load_manifest, prepare
 from cardiac_ldm.evaluation.intervals import mean
 from cardiac_ldm.evaluation.measured import measure, measure_real
@@ -44,7 +45,7 @@ from cardiac_ldm.runs import place
 from cardiac_ldm.study import Study
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune
 from cardiac_ldm.training.pretrain import held_out_loss
-from cardiac_ldm.training.subspace import Directions
+from cardiac_ldm.training.subspace import Directions, SubspaceSettings
 
 FOLDS = 4
 BUDGETS, USEFUL = (1.0, 3.0, 10.0, math.inf), 10.0
@@ -94,9 +95,17 @@ class Recipe:
         return model.eval()
 
 
+def study_of(**parameters: str) -> Study:
+    """The `laptop` study, along directions of the whole network, whose first few are the most telling ones."""
+    study = Study(Parameters(profile="laptop", **parameters))
+    recipe = study.profile.finetune.model_copy(update={"subspace": SubspaceSettings.model_validate(PUBLIC)})
+    study.profile = study.profile.model_copy(update={"finetune": recipe})
+    return study
+
+
 def rehearsal() -> dict[str, Any]:
     """How many directions to tune for so few patients, of a simulated population."""
-    study = Study(Parameters(profile="laptop", cohort_private="phantom_rehearsal"))
+    study = study_of(cohort_private="phantom_rehearsal")
     train, held_out = study.private.split("train"), study.private.split("validation")[:N_VALIDATION]
     latents = study.latents(train, study.private)
     others = study.latents(study.private.split("validation"), study.private)[: held_out.offsets[-1]]
@@ -241,7 +250,7 @@ def main() -> None:
     parts = given.parts or ["rehearsal", "folds", "useful"]
     if "rehearsal" in parts:
         keep("real_patients", **(known := known | rehearsal()))
-    recipe = Recipe(Study(Parameters(profile="laptop")), known["dimensions"])
+    recipe = Recipe(study_of(), known["dimensions"])
     patients, everyone = folds(recipe.study, given.data)
     for part, measured in (("folds", cross_validated), ("useful", useful)):
         if part in parts:

@@ -1,0 +1,156 @@
+"""How worth follows budget, start, patients and the noise's seed: `python -m benchmarks.tradeoff` (resumable; hours).
+
+The `laptop` profile's recipe runs on the simulated private cohort at six budgets, each with three seeds of batches and
+noise; for fewer patients; and all weights are trained from scratch. A model is worth the change of the denoising loss
+on private test patients against the public model, patient by patient, with the same timesteps and noise. Points are run
+in the order of the grid, `--points N` of those that are missing, and each is kept as soon as it's there; one that is
+stopped goes on. `--again` runs two points anew and keeps both values beside each other.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import RESULTS, keep
+from benchmarks.private_recipe import ALL
+from cardiac_ldm.evaluation.intervals import mean
+from cardiac_ldm.models.denoiser import Denoiser
+from cardiac_ldm.parameters import Parameters
+from cardiac_ldm.privacy import Randomness
+from cardiac_ldm.study import Study
+from cardiac_ldm.training.finetune import finetune
+from cardiac_ldm.training.pretrain import held_out_loss
+
+EVERYBODY = 4000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A private training. start: what it begins from. seed: of batches and noise. patients: the first so many train."""
+
+    epsilon: float
+    seed: int = 0
+    start: str = "pre-trained"
+    patients: int = EVERYBODY
+
+
+BUDGETS = (0.1, 0.3, 1, 3, 10, math.inf)
+GRID = [
+    *(Point(epsilon) for epsilon in BUDGETS),
+    *(Point(epsilon, patients=patients) for patients in (80, 400) for epsilon in (1, 10)),
+    *(Point(epsilon, seed) for seed in (1, 2) for epsilon in BUDGETS),
+    *(Point(epsilon, start="from scratch") for epsilon in BUDGETS),
+]
+AGAIN = (Point(1, patients=80), Point(1, patients=400))
+
+
+class Sweep:
+    """The cohort, its public model, and what a point is worth."""
+
+    def __init__(self) -> None:
+        self.study, self.scratch = (Study(Parameters(profile="laptop")) for _ in range(2))
+        untrained = self.scratch.profile.pretrain.model_copy(update={"steps": 0, "further": ()})
+        everything = self.scratch.profile.finetune.model_copy(update=ALL)
+        self.scratch.profile = self.scratch.profile.model_copy(update={"finetune": everything, "pretrain": untrained})
+        private = self.study.private
+        self.train, self.test = private.split("train"), private.split("test")
+        self.latents, self.held_out = self.study.latents(self.train, private), self.study.latents(self.test, private)
+        self.before = held_out_loss(self.study.denoiser(self.study.pretrained), self.held_out, self.test)
+
+    def key(self, point: Point) -> str:
+        """Tells the very training, so that what is known of another isn't taken for it."""
+        owner = self.study if point.start == "pre-trained" else self.scratch
+        told = [asdict(point) | {"epsilon": str(point.epsilon)}, owner.profile.finetune.model_dump(mode="json")]
+        needs = [owner.pretrained.key, self.study.private.key]
+        return hashlib.sha256(json.dumps([*told, *needs]).encode()).hexdigest()[:12]
+
+    def changes(self, point: Point, again: bool = False) -> np.ndarray:
+        """By how much the loss x 1000 of each test patient (n,) changes."""
+        if point == Point(point.epsilon) and not again:  # the study's own model
+            return self._change(self.study.denoiser(self.study.finetuned(point.epsilon)))
+        owner = self.study if point.start == "pre-trained" else self.scratch
+        settings, model = owner.profile.finetune, owner.denoiser(owner.pretrained)
+        plan = settings.plan(float(point.epsilon), settings.delta, point.patients)
+        folder = owner.runs / "sweep" / (self.key(point) + ("-again" if again else ""))
+        if again:
+            shutil.rmtree(folder, ignore_errors=True)
+        randomness = Randomness(point.seed, simulated=True, run=folder.name)
+        given = plan, settings, randomness, folder, "phantom_public", owner.load_directions()
+        finetune(model, self.train[: point.patients], self.latents, *given)
+        return self._change(model)
+
+    def _change(self, model: Denoiser) -> np.ndarray:
+        return 1000 * (held_out_loss(model.eval(), self.held_out, self.test) - self.before)
+
+
+def row(point: Point, key: str, changes: np.ndarray) -> dict[str, Any]:
+    """A point's row: its worth with an interval over patients, and all of them, to 1e-3."""
+    worth = mean(changes, resamples=1000, seed=0)
+    told = asdict(point) | {"epsilon": f"{point.epsilon:g}", "run": key, "change": worth.value}
+    return told | {
+        "low": worth.low,
+        "high": worth.high,
+        "n_patients": len(changes),
+        "changes": changes.round(3).tolist(),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seeds together: the mean, its interval over patients and seeds, and the part of what no noise teaches."""
+    found, kinds = [], dict.fromkeys((r["start"], r["epsilon"], r["patients"]) for r in rows)
+    for kind in kinds:
+        own, unbounded = ([r["changes"] for r in rows if which(r, kind, end)] for end in (kind[1], "inf"))
+        values, most = np.array(own), np.array(unbounded or own)
+        rng, n = np.random.default_rng(0), values.shape[1]
+        drawn = []
+        for _ in range(1000):
+            patients = rng.integers(n, size=n)
+            parts = [x[rng.integers(len(x), size=len(x))][:, patients].mean() for x in (values, most)]
+            drawn.append((parts[0], parts[0] - parts[1], 100 * parts[0] / parts[1]))
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        whole = values.mean(), values.mean() - most.mean(), 100 * values.mean() / most.mean()
+        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(values)}
+        for i, name in enumerate(("change", "less_no_noise", "closed")):
+            told |= {name: float(whole[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        found.append(told)
+    return found
+
+
+def which(row: dict[str, Any], kind: tuple[str, str, int], epsilon: str) -> bool:
+    """Whether a row is of this start and number of patients, and of that budget."""
+    return (row["start"], row["epsilon"], row["patients"]) == (kind[0], epsilon, kind[2])
+
+
+def main() -> None:
+    """Run what is missing; results/tradeoff.json is kept after each point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=len(GRID))
+    parser.add_argument("--again", action="store_true")
+    asked, path, sweep = parser.parse_args(), RESULTS / "tradeoff.json", Sweep()
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "again": []}
+    known = {told["run"]: told for told in kept["rows"]}
+    rows = {point: known[key] for point in GRID if (key := sweep.key(point)) in known}
+    again = [told for told in kept["again"] if told["run"] in known]
+    left = [point for point in GRID if point not in rows][: asked.points]
+    for point in tqdm(left, desc="sweep", unit="point"):
+        rows[point] = row(point, sweep.key(point), sweep.changes(point))
+        ordered = [rows[one] for one in GRID if one in rows]
+        keep("tradeoff", rows=ordered, summary=summary(ordered), again=again)
+    for point in AGAIN if asked.again else ():
+        first, second = rows[point], row(point, sweep.key(point), sweep.changes(point, again=True))
+        again = [one for one in again if one["run"] != first["run"]]
+        again.append({name: first[name] for name in ("epsilon", "patients", "run", "change", "low", "high")})
+        again[-1] |= {"change_again": second["change"]}
+        ordered = [rows[one] for one in GRID if one in rows]
+        keep("tradeoff", rows=ordered, summary=summary(ordered), again=again)
+
+
+if __name__ == "__main__":
+    main()
