@@ -190,8 +190,8 @@ def run_private() -> dict[str, object]:
     untrained = study.profile.pretrain.model_copy(update={"steps": 0, "further": ()})
     whole.profile = study.profile.model_copy(update={"finetune": everything})
     scratch.profile = whole.profile.model_copy(update={"pretrain": untrained})
-    models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (scratch, 10.0)]
-    models += [(whole, math.inf)]
+    models = [(study, 0.0), (study, math.inf), (study, 10.0), (study, 1.0), (study, 0.1)]
+    models += [(scratch, 10.0), (whole, math.inf)]
     test = study.private.split("test")
     latents = study.latents(test, study.private)
     about: dict[str, Any] = {"n_patients": len(test), "patients": len(study.private.split("train"))}
