@@ -37,10 +37,11 @@ from cardiac_ldm.privacy import PrivatePlan, Randomness
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.profile import Profile
-from cardiac_ldm.training.subspace import SubspaceLoss
+from cardiac_ldm.training.subspace import Directions, SubspaceLoss
 
 PATIENTS = 8
 DIRECTIONS = 128
+"""Of the whole network: as many numbers to read a gradient along as the `laptop` profile's 10,000 of tensors."""
 SEEDED = Randomness(0, simulated=True)
 
 
@@ -63,6 +64,8 @@ class Case:
     def build(self) -> Denoiser:
         """The denoiser with random weights."""
         torch.manual_seed(0)
+        if self.name == "laptop":
+            return Profile.load("laptop").denoiser.build(self.latent[0])
         quick = self.name == "quick"
         ranges = torch.tensor([[a.low for a in ATTRIBUTES], [a.high for a in ATTRIBUTES]])
         attention = (False, *[True] * (len(self.channels) - 1))
@@ -70,8 +73,9 @@ class Case:
         return Denoiser(self.latent[0], 1, self.channels, attention, *sizes, GRID.n_slices, ranges, "modern")
 
 
-QUICK, PAPER = ((16, 32), (4, 12)), ((32, 64, 96), (1, 24))
+QUICK, LAPTOP, PAPER = ((16, 32), (4, 12)), ((32, 64), (4, 24)), ((32, 64, 96), (1, 24))
 CASES = [
+    Case("laptop", *LAPTOP, 1, "fp32", 5),
     Case("quick", *QUICK, 1, "fp32", 7),
     Case("quick", *QUICK, 4, "fp32", 5),
     Case("quick", *QUICK, 4, "bf16", 1),
@@ -152,7 +156,9 @@ class Work:
             yield torch.stack(rows)
 
         weights = sum(parameter.numel() for parameter in self.parameters)
-        return SubspaceLoss(self.model, torch.randn(DIRECTIONS, weights) / weights, gradients)
+        directions = Directions([(DIRECTIONS, weights)])
+        directions.block0 = torch.randn(DIRECTIONS, weights) / weights
+        return SubspaceLoss(self.model, directions, gradients)
 
     def vmapped(self, number: int) -> None:
         """vmap(grad) over patients, clipped and summed; no noise, which costs all methods the same."""
