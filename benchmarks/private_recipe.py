@@ -179,7 +179,7 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
         told |= {"change_milli": 1000 * worth.value, "low_milli": 1000 * worth.low, "high_milli": 1000 * worth.high}
         rows.append(told | {"better_patients": float((change < 0).mean())})
         print(rows[-1], flush=True)
-        keep_part(part, about | {"rows": rows})
+        keep_part(part, about | {"rows": with_others(rows, known)})
     return about | {"rows": rows}
 
 
@@ -233,7 +233,7 @@ def run_private() -> dict[str, object]:
             beyond = study.differing(epsilon, 0.0).table("differences").query("metric == 'FD-EffNet'").iloc[0]
             row |= {f"fd_change{end}": float(beyond[end.strip("_") or "value"]) for end in ("", "_low", "_high")}
         print(row, flush=True)
-        keep_part("private", about | {"rows": rows})
+        keep_part("private", about | {"rows": with_others(rows, known)})
     return about | {"rows": rows}
 
 
@@ -248,6 +248,11 @@ def kept_rows(part: str) -> dict[str, dict[str, Any]]:
     path = RESULTS / "private_recipe.json"
     rows = json.loads(path.read_text()).get(part, {}).get("rows", []) if path.exists() else []
     return {row["run"]: row for row in rows if "run" in row}
+
+
+def with_others(rows: list[dict[str, Any]], known: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows so far, and what is known of others: a script that is stopped forgets nothing."""
+    return rows + [row for run, row in known.items() if run not in {row["run"] for row in rows}]
 
 
 def keep_part(part: str, found: Mapping[str, object]) -> None:

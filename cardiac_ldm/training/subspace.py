@@ -1,4 +1,4 @@
-"""Tune a denoiser privately along few directions, which public patients' own gradients span.
+"""Tune a denoiser privately along directions that public patients' own gradients span.
 
 Noise is added to every number that is tuned, so its length grows with the root of how many there are; much of what a
 new population has to teach lies where public patients differ among themselves. Kin: Yu et al., arXiv 2102.12677, and
