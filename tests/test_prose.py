@@ -106,7 +106,7 @@ def test_every_bound_number_and_claim_of_the_book_is_so(measured: ModuleType):
 
 
 def test_a_claim_that_is_not_so_is_refused(measured: ModuleType):
-    path = "private_recipe.private.rows[epsilon=10,start=pre-trained]"
+    path = "private_recipe.private.rows[epsilon=10]"
     assert measured.claimed(f"most = {path}.loss_closed_low > 50") == "most"
     with pytest.raises(ValueError, match="isn't so"):
         measured.claimed(f"all = {path}.loss_closed_low > 99")
@@ -123,7 +123,7 @@ def test_a_number_that_nobody_measured_is_missed(measured: ModuleType):
         with pytest.raises(LookupError, match=re.escape(path.partition("[")[0].split(".")[0])):
             measured.read(path)
     with pytest.raises(LookupError, match="rows are"):
-        measured.read("private_recipe.private.rows[epsilon=10]")
+        measured.read("private_recipe.private.rows[epsilon=inf]")
 
 
 def test_a_chapters_tables_and_metrics_tell_the_same(measured: ModuleType):
