@@ -246,7 +246,7 @@ class Trained:
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
         plan = settings.plan(epsilon, settings.delta, patients.places)
-        public_data = load_manifest(self.parameters.cohort_public).name
+        public_data, directions = load_manifest(self.parameters.cohort_public).name, self.load_directions()
         if patients.secret and is_first_process():
             words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
             ledger = plan.ledger(randomness, stage="denoiser", **words, public_data=public_data)
@@ -256,7 +256,7 @@ class Trained:
             for volume in range(len(latents)):  # else what had been encoded would tell who was in the batches
                 _ = latents[volume : volume + 1]
         model = self.denoiser(self.pretrained)
-        given = patients, latents, plan, settings, randomness, run.folder, public_data, self.load_directions()
+        given = patients, latents, plan, settings, randomness, run.folder, public_data, directions
         left = finetune(model, *given)
         if patients.secret and is_first_process():
             Record().finish(left)

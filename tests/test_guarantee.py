@@ -41,6 +41,7 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training import private as loop
 from cardiac_ldm.training.private import PrivateSettings, train_privately
+from cardiac_ldm.training.subspace import SubspaceSettings
 from tests import miniatures
 from tests.conftest import TINY
 
@@ -251,6 +252,14 @@ def test_row_04_all_budgets_are_looked_at_before_one_is_spent(epsilons: str, say
             there.finetuned(epsilon)
     assert not Record().spends
     assert there.finetuned(0) == there.pretrained
+
+
+def test_row_04_nothing_is_charged_before_the_public_directions_are_there(real: Real) -> None:
+    along = SubspaceSettings(dimensions=10**6, patients=10, draws=1, power=0.0)
+    there = real(recipe={"tuned": "subspace", "subspace": along})
+    with pytest.raises(ParameterError, match="1000000 directions need more than"):
+        there.finetuned(1)
+    assert not Record().spends
 
 
 def test_row_05_models_for_other_deltas_and_of_a_renamed_cohort_are_charged_together(real: Real) -> None:

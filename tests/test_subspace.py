@@ -251,8 +251,56 @@ def test_training_moves_the_weights_along_the_directions_alone_and_goes_on_after
         patched.setattr(PrivatePlan, "gradient", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "killed")
+    with monkeypatch.context() as patched:  # z means nothing along other directions
+        patched.setattr(SubspaceLoss, "digest", "others")
+        with pytest.raises(ParameterError, match=r"state.pt: was left by a run with other public directions"):
+            train(tmp_path / "killed")
     again = train(tmp_path / "killed")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_other_directions_have_another_digest(private: Patients) -> None:
+    directions = torch.randn(4, sum(weight.numel() for weight in network().parameters()))
+    (_, first), (_, same), (_, other) = (
+        along(private, of_all(d), recipe()) for d in (directions, directions, 2 * directions)
+    )
+    assert first.digest == same.digest != other.digest
+
+
+def test_weights_move_only_when_z_has_since_other_threads_may_be_reading_them(private: Patients) -> None:
+    directions = of_all(torch.randn(4, sum(weight.numel() for weight in network().parameters())))
+    _, loss = along(private, directions, recipe())
+    weights: list[list[int]] = []
+    for z in (0.0, 0.0, 0.5, 0.5):
+        with torch.no_grad():
+            loss.z.fill_(z)
+        loss.alone(0, torch.Generator().manual_seed(0))
+        weights.append([parameter.data_ptr() for parameter in loss.model.parameters()])
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    moved = nn.utils.parameters_to_vector(loss.model.parameters()) - loss.start
+    torch.testing.assert_close(moved.detach(), loss.directions.moves(torch.full((4,), 0.5)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_that_span_too_little_are_refused(
+    apart: bool, public: Patients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many patients are there, but they pull in three ways only: a direction more would be rounding over nothing."""
+    common, told = room._common_loss, iter(range(1000))
+    latents = latents_of(public)
+
+    def alike(model: Denoiser, *_: object) -> Tensor:
+        own = slice(*public.offsets[(one := next(told) % 4) : one + 2].tolist())
+        return common(model, torch.from_numpy(latents[own]), torch.from_numpy(public.attributes)[own], 2)
+
+    monkeypatch.setattr(room, "_common_loss", alike)
+    blocks = len(list(network().parameters()))
+    settings = SUBSPACE.model_copy(update={"apart": apart, "dimensions": 3 * blocks + 1 if apart else 4})
+    with pytest.raises(ParameterError, match=r"span \d+ directions, fewer than"):
+        public_directions(network(), public, latents, settings)
+    found, _ = public_directions(network(), public, latents, settings.model_copy(update={"dimensions": 3}))
+    assert len(found) == 3
+    assert all(torch.isfinite(block).all() for block in found.buffers())
 
 
 def test_the_audit_trains_what_the_recipe_trains(private: Patients, tmp_path: Path) -> None:

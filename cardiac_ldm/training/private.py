@@ -95,11 +95,12 @@ def train_privately(
     moves = optimiser(parameters, settings.learning_rate)
     cohort = hashlib.sha256(repr(patients.people).encode()).hexdigest() if patients.secret else patients.path.name
     run = {"ledger": ledger.model_dump_json(), "settings": settings.model_dump_json(), "cohort": cohort}
+    run |= {"directions": getattr(unit_loss, "digest", "")}
     state, done = folder / "state.pt", 0
     if saved := load_state(state):
         for what, now in run.items():
             if saved[what] != now:
-                other = "patients" if what == "cohort" else "settings"
+                other = {"cohort": "patients", "directions": "public directions"}.get(what, "settings")
                 raise ParameterError(f"{state}: was left by a run with other {other}; give this one its own folder")
         with torch.no_grad():
             for name, parameter in tuned.items():

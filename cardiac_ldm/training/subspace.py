@@ -6,9 +6,11 @@ Zhou et al., arXiv 2007.03813, whose directions are of classifiers and follow th
 arXiv 2202.05963) scales by public gradients. Here directions are taken once, of the public model, from public patients.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from cardiac_ldm.settings import Count, Settings
 _ROWS = 16
 """So many volumes at a time; their number and order are the same on every device."""
 _COLUMNS = 2**16
+_NULL = 1e-6
+"""Of the largest variance of a block: below it lies what rounding leaves of none."""
 MOMENTUM = 0.9
 """Of gradient descent on z."""
 _REHEARSED = {False: (0.137, 2.7), True: (0.262, 3.1)}
@@ -103,7 +107,7 @@ def public_directions(
 
     Raises:
         PrivacyError: the patients are private.
-        ParameterError: there are too few patients for so many directions.
+        ParameterError: there are too few patients for so many directions, or their gradients span fewer.
     """
     require_public(patients, "directions of private patients' gradients, which have no noise")
     n, k = min(settings.patients, len(patients)), settings.dimensions
@@ -127,8 +131,14 @@ def public_directions(
         gradients[:, columns : columns + _COLUMNS] *= scale[columns : columns + _COLUMNS]
     parts, scales = gradients.split(widths, dim=1), scale.split(widths)
     values, vectors = zip(*(torch.linalg.eigh((part @ part.T).double()) for part in parts), strict=True)
-    least = torch.cat(values).topk(k).values[-1]
-    kept = [(own >= least).nonzero().flatten().flip(0) for own in values]
+    spanned = torch.cat([own.where(own > _NULL * own.max(), 0.0) for own in values])
+    if k > (rank := int((spanned > 0).sum())):
+        raise ParameterError(
+            f"subspace.dimensions: gradients of {n} public patients span {rank} directions, fewer than {k}; give fewer"
+        )
+    most = torch.zeros(len(spanned), dtype=torch.bool)
+    most[spanned.topk(k).indices] = True
+    kept = [chosen.nonzero().flatten().flip(0) for chosen in most.split([len(own) for own in values])]
     found = Directions([(len(own), width) for own, width in zip(kept, widths, strict=True)])
     for block, own, value, vector, part, of_part in zip(
         found.buffers(), kept, values, vectors, parts, scales, strict=True
@@ -167,11 +177,23 @@ class SubspaceLoss:
         self.directions = deepcopy(self.directions).to(device, torch.float32)
         self.start = nn.utils.parameters_to_vector(self.model.parameters()).detach()
         self.z = nn.Parameter(torch.zeros(len(self.directions), device=device))
+        self._at, self._lock = torch.full_like(self.z, torch.nan), Lock()
+
+    @property
+    def digest(self) -> str:
+        """Tells these directions from others: z means nothing along those."""
+        told = hashlib.sha256()
+        for block in self.directions.buffers():
+            told.update(block.half().cpu().numpy().tobytes())
+        return told.hexdigest()
 
     @torch.no_grad()
     def move(self) -> None:
-        """Give the model the weights that belong to z."""
-        nn.utils.vector_to_parameters(self.start + self.directions.moves(self.z), self.model.parameters())
+        """Give the model the weights that belong to z, unless it has them: other threads may be reading them."""
+        with self._lock:
+            if not torch.equal(self._at, self.z):
+                nn.utils.vector_to_parameters(self.start + self.directions.moves(self.z), self.model.parameters())
+                self._at = self.z.detach().clone()
 
     def alone(self, unit: int, generator: torch.Generator) -> Tensor | None:
         """A scalar that has a unit's gradient with respect to z; None of an empty place."""
