@@ -207,7 +207,7 @@ def run_private() -> dict[str, object]:
             "expected_batch": owner.profile.finetune.expected_batch if epsilon else "",
             "run": run.folder.name,
             "loss": float(losses[-1].mean()),
-            **(_fd(known.get(run.folder.name, {})) or _distance(owner.evaluated(epsilon))),
+            **(_fd(known.get(run.folder.name, {}) if owner is whole else {}) or _distance(owner.evaluated(epsilon))),
         }
         rows.append(row)
         public, unbounded = rows[0], rows[min(1, len(rows) - 1)]

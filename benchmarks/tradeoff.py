@@ -4,7 +4,7 @@ The `laptop` profile's recipe runs on the simulated private cohort at six budget
 noise; for fewer patients; and all weights are trained from scratch. A model is worth the change of the denoising loss
 on private test patients against the public model, patient by patient, with the same timesteps and noise. Points are run
 in the order of the grid, `--points N` of those that are missing, and each is kept as soon as it's there; one that is
-stopped goes on. `--again` runs two points anew and keeps both values beside each other.
+stopped goes on. `--again` runs two points anew, with other batches and noise, and keeps both values beside each other.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Sweep:
         """Tells the very training, so that what is known of another isn't taken for it."""
         owner = self.study if point.start == "pre-trained" else self.scratch
         told = [asdict(point) | {"epsilon": str(point.epsilon)}, owner.profile.finetune.model_dump(mode="json")]
-        needs = [owner.pretrained.key, self.study.private.key]
+        needs = [owner.start.key, self.study.private.key]
         return hashlib.sha256(json.dumps([*told, *needs]).encode()).hexdigest()[:12]
 
     def changes(self, point: Point, again: bool = False) -> np.ndarray:
@@ -107,20 +107,28 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, kinds = [], dict.fromkeys((r["start"], r["epsilon"], r["patients"]) for r in rows)
     for kind in kinds:
         own, unbounded = ([r["changes"] for r in rows if which(r, kind, end)] for end in (kind[1], "inf"))
-        values, most = np.array(own), np.array(unbounded or own)
+        values, most = np.array(own), np.array(unbounded) if kind[1] != "inf" else None
         rng, n = np.random.default_rng(0), values.shape[1]
-        drawn = []
+        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(values)}
+        drawn, known = [], most is not None and len(most)
         for _ in range(1000):
             patients = rng.integers(n, size=n)
-            parts = [x[rng.integers(len(x), size=len(x))][:, patients].mean() for x in (values, most)]
-            drawn.append((parts[0], parts[0] - parts[1], 100 * parts[0] / parts[1]))
+            parts = [
+                x[rng.integers(len(x), size=len(x))][:, patients].mean()
+                for x in ((values, most) if known else (values,))
+            ]
+            drawn.append(compared(*parts))
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        whole = values.mean(), values.mean() - most.mean(), 100 * values.mean() / most.mean()
-        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(values)}
-        for i, name in enumerate(("change", "less_no_noise", "closed")):
-            told |= {name: float(whole[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        whole = compared(*(x.mean() for x in ((values, most) if known else (values,))))
+        for name, value, least, greatest in zip(("change", "less_no_noise", "closed"), whole, low, high, strict=False):
+            told |= {name: float(value), f"{name}_low": float(least), f"{name}_high": float(greatest)}
         found.append(told)
     return found
+
+
+def compared(change: float, unbounded: float | None = None) -> tuple[float, ...]:
+    """A change, and, where it's known what no noise teaches, what it is less that and the part of it in per cent."""
+    return (change,) if unbounded is None else (change, change - unbounded, 100 * change / unbounded)
 
 
 def which(row: dict[str, Any], kind: tuple[str, str, int], epsilon: str) -> bool:
@@ -143,7 +151,7 @@ def main() -> None:
         rows[point] = row(point, sweep.key(point), sweep.changes(point))
         ordered = [rows[one] for one in GRID if one in rows]
         keep("tradeoff", rows=ordered, summary=summary(ordered), again=again)
-    for point in AGAIN if asked.again else ():
+    for point in (point for point in AGAIN if asked.again and point in rows):
         first, second = rows[point], row(point, sweep.key(point), sweep.changes(point, again=True))
         again = [one for one in again if one["run"] != first["run"]]
         again.append({name: first[name] for name in ("epsilon", "patients", "run", "change", "low", "high")})
