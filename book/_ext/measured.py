@@ -273,13 +273,12 @@ class Headline(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Draw it as every figure of the book is drawn."""
         recipe = read("private_recipe.private")
-        starts = {("pre-trained", "all"): "pre-trained, all weights tuned", ("from scratch", "all"): "from scratch"}
-        rows = sorted(recipe["rows"], key=lambda row: (float(row["epsilon"]), row["expected_batch"] or 0))
-        largest = {(row["epsilon"], row["start"], row["tuned"]): row for row in rows}  # of several batches
+        starts = {"all": "pre-trained, all weights tuned", "": "from scratch"}
+        rows = sorted([*recipe["rows"], recipe["scratch"] | {"tuned": ""}], key=lambda row: float(row["epsilon"]))
         points = pd.DataFrame(
-            {"model": model_name(float(row["epsilon"])), "start": starts.get((start, tuned), start)}
+            {"model": model_name(float(row["epsilon"])), "start": starts.get(row["tuned"], "pre-trained")}
             | {name: row[f"fd{end}"] for name, end in ENDS.items()}
-            for (_, start, tuned), row in largest.items()
+            for row in rows
         )
         tail = " less public data only"
         cells = (
