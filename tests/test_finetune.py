@@ -594,7 +594,7 @@ def test_nothing_of_real_patients_is_shown_or_left(
     stopped(tmp_path / "killed", secret, recipe(), monkeypatch, ENTROPY)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["privacy.json", "progress.txt", "state.pt"]
     state = load_state(tmp_path / "killed" / "state.pt") or {}
-    assert set(state) == {"step", "tuned", "average", "optimiser", "ledger", "settings", "cohort"}
+    assert set(state) == {"step", "tuned", "average", "optimiser", "ledger", "settings", "cohort", "directions"}
     _, ledger = run(tmp_path / "run", secret, recipe(), randomness=ENTROPY)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["privacy.json", "weights.safetensors"]
     with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as file:
