@@ -207,6 +207,7 @@ def test_a_release_holds_volumes_attributes_ledger_and_statement(
         "STATEMENT.md",
         "attributes.csv",
         "croissant.json",
+        "dataset.json",
         "dataset_description.json",
         "derivatives",
         "metrics.json",
