@@ -1,23 +1,22 @@
 """Whether a release that was killed is the one that wasn't: `python -m benchmarks.release_killed` (an hour).
 
 The `demo` profile's private model of the simulated cohort draws 1,000 patients; the sampler takes 3 steps instead of
-15, which changes what a patient costs and nothing else here. The same is drawn again by the same command, whose whole
-process group gets SIGKILL when a quarter, half and three quarters of the patients are there; at last it ends. All files
-of both folders are compared, byte by byte. A second run
-on the same day takes the unkilled release of the first.
+15, which changes what a patient costs and nothing else here. The same is drawn again by the same command, whose
+processes all get SIGKILL when a quarter, half and three quarters of the patients are there; at last it ends. All files
+of both folders are compared, byte by byte. A second run on the same day takes the unkilled release of the first.
 """
 
 import argparse
 import hashlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
 
+import psutil
 import yaml
 
 from benchmarks import keep
@@ -41,11 +40,12 @@ def release(place: Path, patients: int, until: float = 1.0) -> float:
     begun = time.perf_counter()
     with (place / "log.txt").open("a") as log:
         given = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        process = subprocess.Popen(command, **given, start_new_session=True)
+        process = subprocess.Popen(command, **given)
         while process.poll() is None:
             time.sleep(0.2)
             if until < 1 and drawn(place) >= until * patients:
-                os.killpg(process.pid, signal.SIGKILL)
+                for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                    one.kill()
                 process.wait()
                 return time.perf_counter() - begun
     if process.returncode or until < 1:
