@@ -709,6 +709,13 @@ def test_too_few_hours_are_one_sentence(changes: dict[str, Any], fewest: int) ->
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("wrong", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["epsilon", *OFFER])
+def test_an_offer_that_is_no_positive_number_is_named(name: str, wrong: float) -> None:
+    with pytest.raises(ParameterError, match=f"{name}: {wrong} must be a positive number"):
+        propose(**({"epsilon": 1.0, "delta": 1e-5} | OFFER | {name: wrong}))
+
+
 def test_planning_is_a_command_that_prints_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,8 +31,13 @@ def propose(
         and of_run, sqrt(steps) times as much, if the gradient kept its direction.
 
     Raises:
-        ParameterError: the hours don't suffice for 30 steps of the smallest batch, 16 patients or all of fewer than 32.
+        ParameterError: the hours don't suffice for 30 steps of the smallest batch, 16 patients or all of fewer than 32;
+            or something isn't a positive number.
     """
+    offered = {"n_patients": n_patients, "n_parameters": n_parameters, "hours": hours}
+    for name, value in (offered | {"epsilon": epsilon, "seconds_per_patient": seconds_per_patient}).items():
+        if not 0 < value < math.inf:
+            raise ParameterError(f"{name}: {value} must be a positive number")
     visits, rows = int(hours * 3600 / seconds_per_patient), []
     drawn = [2**power for power in range(4, 20) if 2**power <= n_patients // 2]
     for batch in (*drawn, n_patients):  # or everybody in every step
