@@ -184,6 +184,12 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
     return about | {"rows": rows}
 
 
+def _step(study: Study, epsilon: float) -> float:
+    """The step size that a budget's noise allows."""
+    recipe = study.profile.finetune
+    return recipe.step_size(recipe.plan(epsilon, recipe.delta, len(study.private.split("train"))))
+
+
 def run_private() -> dict[str, object]:
     """Tune and evaluate what has not been; one row a model. A row that was kept of the very same run stays."""
     study, whole, scratch = (Study(Parameters(profile="laptop")) for _ in range(3))
@@ -205,6 +211,7 @@ def run_private() -> dict[str, object]:
             "epsilon": str(epsilon),
             "tuned": "nothing" if epsilon == 0 else owner.profile.finetune.tuned,
             "expected_batch": owner.profile.finetune.expected_batch if epsilon else "",
+            "step": _step(owner, epsilon) if epsilon else "",
             "run": run.folder.name,
             "loss": float(losses[-1].mean()),
             **(_fd(known.get(run.folder.name, {}) if owner is whole else {}) or _distance(owner.evaluated(epsilon))),

@@ -75,6 +75,13 @@ class FinetuneSettings(PrivateSettings):
             raise ParameterError(f"finetune.tuned: {self.tuned} has no directions; give subspace, and its settings")
         return self.subspace
 
+    def step_size(self, plan: PrivatePlan) -> float:
+        """The learning rate; of a subspace, the part of it that suits the plan's noise."""
+        if self.subspace is None:
+            return self.learning_rate
+        noise = plan.noise_multiplier * math.sqrt(self.subspace.dimensions) / plan.expected_batch
+        return self.learning_rate * restraint(noise, self.subspace.apart)
+
     def check(self, epsilon: float, cohort: str, n_patients: int, secret: bool) -> None:
         """Find, before anything is trained, what would stop the private stage of a budget.
 
@@ -135,10 +142,7 @@ def finetune(
         _tidy(folder)
         return ledger
     tuned, loss = learning(model, patients, latents, plan, settings, directions)
-    if settings.subspace:
-        noise = plan.noise_multiplier * math.sqrt(settings.subspace.dimensions) / plan.expected_batch
-        rate = settings.learning_rate * restraint(noise, settings.subspace.apart)
-        settings = settings.model_copy(update={"learning_rate": rate})
+    settings = settings.model_copy(update={"learning_rate": settings.step_size(plan)})
     given = plan, settings, randomness, ledger, patients, folder, save_every
     train_privately(tuned, loss, *given, optimiser=settings.optimiser)
     if isinstance(loss, SubspaceLoss):
