@@ -1,10 +1,11 @@
 """How worth follows budget, start, patients and the noise's seed: `python -m benchmarks.tradeoff` (resumable; hours).
 
 The `laptop` profile's recipe runs on the simulated private cohort at six budgets, each with three seeds of batches and
-noise; for fewer patients; and all weights are trained from scratch. A model is worth the change of the denoising loss
-on private test patients against the public model, patient by patient, with the same timesteps and noise. Points are run
-in the order of the grid, `--points N` of those that are missing, and each is kept as soon as it's there; one that is
-stopped goes on. `--again` runs two points anew, with other batches and noise, and keeps both values beside each other.
+noise; for fewer patients, and for five times as many of the same population; and all weights are trained from scratch.
+A model is worth the change of the denoising loss on private test patients against the public model, patient by patient,
+with the same timesteps and noise. Points are run in the order of the grid, `--points N` of those that are missing, and
+each is kept as soon as it's there; one that is stopped goes on. `--again` runs two points anew, with other batches and
+noise, and keeps both values beside each other.
 """
 
 import argparse
@@ -13,27 +14,31 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from benchmarks import RESULTS, keep
 from benchmarks.private_recipe import ALL
+from cardiac_ldm.cohort import Patients
 from cardiac_ldm.evaluation.intervals import mean
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Study
+from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training.finetune import finetune
-from cardiac_ldm.training.pretrain import held_out_loss
+from cardiac_ldm.training.pretrain import Latents, held_out_loss
 
-EVERYBODY = 4000
+EVERYBODY, MANY = 4000, 20_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """A private training. start: what it begins from. seed: of batches and noise. patients: the first so many train."""
+    """A private training. start: what it begins from. seed: of batches and noise. patients: so many train."""
 
     epsilon: float
     seed: int = 0
@@ -46,6 +51,7 @@ GRID = [
     *(Point(epsilon) for epsilon in BUDGETS),
     *(Point(epsilon, patients=patients) for patients in (80, 400) for epsilon in (1, 10)),
     *(Point(epsilon, seed) for seed in (1, 2) for epsilon in BUDGETS),
+    *(Point(epsilon, patients=MANY) for epsilon in (1, 10)),
     *(Point(epsilon, start="from scratch") for epsilon in BUDGETS),
 ]
 AGAIN = (Point(1, patients=80), Point(1, patients=400))
@@ -83,8 +89,24 @@ class Sweep:
             shutil.rmtree(folder, ignore_errors=True)
         randomness = Randomness(point.seed, simulated=True, run=folder.name)
         given = plan, settings, randomness, folder, "phantom_public", owner.load_directions()
-        finetune(model, self.train[: point.patients], self.latents, *given)
+        train, latents = self.many if point.patients > EVERYBODY else (self.train, self.latents)
+        finetune(model, train[: point.patients], latents, *given)
         return self._change(model)
+
+    @cached_property
+    def many(self) -> tuple[Patients, Latents]:
+        """Other patients of the private population, more than the cohort has, and their latents."""
+        described = yaml.safe_load((ROOT / "data_manifests" / "phantom_private.yaml").read_text())
+        described |= {"name": "phantom_many", "splits": {"train": MANY, "validation": 8, "test": 8}}
+        described["reader"]["seed"] += 1
+        path = self.study.runs / "sweep" / "phantom_many.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(described))
+        study = Study(Parameters(profile="laptop", cohort_private=str(path)))
+        private = study.profile.patients["private"].model_copy(update=described["splits"])
+        study.profile = study.profile.model_copy(update={"patients": study.profile.patients | {"private": private}})
+        train = study.private.split("train")
+        return train, study.latents(train, study.private)
 
     def _change(self, model: Denoiser) -> np.ndarray:
         return 1000 * (held_out_loss(model.eval(), self.held_out, self.test) - self.before)
