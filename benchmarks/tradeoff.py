@@ -125,37 +125,35 @@ def row(point: Point, key: str, changes: np.ndarray) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seeds together: the mean, its interval over patients and seeds, and the part of what no noise teaches."""
-    found, kinds = [], dict.fromkeys((r["start"], r["epsilon"], r["patients"]) for r in rows)
-    for kind in kinds:
-        own, unbounded = ([r["changes"] for r in rows if which(r, kind, end)] for end in (kind[1], "inf"))
-        values, most = np.array(own), np.array(unbounded) if kind[1] != "inf" else None
-        rng, n = np.random.default_rng(0), values.shape[1]
-        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(values)}
-        drawn, known = [], most is not None and len(most)
+    """Seeds together: the mean, its interval over patients and seeds, and its part of what no noise teaches everybody.
+
+    Patients are drawn once for both of a comparison, seeds for each of them.
+    """
+    kinds = dict.fromkeys((row["start"], row["epsilon"], row["patients"]) for row in rows)
+    changes = {
+        kind: np.array([row["changes"] for row in rows if (row["start"], row["epsilon"], row["patients"]) == kind])
+        for kind in kinds
+    }
+    most, found = changes.get(("pre-trained", "inf", EVERYBODY)), list[dict[str, Any]]()
+    for kind, own in changes.items():
+        rng, n = np.random.default_rng(0), own.shape[1]
+        drawn = []
         for _ in range(1000):
             patients = rng.integers(n, size=n)
-            parts = [
-                x[rng.integers(len(x), size=len(x))][:, patients].mean()
-                for x in ((values, most) if known else (values,))
-            ]
+            parts = [x[rng.integers(len(x), size=len(x))][:, patients].mean() for x in (own, most) if x is not None]
             drawn.append(compared(*parts))
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        whole = compared(*(x.mean() for x in ((values, most) if known else (values,))))
+        whole = compared(*(x.mean() for x in (own, most) if x is not None))
+        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(own)}
         for name, value, least, greatest in zip(("change", "less_no_noise", "closed"), whole, low, high, strict=False):
             told |= {name: float(value), f"{name}_low": float(least), f"{name}_high": float(greatest)}
         found.append(told)
     return found
 
 
-def compared(change: float, unbounded: float | None = None) -> tuple[float, ...]:
+def compared(change: float, most: float | None = None) -> tuple[float, ...]:
     """A change, and, where it's known what no noise teaches, what it is less that and the part of it in per cent."""
-    return (change,) if unbounded is None else (change, change - unbounded, 100 * change / unbounded)
-
-
-def which(row: dict[str, Any], kind: tuple[str, str, int], epsilon: str) -> bool:
-    """Whether a row is of this start and number of patients, and of that budget."""
-    return (row["start"], row["epsilon"], row["patients"]) == (kind[0], epsilon, kind[2])
+    return (change,) if most is None else (change, change - most, 100 * change / most)
 
 
 def main() -> None:
