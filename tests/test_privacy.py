@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from benchmarks.volume_level import epsilon_of_group
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
-from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_prv
+from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_held, epsilon_prv, terms_of
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.profile import Profile
+from cardiac_ldm.report import verify
 from cardiac_ldm.training.pretrain import random_loss
 
 SEEDED = Randomness(0, simulated=True)
@@ -490,6 +491,34 @@ def test_accountants_that_disagree_make_no_claim(monkeypatch: pytest.MonkeyPatch
         )
         with pytest.raises(PrivacyError, match=r"PRV says .* and PLD .*: they disagree, so no claim"):
             ledger_of(honest)
+
+
+def test_a_small_budget_over_many_steps_is_held_against_a_grid_that_is_fine_enough(tmp_path: Path) -> None:
+    many = plan(epsilon=0.1, n_patients=4000, expected_batch=51, steps=2344, noise_multiplier=19.3)
+    honest = many.ledger(SEEDED, **WORDS)
+    assert honest.epsilon == 0.1
+    assert epsilon_pld(terms_of(honest.mechanisms), 1e-5, 1e-3) > 0.11  # what a coarse one rounds up to
+    honest.save(tmp_path / "privacy.json")
+    assert Ledger.load(tmp_path / "privacy.json") == honest
+    said = json.loads((tmp_path / "privacy.json").read_text())
+    assert not [*verify.spent(said)]
+    less = said | {"epsilon": 0.09}
+    assert "that is stated" in next(verify.spent(less))
+    (tmp_path / "privacy.json").write_text(json.dumps(less))
+    with pytest.raises(PrivacyError, match="epsilon isn't what it was written for"):
+        Ledger.load(tmp_path / "privacy.json")
+
+
+def test_a_grid_is_refined_where_rounding_may_be_all_that_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = stage(20.0, 0.0128, 2344)
+    for spent, found in ((0.3, 0.302), (0.1, 0.1002)):
+        monkeypatch.setattr(
+            "cardiac_ldm.privacy.accounting.epsilon_pld",
+            lambda terms, delta, interval=1e-4, spent=spent: spent + 20 * interval,
+        )
+        assert epsilon_held(terms_of([many]), 1e-5, 0.1) == pytest.approx(found)  # 0.302 is above, whatever the grid
+    monkeypatch.setattr("cardiac_ldm.privacy.accounting.epsilon_prv", lambda terms, delta, scale: 0.1)
+    assert ledger_of(many).epsilon_pld == pytest.approx(0.1002)
 
 
 def test_a_plan_that_would_exceed_its_budget_makes_no_claim() -> None:

@@ -75,6 +75,7 @@ class Ledger(Stated):
         if terms and all(sigma > 0 for sigma, _, _ in terms):
             check, renyi = accounting.epsilon_pld(terms, delta), accounting.epsilon_rdp(terms, delta)
             claim = accounting.epsilon_prv(terms, delta, check)
+            check = accounting.epsilon_held(terms, delta, claim)
             if abs(claim - check) > AGREEMENT * min(claim, check):
                 raise PrivacyError(f"epsilon: PRV says {claim:.4f} and PLD {check:.4f}: they disagree, so no claim")
             if budget is not None and claim > (1 + AGREEMENT) * budget:
@@ -147,7 +148,7 @@ class Ledger(Stated):
             raise PrivacyError(f"{path}: {field} is missing or wrong; restore the ledger that this run left") from error
         terms, spent = accounting.merged(ledger.mechanisms), math.inf if ledger.mechanisms else 0.0
         if terms and all(sigma > 0 for sigma, _, _ in terms):
-            spent = accounting.epsilon_pld(terms, ledger.delta, 1e-3)
+            spent = accounting.epsilon_held(terms, ledger.delta, ledger.epsilon, 1e-3)
         fine = {
             "epsilon": ledger.epsilon >= (1 - AGREEMENT) * spent,
             "simulated": not (ledger.simulated and ledger.run),
