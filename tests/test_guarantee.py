@@ -37,6 +37,7 @@ from cardiac_ldm.privacy.table import TablePlan, tabulate
 from cardiac_ldm.release import release
 from cardiac_ldm.report.card import standing
 from cardiac_ldm.report.statement import joint_statement, privacy_statement
+from cardiac_ldm.report.tables import cohorts_table
 from cardiac_ldm.study import Study
 from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training import private as loop
@@ -337,12 +338,14 @@ def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> Non
         if "patients" not in budget:
             with pytest.raises(CohortError, match=r"budget.patients: is missing; with shares .* say how many places"):
                 load_manifest(path)
-    ledgers = []
+    ledgers, shown = [], list[str]()
     for names in (tuple("abcdefghij"), tuple("abcdefghi"), tuple("bcdefghij")):
         folder = tmp_path / "".join(names)
         miniatures.make_table(folder / "data", names)
         shutil.copy(tmp_path / "mini.yaml", folder)
-        patients = prepare(load_manifest(folder / "mini.yaml"), store=folder / "store").split("train")
+        cohort = prepare(load_manifest(folder / "mini.yaml"), store=folder / "store")
+        shown.append(cohorts_table([cohort]).to_html())
+        patients = cohort.split("train")
         plan = PrivatePlan(patients.places, 3, 4, 1.0, 1, 20.0, 1e-5, noise_multiplier=2.0)
         ledger = plan.ledger(Randomness(None, simulated=False), **WORDS)
         ledgers.append(ledger.model_copy(update={"run": "its name in the record"}))
@@ -354,6 +357,8 @@ def test_row_06_how_many_patients_there_are_shows_nowhere(tmp_path: Path) -> Non
         assert len(patients) < 9
         assert seen <= set(range(9))
     assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert shown[0] == shown[1] == shown[2]
+    assert "9 places" in shown[0]
     statement = privacy_statement(ledgers[0])
     assert "zero-out: one patient with all volumes, or an empty place instead; there are 9 places" in statement
     assert "add" not in re.sub("[a-z]*add[a-z]+", "", statement)
@@ -583,6 +588,18 @@ def test_row_13_no_name_of_a_real_patient_is_shown(
         log = tmp_path / "store/.mini-problems.txt"
         assert "annamaria" in log.read_text()
         assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_row_13_too_few_places_and_an_empty_split_tell_neither_names_nor_how_many_there_are(tmp_path: Path) -> None:
+    miniatures.make_table(tmp_path / "data", ("annamaria", "berta", "carl", "dora"))
+    splits: Any = {"train": ["annamaria", "dora"], "validation": ["berta"], "test": ["carl"]}
+    shares = {"train": 0.999998, "validation": 1e-6, "test": 1e-6}
+    budget = {"epsilon": 9, "delta": 1e-5}
+    for given, places, says in ((splits, 1, "1 places are too few for splits.train"), (shares, 9, "no patient falls")):
+        manifest = miniatures.manifest(tmp_path, "table", splits=given, budget=budget | {"patients": places})
+        with pytest.raises(CohortError, match=says) as caught:
+            prepare(manifest, store=tmp_path / "store")
+        assert not re.search(r"annamaria|dora|\b4\b", str(caught.value))
 
 
 def test_row_14_a_delta_that_exposes_somebody_is_warned_of_and_every_patient_may_be_in_every_lot(

@@ -490,7 +490,7 @@ def test_shares_say_who_is_in_which_split_and_limit_real_private_patients_by_the
     few = miniatures.manifest(
         tmp_path, "table", splits=shares, budget={"epsilon": 10, "delta": 1e-5, "patients": n - 1}
     )
-    with pytest.raises(CohortError, match=rf"budget.patients: {n - 1} places are too few for the share of 0.5"):
+    with pytest.raises(CohortError, match=rf"budget.patients: {n - 1} places are too few for splits.train"):
         prepare(few, store=tmp_path / "store")
     prepare(private, store=tmp_path / "store", limits={"train": 12, "validation": 1, "test": 1})
     public = miniatures.manifest(tmp_path, "table", splits=shares, role="public", name="elsewhere")

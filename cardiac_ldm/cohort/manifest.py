@@ -200,8 +200,8 @@ class Manifest(Settings):
             share, members = members, [patient for patient in found if low <= self._draw(self.person(patient)) < high]
             if not members:
                 raise CohortError(
-                    f"{self.name}: none of {len(found)} patients falls in the split {split}, a share of {share:g}; "
-                    "enlarge it, or name its patients"
+                    f"{self.name}: no patient falls in the split {split}, a share of {share:g}; enlarge it, or name "
+                    "its patients"
                 )
         stay = tuple(patient for patient in members if not {patient, self.person(patient)} & set(self.exclude))
         if not stay:

@@ -152,8 +152,8 @@ def enrolled(manifest: Manifest, root: Path | None, limits: Mapping[str, int]) -
             )
         if len(members["train"]) > manifest.places:
             raise CohortError(
-                f"{manifest.name}: budget.patients: {manifest.places} places are too few for the share of "
-                f"{manifest.splits.train}; raise their number, or lower the share"
+                f"{manifest.name}: budget.patients: {manifest.places} places are too few for splits.train; raise their "
+                "number, or let fewer in"
             )
     return {split: members[split][: limits.get(split)] for split in SPLITS}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
-from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, PatientRecord, Patients, require_releasable
+from cardiac_ldm.cohort import ATTRIBUTE_NAMES, ATTRIBUTES, Cohort, PatientRecord, Patients, require_releasable
 from cardiac_ldm.cohort.attributes import LV, MYOCARDIUM, RV
 
 METRICS = {
@@ -53,6 +53,22 @@ def model_name(epsilon: float) -> str:
 def patients_name(metrics: Mapping[str, Any]) -> str:
     """What the patients are called beside whom a `metrics.json` stands; older ones don't say if they're simulated."""
     return "held-out simulated patients" if metrics.get("reference_simulated") else "held-out patients"
+
+
+def cohorts_table(cohorts: Sequence[Cohort]) -> pd.DataFrame:
+    """What each cohort is and how many patients are in its splits; of real private ones the places, which are public.
+
+    Where splits are shares, how many there are is their holder's secret.
+    """
+    rows = []
+    for cohort in cohorts:
+        said = cohort.manifest
+        row: dict[str, Any] = {"cohort": said.name, "role": said.role, "simulated": said.simulated}
+        for split in cohort.splits:
+            public = f"{said.places} places" if split == "train" else "not told"
+            row[f"{split} patients"] = public if said.secret else len(cohort.split(split))
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("cohort")
 
 
 def attributes_table(cohorts: Mapping[str, Patients]) -> pd.DataFrame:
