@@ -136,6 +136,16 @@ def test_a_split_that_no_patient_falls_in_is_refused(write):
         [load_manifest(write(splits=SHARES)).patient_ids(split, ["anna"]) for split in SPLITS]
 
 
+def test_a_budget_whose_delta_would_give_somebody_away_is_refused(write):
+    for places, delta, fine in ((4000, 1 / 4000, False), (None, 0.5, False), (4000, 1e-4, True)):
+        budget = {"epsilon": 10, "delta": delta} | ({"patients": places} if places else {})
+        if fine:
+            assert load_manifest(write(budget=budget)).places == places
+            continue
+        with pytest.raises(CohortError, match=r"budget.delta: .* isn't below one in \d+ places"):
+            load_manifest(write(budget=budget))
+
+
 def test_a_field_that_is_given_twice_is_refused(write):
     path = write()
     path.write_text(path.read_text() + "role: public\n")

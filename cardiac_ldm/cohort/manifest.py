@@ -162,6 +162,11 @@ class Manifest(Settings):
                 "budget: is missing; say what may be spent on real private patients by all runs together, such as "
                 "budget: {epsilon: 10, delta: 1.0e-5}"
             )
+        if self.places and self.budget and self.budget.delta * self.places >= 1:
+            raise ValueError(
+                f"budget.delta: {self.budget.delta:g} isn't below one in {self.places} places, so a run could give a "
+                "patient away whole and stay within; give less, such as 1.0e-5"
+            )
         if self.secret and self.budget and self.splits.shares and not self.budget.patients:
             raise ValueError(
                 "budget.patients: is missing; with shares the number of patients to learn from would be counted from "
