@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, FilePath, ValidationError, model_validator
 
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, GRID
+from cardiac_ldm.cohort.manifest import UniqueKeys
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.evaluation.intervals import MIN_PATIENTS
 from cardiac_ldm.models.diffusion import TIMESTEPS
@@ -102,9 +103,11 @@ class Profile(Settings):
             known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
             raise ParameterError(f"profile: there is no {name!r}; choose {known}, or give the path of a YAML file")
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text()))
+            return cls.model_validate(yaml.load(path.read_text(encoding="utf-8"), UniqueKeys))
         except (ValidationError, yaml.YAMLError) as error:
             raise ParameterError(f"{path}: {sentence(error)}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"{path}: can't be read ({error}); save it as UTF-8, for you to read") from error
 
     def check_networks(self) -> None:
         """Build the networks without memory, and try their shapes.

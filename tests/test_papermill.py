@@ -363,6 +363,22 @@ def test_a_setting_that_cant_work_is_found_in_the_first_cell(
         FinetuneParameters.read({"profile": str(tmp_path / "mine.yaml"), "epsilon": 1})
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TINY.read_text().encode("utf-16"), r"mine.yaml: can't be read \(.*save it as UTF-8"),
+        ("# für uns\n".encode("latin-1") + TINY.read_bytes(), r"mine.yaml: can't be read \(.*save it as UTF-8"),
+        (TINY.read_bytes() + b"sampling: {steps: 3, guidance: 2}\n", "sampling is given twice"),
+    ],
+)
+def test_a_profile_of_another_encoding_or_with_a_setting_twice_is_one_sentence(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(StudyError, match=message):
+        FinetuneParameters.read({"profile": str(tmp_path / "mine.yaml"), "epsilon": 1})
+
+
 def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

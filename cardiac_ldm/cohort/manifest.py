@@ -305,10 +305,11 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
     return manifest
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a field that is given twice; YAML would quietly take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The fields of a mapping."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key, n in Counter(keys).items() if n > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
@@ -318,7 +319,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _parsed(path: Path) -> dict[str, Any]:
     """The manifest's fields, paths made absolute. Raises CohortError if it's no YAML of fields."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise CohortError(f"{path.name}: this isn't YAML that can be read: {error}") from error
     if not isinstance(content, dict):
