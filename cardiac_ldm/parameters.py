@@ -154,9 +154,13 @@ def _yes_or_no(value: object) -> object:
 YesOrNo = Annotated[bool, BeforeValidator(_yes_or_no)]
 
 
+def _path(given: str) -> Path | None:
+    return Path(given) if given else None
+
+
 def _present(manifest: Manifest, root: str, limits: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """A cohort's patients by split, all of whom must be where its files are."""
-    place = manifest.data_root(Path(root) if root else None)
+    place = manifest.data_root(_path(root))
     members, found = enrolled(manifest, place, limits), list_patients(manifest, place)
     wanted = [patient for split in members.values() for patient in split] if place else []
     if missing := [patient for patient in wanted if patient not in set(found)]:
@@ -294,7 +298,12 @@ class EvaluateParameters(CompareParameters):
     folder: str = ""
 
     def check(self) -> None:
-        """The same, and that the folder is there."""
+        """The same, and that the folder is there, and isn't the private patients'."""
         super().check()
         if self.folder and not Path(self.folder, "attributes.csv").is_file():
             raise CohortError(f"folder: {self.folder} has no attributes.csv; name a folder of volumes that has one")
+        private = self.manifest("private")
+        if self.folder and private.secret and (root := private.data_root(_path(self.data_root_private))):
+            here, theirs = Path(self.folder).resolve(), root.resolve()
+            if here.is_relative_to(theirs) or theirs.is_relative_to(here):
+                raise PrivacyError(f"folder: {self.folder} shares files with {private.name}, whom it would show")

@@ -410,6 +410,9 @@ def test_cohorts_and_budgets_that_cant_work_are_found_in_the_first_cell(
     refused({"epsilon": 1e-12}, "epsilon: 1e-12 protects nobody or teaches nothing; ask for 0.01 to 100")
     refused({"epsilons": "1, 200"}, "epsilon: 200.0 protects nobody or teaches nothing", CompareParameters)
     (root / "training" / "patient002").mkdir()
+    (root / "training" / "attributes.csv").touch()
+    beside = there | {"folder": str(root / "training"), "epsilons": "0"}
+    refused(beside, "folder: .* shares files with hospital", EvaluateParameters)
     refused(there | {"epsilon": math.inf}, "epsilon: inf on hospital would reveal real private patients")
     small = yaml.safe_load(TINY.read_text())
     small["patients"]["private"]["test"] = 7
