@@ -13,7 +13,7 @@ from cardiac_ldm.evaluation.control import public_span
 from cardiac_ldm.models.anatomy import HeartFinder
 from cardiac_ldm.models.autoencoder import Autoencoder
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.models.device import is_first_process
+from cardiac_ldm.models.device import is_first_process, wait_for_all
 from cardiac_ldm.parameters import CohortParameters, Parameters
 from cardiac_ldm.privacy import Randomness, Record, Standing, public_ledger
 from cardiac_ldm.privacy.accounting import epsilon_pld, terms_of
@@ -287,6 +287,7 @@ class Trained:
 
     def _agree(self, wanted: list[Wanted]) -> None:
         self._spending.agree(wanted, getattr(self.parameters, "spend", False))
+        wait_for_all()  # nobody is charged while another process still looks at what is spent
 
     def _require_agreed(self, run: Run, agreed: Run) -> None:
         """Raise PrivacyError where real patients would be charged for a run that nobody agreed to, a seed's own."""

@@ -656,6 +656,20 @@ def test_a_line_whose_writing_was_killed_is_nothing_and_one_that_is_damaged_stop
     assert record.path.read_bytes() == damaged
 
 
+def test_a_record_that_would_be_another_in_every_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("record", "~/record"):
+        monkeypatch.setenv("CARDIAC_LDM_RECORD", place)
+        with pytest.raises(PrivacyError, match=f"CARDIAC_LDM_RECORD: {place} would be another record in every folder"):
+            Record()
+
+
+def test_nobody_is_charged_while_another_process_still_looks(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    charged_yet = list[int]()
+    monkeypatch.setattr("cardiac_ldm.trained.wait_for_all", lambda: charged_yet.append(len(Record().spends)))
+    real().finetuned(1)
+    assert charged_yet == [0]
+
+
 def test_one_charge_pays_for_one_model(real: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(path: Path, **state: object) -> None:
         save(path, **state)

@@ -57,11 +57,18 @@ class Spend(Stated):
 
 
 class Record:
-    """The record in `folder`; else in the one that CARDIAC_LDM_RECORD names, else in the user's data folder."""
+    """The record in `folder`; else in the one that CARDIAC_LDM_RECORD names, else in the user's data folder.
+
+    Raises PrivacyError where a relative path is named.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
-        place = folder or os.environ.get("CARDIAC_LDM_RECORD") or user_data_path("cardiac_ldm")
-        self.path = Path(place).absolute() / "record.jsonl"
+        place = Path(folder or os.environ.get("CARDIAC_LDM_RECORD") or user_data_path("cardiac_ldm"))
+        if not place.is_absolute():  # commands and notebooks run in different folders
+            raise PrivacyError(
+                f"CARDIAC_LDM_RECORD: {place} would be another record in every folder; give the whole path"
+            )
+        self.path = place / "record.jsonl"
 
     def _lines(self, kind: str) -> Iterator[Any]:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
