@@ -415,6 +415,8 @@ def test_attributes_of_real_private_patients_leave_with_noise_alone(hospital: St
         ("LVEDV,LVESV\n100,120\n", "LVESV 120 mL isn't below LVEDV 100 mL"),
         ("LVEDV,LVESV,LVEF\n100,50,70\n", "LVEF is 70 %, but 100 and 50 mL make 50 %"),
         ("LVEDV\n1000\n", "LVEDV is 1000; expected 60 to 350 mL"),
+        ("LVESV,LVEF\n200,75\n", "the other two make LVEDV 800 mL; expected 60 to 350"),
+        ("RVEDV,RVESV\n100,95\n", "the other two make RVEF 5 %; expected 10 to 80"),
         ("patient,LVEDV\nanna,100\n", "has the column 'patient'; columns are attributes"),
         ("SEX\nwoman\n", "SEX is woman; expected 0 to 1"),
         ("LVEF,RVEF\n55,60,\n", "a row has more cells than the header"),

@@ -78,6 +78,14 @@ def of_table(path: Path) -> np.ndarray:
                     f"attributes: {path}: {side}EF is {ef:g} %, but {a:g} and {b:g} mL make {100 * (1 - b / a):.0f} %; "
                     "leave one of the three empty"
                 )
+            left = {"EDV": (a, b / (1 - ef / 100)), "ESV": (b, a * (1 - ef / 100)), "EF": (ef, 100 * (1 - b / a))}
+            for what, (given, follows) in left.items():
+                attribute = ATTRIBUTES[ATTRIBUTE_NAMES.index(side + what)]
+                if np.isnan(given) and (follows < attribute.low or follows > attribute.high):
+                    raise CohortError(
+                        f"attributes: {path}: the other two make {side}{what} {follows:.0f} {attribute.unit}; expected "
+                        f"{attribute.low:g} to {attribute.high:g}, the range that models know"
+                    )
     return rows.astype(np.float32)
 
 
