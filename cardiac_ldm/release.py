@@ -70,7 +70,9 @@ def release(study: Study) -> Path:
         if final.exists():
             raise ParameterError(f"{final} exists; move it away, or ask for another release")
         run.folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(about.date)
+        if not begun.exists():
+            (temporary := begun.with_suffix(".tmp")).write_text(about.date)
+            temporary.replace(begun)
         unfinished = run.folder / "unfinished"
         networks = study.load_autoencoder(), study.denoiser(model), *study.anatomy_networks
         settings = study.profile.sampling.model_dump() | {"seed": study.seed}
