@@ -502,6 +502,9 @@ def test_a_small_budget_over_many_steps_is_held_against_a_grid_that_is_fine_enou
     assert Ledger.load(tmp_path / "privacy.json") == honest
     said = json.loads((tmp_path / "privacy.json").read_text())
     assert not [*verify.spent(said)]
+    assert [*verify.spent(said | {"simulated": False})] == [
+        "it doesn't say what all models of these patients spent together"  # of real patients a record counts them
+    ]
     less = said | {"epsilon": 0.09}
     assert "that is stated" in next(verify.spent(less))
     (tmp_path / "privacy.json").write_text(json.dumps(less))

@@ -95,6 +95,8 @@ def spent(ledger: dict[str, Any]) -> Iterator[str]:
     places = ledger["n_units"]
     if not 0 < ledger["delta"] < 1 / places:
         yield f"delta is {ledger['delta']:g}, which isn't below one in {places} places"
+    if not together and not ledger["simulated"]:
+        yield "it doesn't say what all models of these patients spent together"
     if not counted >= (1 - AGREEMENT) * epsilon:
         yield f"all models together are said to spend {counted}, less than this one"
 
