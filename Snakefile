@@ -16,17 +16,17 @@ except StudyError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 workflow.config_settings.config_args = STUDY.encoded  # jobs on a cluster get them through two shells and sbatch
 
-ROOT = workflow.basedir
 RAW, EXECUTED = f"{RUNS}/chapters/{STUDY.name}", f"{RUNS}/executed/{STUDY.name}"
-CORES = workflow.resource_settings.cores or 16  # of a cluster nobody says them
+ROOT, CORES = workflow.basedir, workflow.resource_settings.cores or 16  # of a cluster nobody says them
 HALF = CORES if workflow.remote_exec else max(1, CORES // 2)  # two small networks keep two cores busier than one does
+BOTH = max(HALF, min(2, CORES))  # but alone a chapter takes both, and the last of three budgets would be alone
 
 # rule: what follows which; the notebook; what else it takes; threads; GPUs, GB and hours for the `paper` profile
 CHAPTERS = {
-    "cohorts": ([], "00_cohorts", "", HALF, 0, 16, 4),
-    "autoencoder": (["cohorts"], "01_autoencoder", "", HALF, 1, 64, 48),
-    "pretrain": (["autoencoder"], "02_pretrain", "", HALF, 1, 64, 48),
-    "finetune": (["pretrain"], "03_dp_finetune", "epsilon", HALF, 1, 64, 48),
+    "cohorts": ([], "00_cohorts", "", BOTH, 0, 16, 4),
+    "autoencoder": (["cohorts"], "01_autoencoder", "", BOTH, 1, 64, 48),
+    "pretrain": (["autoencoder"], "02_pretrain", "", BOTH, 1, 64, 48),
+    "finetune": (["pretrain"], "03_dp_finetune", "epsilon", BOTH, 1, 64, 48),
     "evaluate": (["finetune"], "04_evaluate", "epsilons", HALF, 1, 64, 24),
     "audit": (["finetune"], "05_privacy_audit", "epsilons", HALF, 1, 64, 24),
     "tradeoff": (["evaluate"], "06_tradeoff", "epsilons", HALF, 1, 32, 4),
