@@ -1,7 +1,7 @@
 """Whether a release that was killed is the one that wasn't: `python -m benchmarks.release_killed` (an hour).
 
 The `demo` profile's private model of the simulated cohort draws 1,000 patients; the sampler takes 3 steps instead of
-15, which changes what a patient costs and nothing else here. The same is drawn again by the same command, whose
+8, which changes what a patient costs and nothing else here. The same is drawn again by the same command, whose
 processes all get SIGKILL when a quarter, half and three quarters of the patients are there; at last it ends. All files
 of both folders are compared, byte by byte. A second run on the same day takes the unkilled release of the first.
 """
