@@ -127,7 +127,7 @@ def test_what_a_stage_calls_in_the_library_is_part_of_its_digest(monkeypatch: py
 def test_the_workflow_runs_a_chapter_after_those_that_do_what_it_needs() -> None:
     source = (ROOT / "Snakefile").read_text()
     table = source[source.index("CHAPTERS = {") + len("CHAPTERS = ") : source.index("\n}\n") + 2]
-    chapters = ast.literal_eval(re.sub(r"\b(HALF|CORES)\b", "1", table))
+    chapters = ast.literal_eval(re.sub(r"\b(HALF|BOTH|CORES)\b", "1", table))
     requested = {
         name: set(re.findall(r"study\.(\w+)", (ROOT / "notebooks" / f"{notebook}.md").read_text()))
         for name, (_, notebook, *_) in chapters.items()
