@@ -2,6 +2,7 @@
 
 The `laptop` profile's recipe runs on the simulated private cohort at six budgets, each with three seeds of batches and
 noise; for fewer patients, and for five times as many of the same population; and all weights are trained from scratch.
+What all weights learn from these patients without noise, until validation patients gain hardly more, bounds them all.
 A model is worth the change of the denoising loss on private test patients against the public model, patient by patient,
 with the same timesteps and noise. Points are run in the order of the grid, `--points N` of those that are missing, and
 each is kept as soon as it's there; one that is stopped goes on. `--again` runs two points anew, with other batches and
@@ -15,30 +16,36 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from benchmarks import RESULTS, keep
 from benchmarks.private_recipe import ALL
-from cardiac_ldm.cohort import Patients
+from cardiac_ldm.cohort import Cohort, Manifest, Patients, prepare
 from cardiac_ldm.evaluation.intervals import mean
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Study
-from cardiac_ldm.trained import ROOT
 from cardiac_ldm.training.finetune import finetune
-from cardiac_ldm.training.pretrain import Latents, held_out_loss
+from cardiac_ldm.training.pretrain import Latents, held_out_loss, pretrain
 
 EVERYBODY, MANY = 4000, 20_000
+CONVERGED = "pre-trained, all weights, to convergence"
+STEPS, ENOUGH, N_VALIDATION = 1500, 0.1, 100
+"""A cycle of the learning rate, each half as high as the last, is so long; one that gives validation patients less than
+this part of what all have given is the last."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A private training. start: what it begins from. seed: of batches and noise. patients: so many train."""
+    """A training. start: what it begins from. seed: of batches and noise. patients: so many train.
+
+    One that is CONVERGED tunes all weights of the pre-trained model, with no mechanism, in ordinary steps.
+    """
 
     epsilon: float
     seed: int = 0
@@ -49,6 +56,7 @@ class Point:
 BUDGETS = (0.1, 0.3, 1, 3, 10, math.inf)
 GRID = [
     *(Point(epsilon) for epsilon in BUDGETS),
+    Point(math.inf, start=CONVERGED),
     *(Point(epsilon, patients=patients) for patients in (80, 400) for epsilon in (1, 10)),
     *(Point(epsilon, seed) for seed in (1, 2) for epsilon in BUDGETS),
     *(Point(epsilon, patients=MANY) for epsilon in (1, 10)),
@@ -72,7 +80,7 @@ class Sweep:
 
     def key(self, point: Point) -> str:
         """Tells the very training, so that what is known of another isn't taken for it."""
-        owner = self.study if point.start == "pre-trained" else self.scratch
+        owner = self.scratch if point.start == "from scratch" else self.study
         told = [asdict(point) | {"epsilon": str(point.epsilon)}, owner.profile.finetune.model_dump(mode="json")]
         needs = [owner.start.key, self.study.private.key]
         return hashlib.sha256(json.dumps([*told, *needs]).encode()).hexdigest()[:12]
@@ -81,32 +89,50 @@ class Sweep:
         """By how much the loss x 1000 of each test patient (n,) changes."""
         if point == Point(point.epsilon) and not again:  # the study's own model
             return self._change(self.study.denoiser(self.study.finetuned(point.epsilon)))
-        owner = self.study if point.start == "pre-trained" else self.scratch
+        owner = self.scratch if point.start == "from scratch" else self.study
         settings, model = owner.profile.finetune, owner.denoiser(owner.pretrained)
         plan = settings.plan(float(point.epsilon), settings.delta, point.patients)
         folder = owner.runs / "sweep" / (self.key(point) + ("-again" if again else ""))
         if again:
             shutil.rmtree(folder, ignore_errors=True)
+        if point.start == CONVERGED:
+            return self._change(self._converge(model, folder))
         randomness = Randomness(point.seed, simulated=True, run=folder.name)
         given = plan, settings, randomness, folder, "phantom_public", owner.load_directions()
         train, latents = self.many if point.patients > EVERYBODY else (self.train, self.latents)
         finetune(model, train[: point.patients], latents, *given)
         return self._change(model)
 
+    def _converge(self, model: Denoiser, folder: Path) -> Denoiser:
+        """Train all weights until validation patients gain hardly more; goes on with the cycles that `folder` holds."""
+        train, private = self._cohort(name="phantom_open", role="public").split("train"), self.study.private
+        everybody = private.split("validation")
+        validation = everybody[:N_VALIDATION]
+        held_out = self.study.latents(everybody, private)[: validation.offsets[-1]]
+        losses = [held_out_loss(model, held_out, validation).mean()]
+        settings = self.study.profile.pretrain.cycle(1)
+        folder.mkdir(parents=True, exist_ok=True)
+        while len(losses) < 3 or losses[-2] - losses[-1] > ENOUGH * (losses[0] - losses[-1]):
+            number = len(losses)
+            halved = {"steps": STEPS, "learning_rate": settings.learning_rate / 2 ** (number - 1)}
+            given = train, self.latents, self.study.profile.denoiser, settings.model_copy(update=halved), number
+            pretrain(*given, state=folder / f"cycle-{number}.pt", start=model)
+            losses.append(held_out_loss(model, held_out, validation).mean())
+        return model
+
     @cached_property
     def many(self) -> tuple[Patients, Latents]:
         """Other patients of the private population, more than the cohort has, and their latents."""
-        described = yaml.safe_load((ROOT / "data_manifests" / "phantom_private.yaml").read_text())
-        described |= {"name": "phantom_many", "splits": {"train": MANY, "validation": 8, "test": 8}}
-        described["reader"]["seed"] += 1
-        path = self.study.runs / "sweep" / "phantom_many.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(described))
-        study = Study(Parameters(profile="laptop", cohort_private=str(path)))
-        private = study.profile.patients["private"].model_copy(update=described["splits"])
-        study.profile = study.profile.model_copy(update={"patients": study.profile.patients | {"private": private}})
-        train = study.private.split("train")
-        return train, study.latents(train, study.private)
+        reader = self.study.parameters.manifest("private").model_dump()["reader"]
+        splits = {"train": MANY, "validation": 8, "test": 8}
+        cohort = self._cohort(name="phantom_many", reader=reader | {"seed": reader["seed"] + 1}, splits=splits)
+        train = cohort.split("train")
+        return train, self.study.latents(train, cohort)
+
+    def _cohort(self, **changes: object) -> Cohort:
+        """A cohort of the private one's simulated population, but for what of its manifest changes."""
+        manifest = Manifest.model_validate(self.study.parameters.manifest("private").model_dump() | changes)
+        return prepare(manifest, store=self.study.runs / "cohorts", on_demand=True)
 
     def _change(self, model: Denoiser) -> np.ndarray:
         return 1000 * (held_out_loss(model.eval(), self.held_out, self.test) - self.before)
