@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.volume_level import epsilon_of_group
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld, public_ledger
-from cardiac_ldm.privacy.accounting import Terms, calibrate, epsilon_held, epsilon_prv, terms_of
+from cardiac_ldm.privacy.accounting import Terms, _compose, calibrate, epsilon_held, epsilon_prv, terms_of
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.privacy.planning import propose
 from cardiac_ldm.profile import Profile
@@ -479,6 +479,18 @@ def test_a_model_without_its_ledger_is_refused(tmp_path: Path) -> None:
         Ledger.load(tmp_path / "privacy.json")
     public_ledger("acdc").save(tmp_path / "privacy.json")
     assert Ledger.load(tmp_path / "privacy.json").guarantee == "public data only"
+
+
+def test_a_ledger_asks_each_accountant_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compose(accountant: Any, *given: Any) -> float:
+        asked.append(type(accountant).__name__)
+        return _compose(accountant, *given)
+
+    monkeypatch.setattr("cardiac_ldm.privacy.accounting._compose", compose)
+    ledger_of(stage(3.14, 0.15, 9))
+    assert sorted(asked) == ["PLDAccountant", "RdpAccountant"]
 
 
 def test_accountants_that_disagree_make_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:

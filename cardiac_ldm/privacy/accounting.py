@@ -41,9 +41,13 @@ def epsilon_prv(terms: Terms, delta: float, scale: float) -> float:
         return float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR * max(scale, LEAST)))
 
 
-@cache
 def epsilon_pld(terms: Terms, delta: float, interval: float = 1e-4) -> float:
     """The same epsilon, pessimistic too, from dp-accounting's PLD for adding or removing one unit."""
+    return _epsilon_pld(terms, delta, interval)
+
+
+@cache  # which takes an interval that is given for another than the same that isn't
+def _epsilon_pld(terms: Terms, delta: float, interval: float) -> float:
     return _compose(PLDAccountant(value_discretization_interval=interval), terms, delta)
 
 
