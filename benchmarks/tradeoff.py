@@ -153,7 +153,7 @@ def row(point: Point, key: str, changes: np.ndarray) -> dict[str, Any]:
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seeds together: the mean, its interval over patients and seeds, and its part of what no noise teaches everybody.
 
-    Patients are drawn once for both of a comparison, seeds for each of them.
+    Patients are drawn once for both of a comparison, seeds for each of them, but for the one that is no comparison.
     """
     kinds = dict.fromkeys((row["start"], row["epsilon"], row["patients"]) for row in rows)
     changes = {
@@ -167,7 +167,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for _ in range(1000):
             patients = rng.integers(n, size=n)
             parts = [x[rng.integers(len(x), size=len(x))][:, patients].mean() for x in (own, most) if x is not None]
-            drawn.append(compared(*parts))
+            drawn.append(compared(*(parts[:1] * 2 if own is most else parts)))
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
         whole = compared(*(x.mean() for x in (own, most) if x is not None))
         told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(own)}
