@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,36 +151,50 @@ def row(point: Point, key: str, changes: np.ndarray) -> dict[str, Any]:
     }
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seeds together: the mean, its interval over patients and seeds, and its part of what no noise teaches everybody.
+def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Seeds together, arm by arm: mean changes, and what part they are of two that are bought without privacy.
 
-    Patients are drawn once for both of a comparison, seeds for each of them, but for the one that is no comparison.
+    Of pre-trained models, closed_no_noise is the part of what the recipe teaches without noise, and closed_all that of
+    what all weights learn until they converge, both from all patients. Intervals are over patients and seeds: patients
+    are drawn once for both of a comparison, seeds for each of them, but for the one that is no comparison.
     """
-    kinds = dict.fromkeys((row["start"], row["epsilon"], row["patients"]) for row in rows)
-    changes = {
-        kind: np.array([row["changes"] for row in rows if (row["start"], row["epsilon"], row["patients"]) == kind])
-        for kind in kinds
-    }
-    most, found = changes.get(("pre-trained", "inf", EVERYBODY)), list[dict[str, Any]]()
+    changes: dict[Point, np.ndarray] = {}
+    for told in rows:
+        kind = Point(float(told["epsilon"]), 0, told["start"], told["patients"])
+        changes[kind] = np.vstack([*changes.get(kind, []), told["changes"]])
+    references = {"no_noise": changes.get(Point(math.inf)), "all": changes.get(Point(math.inf, start=CONVERGED))}
+    references = {name: most for name, most in references.items() if most is not None}
+    found = {}
     for kind, own in changes.items():
-        rng, n = np.random.default_rng(0), own.shape[1]
-        drawn = []
+        against = {} if kind.start == "from scratch" else references
+        rng, n, drawn = np.random.default_rng(0), own.shape[1], list[dict[str, float]]()
         for _ in range(1000):
-            patients = rng.integers(n, size=n)
-            parts = [x[rng.integers(len(x), size=len(x))][:, patients].mean() for x in (own, most) if x is not None]
-            drawn.append(compared(*(parts[:1] * 2 if own is most else parts)))
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        whole = compared(*(x.mean() for x in (own, most) if x is not None))
-        told = dict(zip(("start", "epsilon", "patients"), kind, strict=True)) | {"seeds": len(own)}
-        for name, value, least, greatest in zip(("change", "less_no_noise", "closed"), whole, low, high, strict=False):
-            told |= {name: float(value), f"{name}_low": float(least), f"{name}_high": float(greatest)}
-        found.append(told)
-    return found
+            patients, seeds = rng.integers(n, size=n), rng.integers(len(own), size=len(own))
+            change = own[seeds][:, patients].mean()
+            others = {
+                name: change if most is own else most[rng.integers(len(most), size=len(most))][:, patients].mean()
+                for name, most in against.items()
+            }
+            drawn.append(compared(change, others))
+        about = {"start": kind.start, "epsilon": f"{kind.epsilon:g}", "patients": kind.patients, "seeds": len(own)}
+        for name, value in compared(own.mean(), {name: most.mean() for name, most in against.items()}).items():
+            low, high = np.percentile([one[name] for one in drawn], [2.5, 97.5])
+            about |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+        found[kind] = about
+    arms: dict[str, Callable[[Point], bool]] = {
+        "budgets": lambda kind: kind.start == "pre-trained" and kind.patients == EVERYBODY,
+        "cohorts": lambda kind: kind.start == "pre-trained" and kind.epsilon in (1, 10),
+        "from_scratch": lambda kind: kind.start == "from scratch",
+        "converged": lambda kind: kind.start == CONVERGED,
+    }
+    ordered = sorted(found, key=lambda kind: (kind.epsilon, kind.patients))
+    return {arm: [found[kind] for kind in ordered if belongs(kind)] for arm, belongs in arms.items()}
 
 
-def compared(change: float, most: float | None = None) -> tuple[float, ...]:
-    """A change, and, where it's known what no noise teaches, what it is less that and the part of it in per cent."""
-    return (change,) if most is None else (change, change - most, 100 * change / most)
+def compared(change: float, others: dict[str, float]) -> dict[str, float]:
+    """A change, what it is less others, and what part of them in per cent."""
+    less = {f"less_{name}": change - other for name, other in others.items()}
+    return {"change": change} | less | {f"closed_{name}": 100 * change / other for name, other in others.items()}
 
 
 def main() -> None:
@@ -196,14 +211,14 @@ def main() -> None:
     for point in tqdm(left, desc="sweep", unit="point"):
         rows[point] = row(point, sweep.key(point), sweep.changes(point))
         ordered = [rows[one] for one in GRID if one in rows]
-        keep("tradeoff", rows=ordered, summary=summary(ordered), again=again)
+        keep("tradeoff", rows=ordered, **summary(ordered), again=again)
     for point in (point for point in AGAIN if asked.again and point in rows):
         first, second = rows[point], row(point, sweep.key(point), sweep.changes(point, again=True))
         again = [one for one in again if one["run"] != first["run"]]
         again.append({name: first[name] for name in ("epsilon", "patients", "run", "change", "low", "high")})
         again[-1] |= {"change_again": second["change"]}
         ordered = [rows[one] for one in GRID if one in rows]
-        keep("tradeoff", rows=ordered, summary=summary(ordered), again=again)
+        keep("tradeoff", rows=ordered, **summary(ordered), again=again)
 
 
 if __name__ == "__main__":

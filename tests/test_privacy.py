@@ -735,8 +735,8 @@ def test_proposals_fill_the_hours_and_come_in_the_order_of_their_signal() -> Non
     assert table.signal_to_noise.tolist() == pytest.approx((table.expected_batch / noise).tolist())
     assert table.of_run.tolist() == pytest.approx((table.signal_to_noise * table.steps**0.5).tolist())
     assert table.of_run.is_monotonic_increasing
-    for row in table.itertuples():
-        spent = epsilon_pld(((row.noise_multiplier, row.expected_batch / OFFER["n_patients"], row.steps),), 1e-5)
+    for sigma, batch, steps in table[["noise_multiplier", "expected_batch", "steps"]].itertuples(index=False):
+        spent = epsilon_pld(((float(sigma), batch / OFFER["n_patients"], int(steps)),), 1e-5)
         assert 0.99 < spent <= 1.0
 
 
