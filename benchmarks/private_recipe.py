@@ -118,7 +118,12 @@ def signal(study: Study) -> list[dict[str, object]]:
         signal = math.sqrt(
             max(float(total @ total - clipped.square().sum()) / pairs, 0.0)
         )  # no patient with themselves
-        row = {"tuned": tuned, "parameters": len(flat.T), "median_norm": clip, "mean_gradient": signal}
+        row: dict[str, object] = {
+            "tuned": tuned,
+            "parameters": len(flat.T),
+            "median_norm": clip,
+            "mean_gradient": signal,
+        }
         for plan in plans:
             noise = plan.noise_multiplier * clip / plan.expected_batch * math.sqrt(len(flat.T))
             row |= {f"noise_{plan.epsilon:g}": noise, f"run_{plan.epsilon:g}": signal * math.sqrt(plan.steps) / noise}

@@ -162,8 +162,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for told in rows:
         kind = Point(float(told["epsilon"]), 0, told["start"], told["patients"])
         changes[kind] = np.vstack([*changes.get(kind, []), told["changes"]])
-    references = {"no_noise": changes.get(Point(math.inf)), "all": changes.get(Point(math.inf, start=CONVERGED))}
-    references = {name: most for name, most in references.items() if most is not None}
+    bounds = {"no_noise": Point(math.inf), "all": Point(math.inf, start=CONVERGED)}
+    references = {name: changes[kind] for name, kind in bounds.items() if kind in changes}
     found = {}
     for kind, own in changes.items():
         against = {} if kind.start == "from scratch" else references

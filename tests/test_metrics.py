@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from benchmarks import tradeoff
 from cardiac_ldm.cohort import ATTRIBUTE_NAMES, Volumes
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.evaluation import measured as anatomy_networks
@@ -182,3 +183,31 @@ def test_how_a_distance_shrinks_with_more_patients_is_kept_of_both_sides():
     (extrapolated,) = [row for row in metrics["rows"] if row["metric"] == "FD-EffNet extrapolated"]
     assert extrapolated["value"] == extrapolated["reference"] < metrics["sizes"][0]["value"]
     assert metrics["epsilon"] is None
+
+
+def test_a_sweep_says_what_part_of_two_bounds_a_budget_reaches_over_seeds_and_patients():
+    worth = np.array([-1.0, -2.0, -3.0, -6.0])
+    points = {
+        tradeoff.Point(1, 0): worth / 2,
+        tradeoff.Point(1, 1): worth / 2,
+        tradeoff.Point(math.inf, 0): worth,
+        tradeoff.Point(math.inf, start=tradeoff.CONVERGED): 4 * worth,
+        tradeoff.Point(10, start="from scratch"): -worth,
+    }
+    arms = tradeoff.summary([tradeoff.row(point, "", changes) for point, changes in points.items()])
+    private, without = arms["budgets"]
+    assert (private["epsilon"], private["seeds"], private["change"], private["less_no_noise"]) == ("1", 2, -1.5, 1.5)
+    assert private["change_low"] < -1.5 < private["change_high"]
+    # in pairs: whoever is drawn, the part is the same
+    for end in ("", "_low", "_high"):
+        assert (private["closed_no_noise" + end], private["closed_all" + end]) == pytest.approx((50, 12.5))
+        assert without["closed_no_noise" + end] == 100
+    (converged,), (scratch,) = arms["converged"], arms["from_scratch"]
+    assert converged["change"] == -12
+    assert "closed_all" not in scratch
+    other = [
+        tradeoff.row(tradeoff.Point(math.inf, seed), "", changes) for seed, changes in ((0, worth), (1, 2 * worth))
+    ]
+    (unsure,) = tradeoff.summary(other)["budgets"]
+    assert unsure["change_low"] < -6 < -3 < unsure["change_high"]  # of either seed alone and of few patients
+    assert unsure["closed_no_noise_low"] == 100  # not a comparison
