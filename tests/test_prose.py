@@ -68,6 +68,7 @@ DEFINED = {
     "0.82": "another study's",
     "0.15": "an example",
     "0.02": "an aim",
+    "3.14": "a version of Python",
 }
 
 
