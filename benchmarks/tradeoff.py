@@ -63,7 +63,7 @@ GRID = [
     *(Point(epsilon, patients=MANY) for epsilon in (1, 10)),
     *(Point(epsilon, start="from scratch") for epsilon in BUDGETS),
 ]
-AGAIN = (Point(1, patients=80), Point(1, patients=400))
+AGAIN = (Point(1, patients=80), Point(10, patients=80))
 
 
 class Sweep:
