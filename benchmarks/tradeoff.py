@@ -82,7 +82,12 @@ class Sweep:
     def key(self, point: Point) -> str:
         """Tells the very training, so that what is known of another isn't taken for it."""
         owner = self.scratch if point.start == "from scratch" else self.study
-        told = [asdict(point) | {"epsilon": str(point.epsilon)}, owner.profile.finetune.model_dump(mode="json")]
+        told: list[Any] = [
+            asdict(point) | {"epsilon": str(point.epsilon)},
+            owner.profile.finetune.model_dump(mode="json"),
+        ]
+        if point.start == CONVERGED:
+            told += [owner.profile.pretrain.cycle(1).model_dump(mode="json"), STEPS, ENOUGH, N_VALIDATION]
         needs = [owner.start.key, self.study.private.key]
         return hashlib.sha256(json.dumps([*told, *needs]).encode()).hexdigest()[:12]
 
