@@ -62,7 +62,7 @@ def main() -> None:
         plan = settings.plan(epsilon, settings.delta, size)
         drawn = part_of(plan) if plan.sampling_rate < 1 and plan.steps * plan.expected_batch > 2000 else plan
         folder, randomness = study.runs / "recipes" / key, Randomness(0, simulated=True)
-        given = settings, randomness, folder, "phantom_public", study.load_directions()
+        given = settings, randomness, folder, "phantom_public", *study.load_public()
         finetune(model, train[:size], latents, drawn, *given)
         change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before)
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)

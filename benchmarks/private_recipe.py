@@ -178,8 +178,7 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
         smaller = part_of(plan)
         model = study.denoiser(study.pretrained)
         study.profile = study.profile.model_copy(update={"finetune": settings})
-        directions = study.load_directions()
-        finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public", directions)
+        finetune(model, train, latents, smaller, settings, randomness, folder, "phantom_public", *study.load_public())
         change = held_out_loss(model.eval(), held_out, validation) - before
         worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
         told |= {"change_milli": 1000 * worth.value, "low_milli": 1000 * worth.low, "high_milli": 1000 * worth.high}

@@ -70,7 +70,7 @@ class Recipe:
         """The private recipe."""
         recipe = self.study.profile.finetune
         along = recipe.along.model_copy(update={"dimensions": self.dimensions})
-        return recipe.model_copy(update={"subspace": along})
+        return recipe.model_copy(update={"subspace": along, "selection": None})
 
     @property
     def key(self) -> list[object]:

@@ -104,7 +104,7 @@ class Sweep:
         if point.start == CONVERGED:
             return self._change(self._converge(model, folder))
         randomness = Randomness(point.seed, simulated=True, run=folder.name)
-        given = plan, settings, randomness, folder, "phantom_public", owner.load_directions()
+        given = plan, settings, randomness, folder, "phantom_public", *owner.load_public()
         train, latents = self.many if point.patients > EVERYBODY else (self.train, self.latents)
         finetune(model, train[: point.patients], latents, *given)
         return self._change(model)
@@ -121,8 +121,8 @@ class Sweep:
         while len(losses) < 3 or losses[-2] - losses[-1] > ENOUGH * (losses[0] - losses[-1]):
             number = len(losses)
             halved = {"steps": STEPS, "learning_rate": settings.learning_rate / 2 ** (number - 1)}
-            given = train, self.latents, self.study.profile.denoiser, settings.model_copy(update=halved), number
-            pretrain(*given, state=folder / f"cycle-{number}.pt", start=model)
+            state = folder / f"cycle-{number}.pt"
+            pretrain(train, self.latents, model, settings.model_copy(update=halved), number, state)
             losses.append(held_out_loss(model, held_out, validation).mean())
         return model
 

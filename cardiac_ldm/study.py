@@ -329,7 +329,7 @@ class Study(Trained):
         few = min(20, len(train), len(held_out))
         known, others, who = train[:few], held_out[:few], np.arange(few)
         latents, public = self.latents(train, self.public)[: train.offsets[few]], self.denoiser(self.pretrained)
-        copy, _ = pretrain(known, latents, self.profile.denoiser, settings, self.seed, run.state, start=public)
+        copy, _ = pretrain(known, latents, public, settings, self.seed, run.state)
         self._leave_public(run, weights=copy)
         cohort, autoencoder = self.draw(copy, requested.attributes, requested.patient_index), self.load_autoencoder()
         run.leave(synthetic=cohort)

@@ -27,6 +27,7 @@ from cardiac_ldm.training.anatomy import train_phase_classifier, train_segmenter
 from cardiac_ldm.training.autoencoder import train_autoencoder
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune
 from cardiac_ldm.training.pretrain import Latents, PretrainSettings, pretrain
+from cardiac_ldm.training.selection import Selection
 from cardiac_ldm.training.subspace import Directions, public_directions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,12 +140,11 @@ class Trained:
         had.
         """
         settings, (begun, shipped) = self.profile.pretrain, self._begun
-        model, losses = (self.denoiser(shipped), shipped.metrics["losses"]) if shipped else (None, [])
+        model, losses = (self.denoiser(shipped), shipped.metrics["losses"]) if shipped else (self.profile.denoiser, [])
         for number in range(begun, 1 + len(settings.further)):
             cohort, patients = self._taught_in(number)
             latents, state = self.latents(cohort.split("train"), cohort), run.state.with_stem(f"state-{number}")
-            given = self.profile.denoiser, settings.cycle(number), self.seed + number, state
-            model, found = pretrain(patients, latents, *given, start=model)
+            model, found = pretrain(patients, latents, model, settings.cycle(number), self.seed + number, state)
             before = sum(settings.cycle(earlier).steps for earlier in range(number))
             losses += [row | {"step": before + row["step"]} for row in found]
         self._leave_public(run, weights=model)
@@ -246,7 +246,7 @@ class Trained:
         seed = None if patients.secret else self.seed
         randomness = Randomness(seed, simulated=patients.simulated, run=run.folder.name)
         plan = settings.plan(epsilon, settings.delta, patients.places)
-        public_data, directions = load_manifest(self.parameters.cohort_public).name, self.load_directions()
+        public_data, known = load_manifest(self.parameters.cohort_public).name, self.load_public()
         if patients.secret and is_first_process():
             words = {"tuned": settings.tuned, "private_data": f"{patients.name} ({patients.split})"}
             ledger = plan.ledger(randomness, stage="denoiser", **words, public_data=public_data)
@@ -256,8 +256,8 @@ class Trained:
             for volume in range(len(latents)):  # else what had been encoded would tell who was in the batches
                 _ = latents[volume : volume + 1]
         model = self.denoiser(self.pretrained)
-        given = patients, latents, plan, settings, randomness, run.folder, public_data, directions
-        left = finetune(model, *given)
+        given = patients, latents, plan, settings, randomness, run.folder, public_data
+        left = finetune(model, *given, *known)
         if patients.secret and is_first_process():
             Record().finish(left)
         return {"epsilon": plain(epsilon)}
@@ -394,6 +394,17 @@ class Trained:
         """The public directions along which a model's weights learn; None where others learn."""
         found = self.directions if self.profile.finetune.subspace else None
         return found and found.load(Directions(found.metrics["sizes"]))
+
+    def load_public(self) -> tuple[Directions | None, Selection | None]:
+        """What public patients give a private training beside the weights that it starts from: see `finetune`."""
+        profile = self.profile
+        if profile.finetune.selection is None:
+            return self.load_directions(), None
+        cohort, patients = self._taught_in(len(profile.pretrain.further))
+        latents = self.latents(cohort.split("train"), cohort)
+        return self.load_directions(), Selection(
+            profile.finetune.selection, patients, latents, profile.pretrain, self.seed
+        )
 
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:
         """The cached latents float32 (n_volumes, c, 13, h, w) of a split."""

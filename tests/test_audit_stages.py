@@ -154,7 +154,7 @@ def test_the_control_starts_from_the_public_model(study: Study, tmp_path: Path) 
     still = study.profile.pretrain.model_copy(update={"steps": 1, "learning_rate": 1e-12})
     public, train = study.denoiser(study.pretrained), study.public.split("train")
     latents, state = study.latents(train, study.public)[:], tmp_path / "state.pt"
-    model, _ = pretrain(train, latents, study.profile.denoiser, still, 0, state, start=study.denoiser(study.pretrained))
+    model, _ = pretrain(train, latents, study.denoiser(study.pretrained), still, 0, state)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, public.state_dict()[name])
 

@@ -21,9 +21,12 @@ from cardiac_ldm.models.device import compute_device, device_of, is_first_proces
 from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, dpsgd
+from cardiac_ldm.privacy.accounting import require_reachable
+from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, train_privately
+from cardiac_ldm.training.selection import Selection, SelectionSettings
 from cardiac_ldm.training.subspace import MOMENTUM, Directions, SubspaceLoss, SubspaceSettings, restraint
 
 
@@ -48,7 +51,7 @@ class FinetuneSettings(PrivateSettings):
 
     timesteps: training timesteps are drawn uniformly from [low, high) bands chosen by weight (Ghalebikesabi et al.,
     arXiv 2302.13861). tuned: what of the denoiser learns, see `Denoiser.tunable`; "subspace", all of it, along the
-    directions that `subspace` says.
+    directions that `subspace` says. selection: which public patients teach the model again before, if any do.
     """
 
     delta: float = Field(gt=0, lt=1)
@@ -56,6 +59,7 @@ class FinetuneSettings(PrivateSettings):
     timesteps: Annotated[tuple[Band, ...], AfterValidator(_some)]
     tuned: str = Field(pattern=r"^(all|attention|attributes|edges|head|lora-[1-9]\d*|subspace)$")
     subspace: SubspaceSettings | None = Field(None, exclude_if=lambda subspace: subspace is None)
+    selection: SelectionSettings | None = Field(None, exclude_if=lambda selection: selection is None)
 
     @model_validator(mode="after")
     def _directions_where_needed(self) -> Self:
@@ -74,6 +78,12 @@ class FinetuneSettings(PrivateSettings):
         if self.subspace is None:
             raise ParameterError(f"finetune.tuned: {self.tuned} has no directions; give subspace, and its settings")
         return self.subspace
+
+    def plan(self, epsilon: float, delta: float, n_patients: int, before: tuple[Mechanism, ...] = ()) -> PrivatePlan:
+        """The plan of a budget, of which the selection of public patients is a part."""
+        if self.selection:
+            before = (*before, self.selection.mechanism(epsilon, delta, n_patients))
+        return super().plan(epsilon, delta, n_patients, before)
 
     def step_size(self, plan: PrivatePlan) -> float:
         """The learning rate; of a subspace, the part of it that suits the plan's noise."""
@@ -95,6 +105,8 @@ class FinetuneSettings(PrivateSettings):
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
         self.require_reachable(epsilon, self.delta, n_patients)
+        if self.selection:
+            require_reachable(self.selection.share * epsilon, self.delta, 1.0, 1)
 
     def mechanisms(self, epsilon: float, places: int) -> tuple[Mechanism, ...]:
         """What the private stage of a budget spends."""
@@ -111,6 +123,7 @@ def finetune(
     folder: Path,
     public_data: str,
     directions: Directions | None = None,
+    selection: Selection | None = None,
     save_every: float = 30.0,
 ) -> Ledger:
     """Run a plan on private patients; leaves `weights.safetensors` and `privacy.json` in `folder`.
@@ -123,10 +136,15 @@ def finetune(
         latents: (n_volumes, c, d, h, w) of the patients' volumes.
         public_data: what the pre-training used, for the ledger.
         directions: along which all weights learn, where a subspace is tuned.
+        selection: of public patients, who teach the model before private ones do.
 
     Raises:
-        ParameterError: the plan is for another number of patients, or `folder` holds another run.
+        ParameterError: the plan is for another number of patients, `folder` holds another run, or the recipe has a
+            selection and there is none, or the reverse.
+        PrivacyError: real patients weren't charged for this run, or the plan doesn't account for the selection.
     """
+    if (settings.selection is None) != (selection is None):
+        raise ParameterError("finetune.selection: goes with public patients to choose from; give both or neither")
     weights, unbound, path = (folder / x for x in ("weights.safetensors", "weights.unbound", "privacy.json"))
     data = {"private_data": f"{patients.name} ({patients.split})", "public_data": public_data}
     ledger = plan.ledger(randomness, stage="denoiser", tuned=settings.tuned, **data)
@@ -141,6 +159,12 @@ def finetune(
         load_weights(model, weights)
         _tidy(folder)
         return ledger
+    if selection:
+        require_charged(patients, randomness, ledger)
+        if is_first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            ledger.save(path)
+        selection.teach(model, patients, latents, plan, randomness, folder)
     tuned, loss = learning(model, patients, latents, plan, settings, directions)
     settings = settings.model_copy(update={"learning_rate": settings.step_size(plan)})
     given = plan, settings, randomness, ledger, patients, folder, save_every
@@ -159,7 +183,7 @@ def finetune(
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished run no longer needs, and what kills left half-written."""
-    for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt"):
+    for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt", "selection.npy", "selected.pt"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -120,17 +120,18 @@ class Latents:
 def pretrain(
     patients: Patients,
     latents: np.ndarray | Latents,
-    network: DenoiserSettings,
+    network: DenoiserSettings | Denoiser,
     settings: PretrainSettings,
     seed: int,
     state: Path,
-    start: Denoiser | None = None,
+    chances: np.ndarray | None = None,
 ) -> tuple[Denoiser, list[dict[str, float]]]:
     """Train a denoiser on public latents by the first cycle; resumes from `state`, which it writes every 30 s.
 
     Args:
         latents: of the patients' volumes, and perhaps of others after them.
-        start: changed in place; without it, training starts from a fresh denoiser.
+        network: a fresh one's settings, or a denoiser that goes on learning, changed in place.
+        chances: (n_volumes,), of being drawn; alike unless given.
 
     Returns:
         The exponential moving average of the denoiser, and the losses by step.
@@ -140,12 +141,13 @@ def pretrain(
     """
     require_public(patients, "private patients through weights that were trained with no noise")
     torch.manual_seed(seed)
-    model, device = start or network.build(latents.shape[1]), compute_device()
+    model = network if isinstance(network, Denoiser) else network.build(latents.shape[1])
+    device = compute_device()
     attributes = torch.from_numpy(patients.attributes)
 
     def loss(step: int) -> Loss:
         rng, generator = drawn_at(seed, step)
-        chosen = rng.integers(len(attributes), size=settings.batch)
+        chosen = rng.choice(len(attributes), settings.batch, p=chances)
         given = drop_attributes(attributes[chosen], settings.attribute_dropout, generator)
         rows = torch.from_numpy(latents[chosen])
         drawn = rows, given, *random_noising(rows, generator)
