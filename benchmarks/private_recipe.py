@@ -12,6 +12,9 @@ subspace: the same with the directions of a public subspace, beside the weights 
 rehearsed of it from the public model of one cycle is kept as first_cycle, as is the rehearsal above; first_study is the
 part below of that model, tuned by its edges.
 
+selection: the same once public patients who were chosen privately have taught the model again: how far chances may
+leave uniform ones, how long they teach, and, as a control, as many steps on all public patients alike.
+
 private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand all weights
 trained from scratch at epsilon 10, and all weights tuned with no noise. On test patients: the Frechet distance, and the
 part of the way from the public model to the one that was tuned with no noise (epsilon inf, the same recipe) that each
@@ -41,6 +44,7 @@ from cardiac_ldm.privacy.accounting import epsilon_pld, terms_of
 from cardiac_ldm.study import Run, Study
 from cardiac_ldm.training.finetune import finetune
 from cardiac_ldm.training.pretrain import Latents, held_out_loss, random_loss
+from cardiac_ldm.training.selection import SelectionSettings
 from cardiac_ldm.training.subspace import SubspaceSettings
 
 N_VALIDATION = 100
@@ -49,8 +53,8 @@ SHARE = 6
 N_GRADIENTS = 192
 """Patients from whom the mean gradient is estimated."""
 BASE = {"tuned": "edges", "learning_rate": 1e-3, "steps": 20, "expected_batch": 384, "draws": 1, "average_decay": 0.9}
-BASE |= {"clip": 0.1, "subspace": None}
-ALL = {"tuned": "all", "learning_rate": 1e-3, "clip": 0.3, "subspace": None}
+BASE |= {"clip": 0.1, "subspace": None, "selection": None}
+ALL = {"tuned": "all", "learning_rate": 1e-3, "clip": 0.3, "subspace": None, "selection": None}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,32 @@ ALONG = {"tuned": "subspace", "subspace": SubspaceSettings.model_validate(PUBLIC
 FASTER = ALONG | {"learning_rate": 6.0}
 MANY = SubspaceSettings.model_validate(PUBLIC | {"dimensions": 10_000, "apart": True})
 APART = FASTER | {"subspace": MANY}
+ALIKE = 1e9
+"""So much doubt leaves all public patients the same chances."""
+
+
+def selected(**changes: float) -> dict[str, object]:
+    """A recipe along directions, after a selection."""
+    first = {"share": 0.5, "doubt": 1.0, "steps": 1500, "learning_rate": 1e-3}
+    return APART | {"selection": SelectionSettings.model_validate(first | changes)}
+
+
+SELECTION = [
+    Recipe(1, APART),
+    Recipe(1, selected()),
+    Recipe(1, selected(doubt=ALIKE)),
+    Recipe(1, selected(doubt=0.3)),
+    Recipe(1, selected(doubt=3.0)),
+    Recipe(0.1, selected()),
+    Recipe(10, selected()),
+    Recipe(1, selected(steps=4000)),
+    Recipe(0.1, selected(share=0.8)),
+    Recipe(math.inf, selected()),
+    Recipe(0.1, APART),
+    Recipe(10, APART),
+]
 SUBSPACE = [Recipe(1), Recipe(1, ALONG), Recipe(1, FASTER), Recipe(10, FASTER), Recipe(1, APART), Recipe(10, APART)]
+GRIDS = {"rehearsal": GRID, "subspace": SUBSPACE, "selection": SELECTION}
 
 
 def mean(values: np.ndarray, chosen: np.ndarray) -> float:
@@ -167,6 +196,7 @@ def rehearse(part: str, grid: Sequence[Recipe]) -> dict[str, object]:
             **{name: str(value) for name, value in (BASE | dict(recipe.changes)).items()},
             "directions": str(along.dimensions) if along else "–",
             "of": ("tensors" if along.apart else "network") if along else "–",
+            **{f"selection_{name}": value for name, value in (settings.selection or ())},
             "clip": f"{settings.clip:g}",
             "timesteps": ", ".join(f"{low}–{high}" for low, high, _ in settings.timesteps),
             "run": folder.name,
@@ -290,9 +320,9 @@ def keep_part(part: str, found: Mapping[str, object]) -> None:
 def main() -> None:
     """Measure the parts that are asked for, or all."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("parts", nargs="*", choices=["rehearsal", "subspace", "private", []], help="all unless told")
-    for part in arguments.parse_args().parts or ["rehearsal", "subspace", "private"]:
-        grid = {"rehearsal": GRID, "subspace": SUBSPACE}.get(part)
+    arguments.add_argument("parts", nargs="*", choices=[*GRIDS, "private", []], help="all unless told")
+    for part in arguments.parse_args().parts or [*GRIDS, "private"]:
+        grid = GRIDS.get(part)
         keep_part(part, rehearse(part, grid) if grid else run_private())
 
 

@@ -38,6 +38,7 @@ from cardiac_ldm.report.tables import (
     utility_rows,
     utility_table,
 )
+from cardiac_ldm.training.selection import SelectionSettings
 
 PLAN = {"delta": 1e-5, "n_patients": 100, "expected_batch": 10, "steps": 3, "clip": 0.5, "draws": 1}
 
@@ -183,6 +184,14 @@ def test_the_statement_lists_every_stage_that_spent() -> None:
         f"| mechanism: {name} | {terms.format(n)}" for name, n in (("decoder", 5), ("denoiser", 3))
     )
     assert said.index(first_row) < said.index(second_row)
+
+
+def test_the_statement_says_what_chose_public_patients() -> None:
+    (training,) = ledger(2).mechanisms
+    chosen = SelectionSettings(share=0.5, doubt=1, steps=2, learning_rate=1e-3).mechanism(2, 1e-5, ledger(2).n_units)
+    said = privacy_statement(ledger(2).model_copy(update={"mechanisms": (chosen, training)}))
+    assert "| mechanism: selection | Gaussian mechanism: a measurement of the mean of all patients' features, " in said
+    assert f"noise multiplier {chosen.noise_multiplier:.4g} |" in said
 
 
 def test_models_of_one_cohort_are_stated_together() -> None:

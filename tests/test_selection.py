@@ -14,6 +14,7 @@ from cardiac_ldm.cohort import Patients, load_manifest
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld
+from cardiac_ldm.study import Study
 from cardiac_ldm.training import selection as room
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune
 from cardiac_ldm.training.selection import Selection, SelectionSettings, features, measured, tilted
@@ -209,6 +210,15 @@ def test_a_recipe_and_what_it_is_given_agree(
     given = private, latents_of(private), settings.plan(5, 1e-3, 12), settings, SEEDED, tmp_path, "public"
     with pytest.raises(ParameterError, match="give both or neither"):
         finetune(NARROW.build(1), *given, selection=None if with_settings else selection(public))
+
+
+def test_a_study_gives_what_its_recipe_asks_for(study: Study, tmp_path: Path) -> None:
+    there = Study(study.parameters)
+    there.runs, there.public, there.private = tmp_path, study.public, study.private
+    there.profile = study.profile.model_copy(update={"finetune": recipe()})
+    run = there.finetuned(2)
+    assert [m.stage for m in run.ledger.mechanisms] == ["selection", "denoiser"]
+    assert run.key != study.finetuned(2).key
 
 
 def test_budgets_and_runs_have_noise_of_their_own(public: Patients, private: Patients, tmp_path: Path) -> None:

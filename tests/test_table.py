@@ -23,6 +23,7 @@ from cardiac_ldm.privacy.accounting import merged, terms_of
 from cardiac_ldm.privacy.table import FREE, Table, TablePlan, fit, rows_of, tabulate
 from cardiac_ldm.report.statement import privacy_statement
 from cardiac_ldm.study import Study
+from cardiac_ldm.training.selection import SelectionSettings
 from tests.test_guarantee import ward
 
 LOW, HIGH = (np.array([getattr(ATTRIBUTES[ATTRIBUTE_NAMES.index(x)], side) for x in FREE]) for side in ("low", "high"))
@@ -350,12 +351,16 @@ def test_a_table_of_simulated_patients_is_counted_with_their_models(study: Study
     assert together is not None
     assert (together.runs, together.epsilon) == (1, pytest.approx(1, rel=0.01))
     assert run.ledger.simulated
-    of_training = there.beside_table(1, 0.1)
-    recipe, places = there.profile.finetune, there.private.split("train").places
-    mechanisms = TablePlan.for_budget(0.1, recipe.delta, places).mechanisms
-    training = recipe.mechanisms(of_training, places)
-    assert 0.985 <= epsilon_pld(merged((*mechanisms, *training)), recipe.delta) <= 1.001
-    assert 0.9 < of_training < 1  # less is lost than the share
+    places = there.private.split("train").places
+    chosen = SelectionSettings(share=0.5, doubt=1, steps=1, learning_rate=1e-3)
+    for selection in (None, chosen):
+        recipe = there.profile.finetune.model_copy(update={"selection": selection})
+        there.profile = there.profile.model_copy(update={"finetune": recipe})
+        of_training = there.beside_table(1, 0.1)
+        mechanisms = TablePlan.for_budget(0.1, recipe.delta, places).mechanisms
+        training = recipe.mechanisms(of_training, places)
+        assert 0.985 <= epsilon_pld(merged((*mechanisms, *training)), recipe.delta) <= 1.001
+        assert 0.9 < of_training < 1  # less is lost than the share
 
 
 def test_private_patients_never_make_the_public_table(study: Study, tmp_path: Path) -> None:

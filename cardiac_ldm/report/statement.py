@@ -100,9 +100,13 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
 
 
 def _described(m: Mechanism) -> str:
-    if m.tuned == "table":
+    measured = {
+        "table": f"{m.steps} measurements of all patients' attributes",
+        "public patients": "a measurement of the mean of all patients' features, which chooses public ones",
+    }
+    if m.tuned in measured:
         return (
-            f"Gaussian mechanism: {m.steps} measurements of all patients' attributes, of norm {m.clip:g} at most each, "
+            f"Gaussian mechanism: {measured[m.tuned]}, of norm {m.clip:g} at most each, "
             f"noise multiplier {m.noise_multiplier:.4g}"
         )
     return (

@@ -29,8 +29,8 @@ from cardiac_ldm.training.pretrain import Latents, PretrainSettings, pretrain
 
 _CELLS, _ROWS = 4, 256
 _NOISE = 1
-STAGE = "selection"
-"""The name of the measurement in a ledger."""
+STAGE, TUNED = "selection", "public patients"
+"""How a ledger names the measurement, and what it decides on."""
 
 
 class SelectionSettings(Settings):
@@ -53,7 +53,7 @@ class SelectionSettings(Settings):
         """
         sigma = 0.0 if math.isinf(epsilon) else calibrate(self.share * epsilon, delta, 1.0, 1)
         everybody = {"sampling_rate": 1.0, "expected_batch": n_patients, "steps": 1, "clip": 1.0, "draws": 1}
-        described = {"stage": STAGE, "tuned": "public patients", "noise_multiplier": sigma}
+        described = {"stage": STAGE, "tuned": TUNED, "noise_multiplier": sigma}
         return Mechanism.model_validate(described | everybody)
 
 
