@@ -11,14 +11,13 @@ a budget.
 
 import hashlib
 import json
-from functools import partial
 from itertools import product
 
 from tqdm import tqdm
 
 from benchmarks import RESULTS, keep
-from benchmarks.private_recipe import mean, part_of
-from cardiac_ldm.evaluation.intervals import bootstrap
+from benchmarks.private_recipe import part_of
+from cardiac_ldm.evaluation.intervals import mean
 from cardiac_ldm.parameters import Parameters
 from cardiac_ldm.privacy import Randomness
 from cardiac_ldm.study import Study
@@ -65,7 +64,7 @@ def main() -> None:
         given = settings, randomness, folder, "phantom_public", *study.load_public()
         finetune(model, train[:size], latents, drawn, *given)
         change = 1000 * (held_out_loss(model.eval(), held_out, validation, draws=4) - before)
-        worth = bootstrap(partial(mean, change), len(change), resamples=1000, seed=0)
+        worth = mean(change, resamples=1000, seed=0)
         row = {"profile": profile, "tuned": settings.tuned, "epsilon": epsilon, "places": size, "run": key}
         row |= {"expected_batch": plan.expected_batch, "drawn": drawn.expected_batch}
         row |= {"noise_multiplier": plan.noise_multiplier, "better_patients": float((change < 0).mean())}

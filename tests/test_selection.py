@@ -18,7 +18,7 @@ from cardiac_ldm.study import Study
 from cardiac_ldm.training import selection as room
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune
 from cardiac_ldm.training.selection import Selection, SelectionSettings, features, measured, tilted
-from tests.test_finetune import NARROW, PROFILE, SEEDED, latents_of, made_up
+from tests.test_finetune import ENTROPY, HOSPITAL, NARROW, PROFILE, SEEDED, latents_of, made_up
 
 CHOSEN = SelectionSettings(share=0.5, doubt=1.0, steps=3, learning_rate=1e-3)
 
@@ -83,6 +83,10 @@ def test_noise_is_as_large_as_the_ledger_says() -> None:
     assert not np.array_equal(found, measured(rows, mechanism(3.0), Randomness(6, simulated=True)))
 
 
+def test_an_empty_place_has_the_public_mean() -> None:
+    np.testing.assert_allclose(measured(np.ones((6, 4)), mechanism(0), SEEDED), 0.5)
+
+
 def test_more_patients_than_places_are_refused() -> None:
     with pytest.raises(PrivacyError, match="13 patients, but the ledger accounts for 12 places"):
         measured(np.zeros((13, 4)), mechanism(1.0), SEEDED)
@@ -118,12 +122,13 @@ def test_chances_come_near_to_the_mean_and_no_nearer_than_they_are_told() -> Non
     np.testing.assert_allclose(mean - some @ rows, t, atol=1e-3)  # the optimum: what is left is doubt times the tilt
 
 
+@pytest.mark.parametrize("noise", [0.0, 2.0])
 def test_the_chosen_teach_in_proportion(
-    public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noise: float, public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(room, "pretrain", lambda *args: given.append(args))
-    plan = recipe().plan(math.inf, 1e-3, 12)
+    plan = replace(recipe().plan(math.inf, 1e-3, 12), before=(mechanism(noise),))
     start = NARROW.build(1)
     selection(public).teach(start, private, latents_of(private), plan, SEEDED, tmp_path)
     ((who, _, model, settings, seed, state, chances),) = given
@@ -133,13 +138,19 @@ def test_the_chosen_teach_in_proportion(
     assert state == tmp_path / "selected.pt"
     rows, others = (features(x, latents_of(x)) for x in (public, private))
     centre, spread = rows.mean(axis=0), rows.std(axis=0) + 1e-6
-    expected = tilted((rows - centre) / spread, measured((others - centre) / spread, mechanism(0), SEEDED), 1.0)
+    exact = measured((others - centre) / spread, mechanism(0), SEEDED)
+    mean, uncertain = np.load(tmp_path / "selection.npy"), noise * math.sqrt(len(exact)) / 12
+    assert np.std(mean - exact) == pytest.approx(uncertain, rel=0.4)
+    expected = tilted((rows - centre) / spread, mean, 1.0 + uncertain**2)
     np.testing.assert_allclose(np.bincount(public.patient_index, chances), expected, rtol=1e-6)
     assert np.ptp(chances[: public.offsets[1]]) == 0
     assert chances.sum() == pytest.approx(1)
 
 
-def test_private_patients_are_nobody_to_choose_from(private: Patients, tmp_path: Path) -> None:
+def test_private_patients_are_nobody_to_choose_from(
+    private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "features", lambda *_: pytest.fail("they were looked at"))
     with pytest.raises(PrivacyError, match="public"):
         trained(tmp_path, private, private)
 
@@ -200,6 +211,17 @@ def test_a_measurement_that_no_plan_accounts_for_is_not_taken(
     given = private, latents_of(private), plan, settings, SEEDED, tmp_path, "public"
     with pytest.raises(PrivacyError, match="doesn't account"):
         finetune(NARROW.build(1), *given, selection=selection(public))
+
+
+def test_real_patients_are_not_measured_off_their_record(
+    public: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "features", lambda *_: pytest.fail("they were looked at"))
+    secret, settings = made_up(tmp_path / "secret", manifest=HOSPITAL), recipe()
+    given = secret, latents_of(secret), settings.plan(5, 1e-3, 12), settings
+    for randomness, says in ((ENTROPY, "hospital weren't charged"), (SEEDED, "hospital are real; their noise must be")):
+        with pytest.raises(PrivacyError, match=says):
+            finetune(NARROW.build(1), *given, randomness, tmp_path / "run", "public", selection=selection(public))
 
 
 @pytest.mark.parametrize("with_settings", [True, False])
