@@ -16,9 +16,9 @@ selection: the same once public patients who were chosen privately have taught t
 leave uniform ones, how long they teach, and, as a control, as many steps on all public patients alike.
 
 private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand all weights
-trained from scratch at epsilon 10, all weights tuned with no noise, and the recipe at epsilon 1 after a selection. On
-test patients: the Frechet distance, and the part of the way from the public model to the one that was tuned with no
-noise (epsilon inf, the same recipe) that each model has gone (an hour or two; resumable).
+trained from scratch at epsilon 10, all weights tuned with no noise, and the recipe after a selection. On test patients: the
+Frechet distance, and the part of the way from the public model to the one that was tuned with no noise (epsilon inf,
+the same recipe) that each model has gone (hours; resumable).
 """
 
 import argparse
@@ -238,7 +238,8 @@ def run_private() -> dict[str, object]:
     about: dict[str, Any] = {"n_patients": len(test), "patients": len(study.private.split("train"))}
     about |= {f"ceiling_{key}": value for key, value in _distance(study.ceiling).items()}
     known, rows, losses = kept_rows("private"), list[dict[str, Any]](), list[np.ndarray]()
-    about["scratch"] = _of_scratch(scratch, 10.0, latents, test)
+    about["scratch"], before = _of_scratch(scratch, 10.0, latents, test), kept_rows("private", "selected")
+    about["selected"] = [*before.values()]
     for owner, epsilon in models:
         run = owner.finetuned(epsilon)
         losses.append(held_out_loss(owner.denoiser(run), latents, test))
@@ -269,7 +270,12 @@ def run_private() -> dict[str, object]:
             row |= _beyond_public(study, epsilon)
         print(row, flush=True)
         keep_part("private", about | {"rows": with_others(rows, known)})
-    about["selected"] = _of_selection(chosen, 1.0, losses[0], latents, test)
+    found = list[dict[str, Any]]()
+    for epsilon in (1.0, 10.0, 0.1):
+        found.append(_of_selection(chosen, epsilon, losses[0], latents, test))
+        print(found[-1], flush=True)
+        about["selected"] = with_others(found, before)
+        keep_part("private", about | {"rows": rows})
     return about | {"rows": rows}
 
 
@@ -312,10 +318,10 @@ def _distance(run: Run) -> dict[str, float]:
     return {"fd": row["value"], "fd_low": row["low"], "fd_high": row["high"], "fd_floor": row["reference"]}
 
 
-def kept_rows(part: str) -> dict[str, dict[str, Any]]:
+def kept_rows(part: str, name: str = "rows") -> dict[str, dict[str, Any]]:
     """The rows of a part that are known, by the run that each is of."""
     path = RESULTS / "private_recipe.json"
-    rows = json.loads(path.read_text()).get(part, {}).get("rows", []) if path.exists() else []
+    rows = json.loads(path.read_text()).get(part, {}).get(name, []) if path.exists() else []
     return {row["run"]: row for row in rows if "run" in row}
 
 
