@@ -16,9 +16,9 @@ selection: the same once public patients who were chosen privately have taught t
 leave uniform ones, how long they teach, and, as a control, as many steps on all public patients alike.
 
 private: the profile's recipe, frozen, runs on the simulated private cohort at every budget. Beside it stand all weights
-trained from scratch at epsilon 10, all weights tuned with no noise, and the recipe after a selection. On test patients: the
-Frechet distance, and the part of the way from the public model to the one that was tuned with no noise (epsilon inf,
-the same recipe) that each model has gone (hours; resumable).
+trained from scratch at epsilon 10, all weights tuned with no noise, and the recipe after a selection. On test patients:
+the Frechet distance, and the part of the way from the public model to the one that was tuned with no noise (epsilon
+inf, the same recipe) that each model has gone (hours; resumable).
 """
 
 import argparse
