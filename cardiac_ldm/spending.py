@@ -148,6 +148,6 @@ class Spending:
         record = Record()
         known = {spend.run for spend in record.spends}
         for path in self._folders():
-            began = any(path.parent.rglob("state.pt")) or any(path.parent.rglob("*.safetensors"))
+            began = any(any(path.parent.rglob(name)) for name in ("state.pt", "selection.npz", "*.safetensors"))
             if began and not (ledger := Ledger.load(path)).simulated and ledger.run not in known:
                 record.vouch(ledger)

@@ -400,10 +400,10 @@ class Trained:
         profile = self.profile
         if profile.finetune.selection is None:
             return self.load_directions(), None
-        cohort, patients = self._taught_in(len(profile.pretrain.further))
+        cohort, patients = self._taught_in(cycles := len(profile.pretrain.further))
         latents = self.latents(cohort.split("train"), cohort)
         return self.load_directions(), Selection(
-            profile.finetune.selection, patients, latents, profile.pretrain, self.seed
+            profile.finetune.selection, patients, latents, profile.pretrain, self.seed + 1 + cycles
         )
 
     def latents(self, patients: Patients, cohort: Cohort) -> Latents:

@@ -191,7 +191,7 @@ def test_the_statement_says_what_chose_public_patients() -> None:
     chosen = SelectionSettings(share=0.5, doubt=1, steps=2, learning_rate=1e-3).mechanism(2, 1e-5, ledger(2).n_units)
     said = privacy_statement(ledger(2).model_copy(update={"mechanisms": (chosen, training)}))
     assert "| mechanism: selection | Gaussian mechanism: a measurement of the mean of all patients' features, " in said
-    assert f"noise multiplier {chosen.noise_multiplier:.4g} |" in said
+    assert f"noise multiplier {chosen.noise_multiplier:.4g} of it |" in said
 
 
 def test_models_of_one_cohort_are_stated_together() -> None:

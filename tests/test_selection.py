@@ -1,6 +1,7 @@
 """Public patients who are chosen privately: one bounded, noisy measurement, and everything else follows from it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def trained(
     return model, finetune(model, *given, selection=selection(public, settings.selection or CHOSEN))
 
 
+def noting(seen: list[np.ndarray], function: Callable[..., np.ndarray], number: int) -> Callable[..., np.ndarray]:
+    """The function, which notes the argument of this number."""
+
+    def noted(*given: Any) -> np.ndarray:
+        seen.append(given[number])
+        return function(*given)
+
+    return noted
+
+
 # --- The measurement ---
 
 
@@ -83,12 +94,31 @@ def test_noise_is_as_large_as_the_ledger_says() -> None:
     assert not np.array_equal(found, measured(rows, mechanism(3.0), Randomness(6, simulated=True)))
 
 
+def test_what_public_patients_share_does_not_swallow_what_tells_them_apart(
+    public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat, others = latents_of(public), latents_of(private)
+    flat[:, :, 0] = 0.25  # a slice that no public heart reaches, and every private one does
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(room, "pretrain", lambda *_: None)
+    monkeypatch.setattr(room, "measured", noting(seen, measured, 0))
+    plan = recipe().plan(math.inf, 1e-3, 12)
+    replace(selection(public), latents=flat).teach(NARROW.build(1), private, others, plan, SEEDED, tmp_path)
+    assert np.median(np.linalg.norm(seen[0], axis=1)) < 3 * math.sqrt(seen[0].shape[1])
+
+
+def test_nobody_and_patients_without_volumes_are_measured_as_empty_places(private: Patients) -> None:
+    nobody = private.subset(np.array([], int))
+    assert features(nobody, latents_of(private)).shape == (0, 38)
+    assert not measured(np.full((2, 38), np.nan), mechanism(0), SEEDED).any()
+
+
 def test_an_empty_place_has_the_public_mean() -> None:
-    np.testing.assert_allclose(measured(np.ones((6, 4)), mechanism(0), SEEDED), 0.5)
+    np.testing.assert_allclose(measured(np.ones((6, 4)), mechanism(0), SEEDED), 0.5, rtol=1e-5)
 
 
 def test_more_patients_than_places_are_refused() -> None:
-    with pytest.raises(PrivacyError, match="13 patients, but the ledger accounts for 12 places"):
+    with pytest.raises(PrivacyError, match="more patients than the 12 places that the ledger accounts for"):
         measured(np.zeros((13, 4)), mechanism(1.0), SEEDED)
 
 
@@ -104,8 +134,15 @@ def test_the_plan_pays_for_the_measurement_first() -> None:
 
 def test_too_small_a_budget_for_both_is_found_before_anything_is_trained() -> None:
     recipe(selection=None).check(0.012, "phantom_private", 24, secret=False)
-    with pytest.raises(ParameterError, match="epsilon"):
+    with pytest.raises(ParameterError, match=r"selection.share: 0.5 of epsilon 0.012 is below 0.01"):
         recipe().check(0.012, "phantom_private", 24, secret=False)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0, 20.0])
+def test_every_sensible_budget_has_a_plan(epsilon: float) -> None:
+    settings = recipe(steps=20, expected_batch=192)
+    settings.check(epsilon, "phantom_private", 4000, secret=False)
+    assert settings.plan(epsilon, 1e-5, 4000).noise_multiplier > 0
 
 
 # --- The choice ---
@@ -127,7 +164,9 @@ def test_the_chosen_teach_in_proportion(
     noise: float, public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
+    means: list[np.ndarray] = []
     monkeypatch.setattr(room, "pretrain", lambda *args: given.append(args))
+    monkeypatch.setattr(room, "tilted", noting(means, tilted, 1))
     plan = replace(recipe().plan(math.inf, 1e-3, 12), before=(mechanism(noise),))
     start = NARROW.build(1)
     selection(public).teach(start, private, latents_of(private), plan, SEEDED, tmp_path)
@@ -137,11 +176,11 @@ def test_the_chosen_teach_in_proportion(
     assert (settings.steps, settings.learning_rate, settings.further, seed) == (3, 1e-3, (), 0)
     assert state == tmp_path / "selected.pt"
     rows, others = (features(x, latents_of(x)) for x in (public, private))
-    centre, spread = rows.mean(axis=0), rows.std(axis=0) + 1e-6
+    centre, spread = rows.mean(axis=0), rows.std(axis=0)
     exact = measured((others - centre) / spread, mechanism(0), SEEDED)
-    mean, uncertain = np.load(tmp_path / "selection.npy"), noise * math.sqrt(len(exact)) / 12
-    assert np.std(mean - exact) == pytest.approx(uncertain, rel=0.4)
-    expected = tilted((rows - centre) / spread, mean, 1.0 + uncertain**2)
+    uncertain = noise * math.sqrt(len(exact)) / 12
+    assert np.std(means[0] - exact) == pytest.approx(uncertain, rel=0.4)
+    expected = tilted((rows - centre) / spread, means[0], 1.0 + uncertain**2)
     np.testing.assert_allclose(np.bincount(public.patient_index, chances), expected, rtol=1e-6)
     assert np.ptp(chances[: public.offsets[1]]) == 0
     assert chances.sum() == pytest.approx(1)
@@ -206,11 +245,42 @@ def test_the_ledger_is_there_before_anybody_is_measured(
 def test_a_measurement_that_no_plan_accounts_for_is_not_taken(
     public: Patients, private: Patients, tmp_path: Path
 ) -> None:
+    settings, own = recipe(), mechanism(1.0)
+    others = [(), (own, own)]
+    others += [(own.model_copy(update={name: value}),) for name, value in (("sampling_rate", 0.5), ("steps", 2))]
+    others += [(mechanism(1.0, places=6),)]
+    for before in others:
+        plan = replace(settings.plan(5, 1e-3, 12), before=before)
+        with pytest.raises(PrivacyError, match="doesn't account"):
+            selection(public).teach(NARROW.build(1), private, latents_of(private), plan, SEEDED, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_plan_for_others_is_refused_before_anybody_is_measured(
+    public: Patients, private: Patients, tmp_path: Path
+) -> None:
     settings = recipe()
-    plan = replace(settings.plan(5, 1e-3, 12), before=())
-    given = private, latents_of(private), plan, settings, SEEDED, tmp_path, "public"
-    with pytest.raises(PrivacyError, match="doesn't account"):
+    given = private, latents_of(private), settings.plan(5, 1e-3, 13), settings, SEEDED, tmp_path, "public"
+    with pytest.raises(ParameterError, match="has 12 patients, the plan is for 13"):
         finetune(NARROW.build(1), *given, selection=selection(public))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_others_chose_is_not_gone_on_with(
+    public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "pretrain", lambda *_: None)
+    plan, latents = recipe().plan(5, 1e-3, 12), latents_of(private)
+    given = latents, plan, SEEDED, tmp_path
+    selection(public).teach(NARROW.build(1), private, *given)
+    others = private.subset(np.arange(12)[::-1])
+    longer = selection(public, CHOSEN.model_copy(update={"steps": 4}))
+    for chooser, chosen in ((selection(public), others), (longer, private)):
+        with pytest.raises(ParameterError, match=r"selection.npz: was left by other patients or settings"):
+            chooser.teach(NARROW.build(1), chosen, *given)
+    monkeypatch.setattr(room, "is_first_process", lambda: False)
+    monkeypatch.setattr(room, "measured", lambda *_: pytest.fail("another process measured too"))
+    selection(public).teach(NARROW.build(1), private, *given)
 
 
 def test_real_patients_are_not_measured_off_their_record(
@@ -243,12 +313,18 @@ def test_a_study_gives_what_its_recipe_asks_for(study: Study, tmp_path: Path) ->
     assert run.key != study.finetuned(2).key
 
 
-def test_budgets_and_runs_have_noise_of_their_own(public: Patients, private: Patients, tmp_path: Path) -> None:
-    kept = {}
-    for epsilon in (5.0, 6.0):
+def test_budgets_and_runs_have_noise_of_their_own(
+    public: Patients, private: Patients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[np.ndarray] = []
+    monkeypatch.setattr(room, "pretrain", lambda *_: None)
+    monkeypatch.setattr(room, "tilted", noting(kept, tilted, 1))
+    longer = CHOSEN.model_copy(update={"steps": 4})
+    for number, (epsilon, run, settings) in enumerate(
+        [(5.0, "a", CHOSEN), (6.0, "a", CHOSEN), (5.0, "b", CHOSEN), (5.0, "a", longer)]
+    ):
         plan = replace(recipe().plan(epsilon, 1e-3, 12), before=(mechanism(1.0),))
-        folder = tmp_path / str(epsilon)
+        folder, own = tmp_path / str(number), Randomness(5, simulated=True, run=run)
         folder.mkdir()
-        selection(public).teach(NARROW.build(1), private, latents_of(private), plan, SEEDED, folder)
-        kept[epsilon] = np.load(folder / "selection.npy")
-    assert not np.array_equal(kept[5.0], kept[6.0])
+        selection(public, settings).teach(NARROW.build(1), private, latents_of(private), plan, own, folder)
+    assert len({mean.tobytes() for mean in kept}) == 4

@@ -126,7 +126,8 @@ def require_reachable(epsilon: float, delta: float, rate: float, steps: int, bef
 
 def _epsilon_gdp(terms: Terms, delta: float) -> float:
     """Epsilon as the central limit has it (Bu et al., arXiv 1911.11607): near, not safe."""
-    return _gaussian_epsilon(math.sqrt(sum(t * q * q * math.expm1(min(s**-2, 60)) for s, q, t in terms)), delta)
+    parts = (t * (s**-2 if q == 1 else q * q * math.expm1(min(s**-2, 60))) for s, q, t in terms)
+    return _gaussian_epsilon(math.sqrt(sum(parts)), delta)
 
 
 class Stated(BaseModel):

@@ -180,6 +180,9 @@ class PrivatePlan:
     def ledger(self, randomness: Randomness, *, stage: str, tuned: str, private_data: str, public_data: str) -> Ledger:
         """What the whole plan spends; written before the first step, so that it never states too little."""
         data = {"private_data": private_data, "public_data": public_data, "simulated": randomness.simulated}
+        if whole := [m.stage for m in self.before if m.sampling_rate == 1]:
+            poisson = Ledger.model_fields["sampler"].default
+            data["sampler"] = f"{poisson}; {', '.join(whole)}: none, every place takes part"
         return Ledger.state(
             self.mechanisms(stage, tuned), self.n_patients, self.epsilon, self.delta, randomness=str(randomness), **data
         )

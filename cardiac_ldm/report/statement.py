@@ -44,6 +44,8 @@ def _right(epsilon: float, delta: float) -> float:
 def _decisions(ledger: Ledger, together: Standing | None) -> str:
     """What there is to decide on a model of real patients."""
     spent = together.epsilon if together else ledger.epsilon
+    measured = [m.stage for m in ledger.mechanisms if m.sampling_rate == 1 and m.steps < 3]
+    aside = f"; of {' and '.join(measured)} no more than the noise is" if measured else ""
     weak = (
         "\n- **ε above 20 is a figure without a promise**: it excludes no attack. Release only what would do no harm "
         "without a guarantee."
@@ -63,8 +65,8 @@ def _decisions(ledger: Ledger, together: Standing | None) -> str:
         "- **Not covered**: general findings, which can say something of a patient whether or not they took part; how "
         "long the training took; data of these patients that is published in any other way. The number of places is "
         "public.\n"
-        "- **Evidence**: the mechanism is audited with made-up patients, from end to end (the study's chapter on "
-        "attacks). No attack was run on these patients: its result would itself reveal something about them.\n"
+        "- **Evidence**: private training is audited with made-up patients, from end to end (the study's chapter on "
+        f"attacks){aside}. No attack was run on these patients: its result would itself reveal something about them.\n"
         "- **Whether it helped**: nobody looked. To compare this model with the public one on these patients would "
         "cost budget of its own; what rehearsals with public patients expect is said before a budget is spent.\n"
         "- **A patient withdraws**: name them under `exclude:` in the cohort's manifest. Models "
@@ -106,8 +108,8 @@ def _described(m: Mechanism) -> str:
     }
     if m.tuned in measured:
         return (
-            f"Gaussian mechanism: {measured[m.tuned]}, of norm {m.clip:g} at most each, "
-            f"noise multiplier {m.noise_multiplier:.4g}"
+            f"Gaussian mechanism: {measured[m.tuned]}, each scaled down to a fixed norm, "
+            f"noise multiplier {m.noise_multiplier:.4g} of it"
         )
     return (
         f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "

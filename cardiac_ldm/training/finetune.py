@@ -21,11 +21,10 @@ from cardiac_ldm.models.device import compute_device, device_of, is_first_proces
 from cardiac_ldm.models.diffusion import TIMESTEPS, drop_attributes
 from cardiac_ldm.models.lora import merge_lora
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, dpsgd
-from cardiac_ldm.privacy.accounting import require_reachable
 from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
-from cardiac_ldm.training.private import PrivateSettings, train_privately
+from cardiac_ldm.training.private import PrivateSettings, require_places, train_privately
 from cardiac_ldm.training.selection import Selection, SelectionSettings
 from cardiac_ldm.training.subspace import MOMENTUM, Directions, SubspaceLoss, SubspaceSettings, restraint
 
@@ -81,9 +80,10 @@ class FinetuneSettings(PrivateSettings):
 
     def plan(self, epsilon: float, delta: float, n_patients: int, before: tuple[Mechanism, ...] = ()) -> PrivatePlan:
         """The plan of a budget, of which the selection of public patients is a part."""
-        if self.selection:
-            before = (*before, self.selection.mechanism(epsilon, delta, n_patients))
-        return super().plan(epsilon, delta, n_patients, before)
+        return super().plan(epsilon, delta, n_patients, (*before, *self._before(epsilon, delta, n_patients)))
+
+    def _before(self, epsilon: float, delta: float, n_patients: int) -> tuple[Mechanism, ...]:
+        return (self.selection.mechanism(epsilon, delta, n_patients),) if self.selection else ()
 
     def step_size(self, plan: PrivatePlan) -> float:
         """The learning rate; of a subspace, the part of it that suits the plan's noise."""
@@ -104,9 +104,7 @@ class FinetuneSettings(PrivateSettings):
         """
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
-        self.require_reachable(epsilon, self.delta, n_patients)
-        if self.selection:
-            require_reachable(self.selection.share * epsilon, self.delta, 1.0, 1)
+        self.require_reachable(epsilon, self.delta, n_patients, self._before(epsilon, self.delta, n_patients))
 
     def mechanisms(self, epsilon: float, places: int) -> tuple[Mechanism, ...]:
         """What the private stage of a budget spends."""
@@ -160,6 +158,7 @@ def finetune(
         _tidy(folder)
         return ledger
     if selection:
+        require_places(patients, plan)
         require_charged(patients, randomness, ledger)
         if is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +182,15 @@ def finetune(
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished run no longer needs, and what kills left half-written."""
-    for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt", "selection.npy", "selected.pt"):
+    for name in (
+        "state.pt",
+        "state.tmp",
+        "weights.tmp",
+        "progress.txt",
+        "selection.npz",
+        "selection.tmp",
+        "selected.pt",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 

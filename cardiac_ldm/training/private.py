@@ -16,7 +16,7 @@ from cardiac_ldm.cohort import Patients
 from cardiac_ldm.errors import ParameterError
 from cardiac_ldm.models.device import is_first_process
 from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness
-from cardiac_ldm.privacy.accounting import require_reachable
+from cardiac_ldm.privacy.accounting import require_reachable, terms_of
 from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.privacy.dpsgd import UnitGradients, UnitLoss
 from cardiac_ldm.progress import tqdm
@@ -45,18 +45,26 @@ class PrivateSettings(Settings):
             warnings.warn(f"delta: {delta:g} is above N^-1.1 = {most:.2g} (N = {n_patients}): give less", stacklevel=2)
         return PrivatePlan.for_budget(epsilon, delta, before=before, **self._terms(n_patients))
 
-    def require_reachable(self, epsilon: float, delta: float, n_patients: int) -> None:
+    def require_reachable(
+        self, epsilon: float, delta: float, n_patients: int, before: tuple[Mechanism, ...] = ()
+    ) -> None:
         """Check what `plan` would, but for the search of the noise multiplier, which takes seconds.
 
         Raises:
             ParameterError: a setting doesn't fit so many patients, or no noise suffices for the budget.
         """
         plan = PrivatePlan(epsilon=epsilon, delta=delta, noise_multiplier=0.0, **self._terms(n_patients))
-        require_reachable(epsilon, delta, plan.sampling_rate, self.steps)
+        require_reachable(epsilon, delta, plan.sampling_rate, self.steps, terms_of(before))
 
     def _terms(self, n_patients: int) -> dict[str, Any]:
         batch = min(self.expected_batch, n_patients)
         return self.model_dump(include={"steps", "clip", "draws"}) | {"n_patients": n_patients, "expected_batch": batch}
+
+
+def require_places(patients: Patients, plan: PrivatePlan) -> None:
+    """Raise ParameterError where a plan is for another number of patients."""
+    if patients.places != plan.n_patients:
+        raise ParameterError(f"{patients.name}: has {patients.places} patients, the plan is for {plan.n_patients}")
 
 
 def train_privately(
@@ -86,8 +94,7 @@ def train_privately(
         ParameterError: the plan is for another number of patients, or `folder` holds the state of another run.
     """
     require_charged(patients, randomness, ledger)
-    if patients.places != plan.n_patients:
-        raise ParameterError(f"{patients.name}: has {patients.places} patients, the plan is for {plan.n_patients}")
+    require_places(patients, plan)
     own = f"{randomness.run}/{ledger.mechanisms[-1].stage}/{plan.epsilon}/{settings.model_dump_json()}"
     randomness = Randomness(randomness.seed, simulated=randomness.simulated, run=own)
     parameters = list(tuned.values())

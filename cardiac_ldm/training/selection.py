@@ -6,6 +6,7 @@ them, all weights and with no further noise: that is computed from what was meas
 who select by a private classifier, and Li et al., arXiv 2311.12850, by a private histogram of classes.
 """
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -17,18 +18,20 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from cardiac_ldm.cohort import Patients, require_public
-from cardiac_ldm.errors import PrivacyError
+from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.denoiser import Denoiser
 from cardiac_ldm.models.device import is_first_process, wait_for_all
 from cardiac_ldm.privacy import Mechanism, PrivatePlan, Randomness
-from cardiac_ldm.privacy.accounting import calibrate
+from cardiac_ldm.privacy.accounting import LEAST, MOST, calibrate
 from cardiac_ldm.privacy.dpsgd import gaussian
 from cardiac_ldm.progress import tqdm
 from cardiac_ldm.settings import Count, Positive, Settings
 from cardiac_ldm.training.pretrain import Latents, PretrainSettings, pretrain
 
-_CELLS, _ROWS = 4, 256
-_NOISE = 1
+_CELLS, _ROWS, _NOISE = 4, 256, 1
+_FLAT = 1e-3
+"""Of latents' values: a feature that public patients have to within this tells nothing; empty slices have such."""
+FILE = "selection.npz"
 STAGE, TUNED = "selection", "public patients"
 """How a ledger names the measurement, and what it decides on."""
 
@@ -40,7 +43,7 @@ class SelectionSettings(Settings):
     the prior variance, inverted, of the tilt along a feature of unit variance. steps, learning_rate: of the cycle.
     """
 
-    share: float = Field(gt=0, lt=1)
+    share: float = Field(gt=0, le=0.9)
     doubt: Positive
     steps: Count
     learning_rate: Positive
@@ -49,16 +52,20 @@ class SelectionSettings(Settings):
         """The measurement in a training of `epsilon`: one step whose batch is all places.
 
         Raises:
-            ParameterError: no noise suffices for so little.
+            ParameterError: the share is too little for any measurement.
         """
-        sigma = 0.0 if math.isinf(epsilon) else calibrate(self.share * epsilon, delta, 1.0, 1)
+        if (own := self.share * epsilon) < LEAST:
+            raise ParameterError(
+                f"selection.share: {self.share} of epsilon {epsilon} is below {LEAST}; give more of either"
+            )
+        sigma = 0.0 if math.isinf(own) else calibrate(min(own, MOST), delta, 1.0, 1)
         everybody = {"sampling_rate": 1.0, "expected_batch": n_patients, "steps": 1, "clip": 1.0, "draws": 1}
         described = {"stage": STAGE, "tuned": TUNED, "noise_multiplier": sigma}
         return Mechanism.model_validate(described | everybody)
 
 
 def features(patients: Patients, latents: np.ndarray | Latents) -> np.ndarray:
-    """What patients look like, float64 (n_patients, c (35 + d)): the mean over their volumes.
+    """What patients look like, float64 (n_patients, c (35 + d)): the mean over their volumes, NaN where they have none.
 
     Of every latent channel: means and logarithms of standard deviations in 4 x 4 cells of the middle slices, means of
     every slice, and mean absolute differences of neighbours along each axis.
@@ -66,23 +73,24 @@ def features(patients: Patients, latents: np.ndarray | Latents) -> np.ndarray:
     Args:
         latents: (n_volumes, c, d, h, w) of the patients' volumes, and perhaps of others after them.
     """
-    found, offsets = [], patients.offsets
-    n = int(offsets[-1])
-    for at in tqdm(range(0, n, _ROWS), desc=f"features of {patients.name}", disable=n < _ROWS or patients.secret):
-        found.append(_of_volumes(np.asarray(latents[np.arange(at, min(at + _ROWS, n))], np.float64)))
-    each, total = np.concatenate(found), np.zeros((len(patients), found[0].shape[1]))
-    np.add.at(total, patients.patient_index, each)
-    return total / np.maximum(np.diff(offsets), 1)[:, None]
+    n, counts = int(patients.offsets[-1]), np.diff(patients.offsets)
+    hide = n < _ROWS or patients.secret
+    parts = range(0, max(n, 1), _ROWS)  # of nobody one too: it tells how many features there are
+    found = [
+        _of_volumes(np.asarray(latents[np.arange(at, min(at + _ROWS, n))], np.float64))
+        for at in tqdm(parts, desc=f"features of {patients.name}", disable=hide)
+    ]
+    total = np.zeros((len(patients), found[0].shape[1]))
+    np.add.at(total, patients.patient_index, np.concatenate(found))
+    return np.divide(total, counts[:, None], out=np.full_like(total, np.nan), where=counts[:, None] > 0)
 
 
 def _of_volumes(latents: np.ndarray) -> np.ndarray:
     n, c, depth, height, width = latents.shape
     rows, columns = (np.array_split(np.arange(size), min(_CELLS, size)) for size in (height, width))
     middle = latents[:, :, depth // 6 : depth - depth // 6]
-    spread = np.log(middle.std(axis=2) + 1e-3)
-    cells = [
-        part[:, :, r][..., k].mean(axis=(2, 3)) for part in (middle.mean(axis=2), spread) for r in rows for k in columns
-    ]
+    maps = middle.mean(axis=2), np.log(middle.std(axis=2) + 1e-3)
+    cells = [part[:, :, r][..., k].mean(axis=(2, 3)) for part in maps for r in rows for k in columns]
     rough = [np.abs(np.diff(latents, axis=axis)).mean(axis=(2, 3, 4)) for axis in (2, 3, 4)]
     return np.concatenate([*cells, *rough, latents.mean(axis=(3, 4)).reshape(n, c * depth)], axis=1)
 
@@ -111,47 +119,78 @@ class Selection:
     ) -> None:
         """Measure private patients, unless `folder` holds what was measured, and teach `model` by whom that chooses.
 
-        Leaves `selection.npy` and `selected.pt` in `folder`: a killed training goes on, nobody is measured twice.
+        Leaves `selection.npz` and `selected.pt` in `folder`, so that a killed training goes on. What was measured by
+        one that was killed before it was written down is measured again: nobody has seen it.
 
         Raises:
             PrivacyError: those to choose from aren't public, the plan doesn't account for the measurement, or there are
                 more private patients than places.
+            ParameterError: `folder` holds what others chose, or by other settings.
         """
         require_public(self.patients, "what chooses among them")
-        if not (accounted := [mechanism for mechanism in plan.before if mechanism.stage == STAGE]):
-            raise PrivacyError("selection: the plan doesn't account for it; make the plan by the recipe that has it")
-        mechanism, own = accounted[-1], f"{randomness.run}/{STAGE}/{plan.epsilon}/{self.settings.model_dump_json()}"
-        randomness = Randomness(randomness.seed, simulated=randomness.simulated, run=own)
-        path, public = folder / "selection.npy", features(self.patients, self.latents)
-        centre, spread = public.mean(axis=0), public.std(axis=0) + 1e-6
+        mechanism, path = _accounted(plan), folder / FILE
         if is_first_process() and not path.exists():
-            private = (features(patients, latents) - centre) / spread
+            own = f"{randomness.run}/{STAGE}/{plan.epsilon}/{self.settings.model_dump_json()}"
+            randomness = Randomness(randomness.seed, simulated=randomness.simulated, run=own)
+            chances = self._chances(patients, latents, mechanism, randomness)
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
-                np.save(file, measured(private, mechanism, randomness))
+                np.savez(file, chances=chances, described=self._described(patients))
                 os.fsync(file.fileno())
             temporary.replace(path)
         wait_for_all()
-        noise = mechanism.noise_multiplier * math.sqrt(public.shape[1]) / mechanism.expected_batch
-        chances = tilted((public - centre) / spread, np.load(path), self.settings.doubt + noise**2)
-        cycle = {"steps": self.settings.steps, "learning_rate": self.settings.learning_rate, "further": ()}
-        volumes = (chances / np.diff(self.patients.offsets))[self.patients.patient_index]
-        given = self.patients, self.latents, model, self.pretraining.model_copy(update=cycle), self.seed
-        pretrain(*given, folder / "selected.pt", volumes)
+        left = np.load(path)
+        if str(left["described"]) != self._described(patients):
+            raise ParameterError(f"{path}: was left by other patients or settings; give this run its own folder")
+        chances = (left["chances"] / np.diff(self.patients.offsets))[self.patients.patient_index]
+        given = self.patients, self.latents, model, self._cycle, self.seed
+        pretrain(*given, folder / "selected.pt", chances)
+
+    @property
+    def _cycle(self) -> PretrainSettings:
+        own = {"steps": self.settings.steps, "learning_rate": self.settings.learning_rate, "further": ()}
+        return self.pretraining.model_copy(update=own)
+
+    def _described(self, patients: Patients) -> str:
+        """Tells this choice from others."""
+        told = [patients.people, self.patients.people, self.settings, self._cycle, self.seed]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def _chances(
+        self, patients: Patients, latents: np.ndarray | Latents, mechanism: Mechanism, randomness: Randomness
+    ) -> np.ndarray:
+        """Each public patient's, by one measurement of private ones."""
+        public = features(self.patients, self.latents)
+        centre, spread = public.mean(axis=0), public.std(axis=0)
+        unit = np.where(spread > _FLAT, spread, np.inf)  # what public patients share can't tell them apart
+        mean = measured((features(patients, latents) - centre) / unit, mechanism, randomness)
+        noise = mechanism.noise_multiplier * math.sqrt(len(mean)) / mechanism.expected_batch
+        return tilted((public - centre) / unit, mean, self.settings.doubt + noise**2)
+
+
+def _accounted(plan: PrivatePlan) -> Mechanism:
+    """The measurement that a plan accounts for: one, of everybody."""
+    found = [mechanism for mechanism in plan.before if mechanism.stage == STAGE]
+    terms = [(m.sampling_rate, m.steps, m.expected_batch) for m in found]
+    if terms != [(1.0, 1, plan.n_patients)]:
+        raise PrivacyError(f"{STAGE}: the plan doesn't account for it; make the plan by the recipe that has it")
+    return found[0]
 
 
 def measured(features: np.ndarray, mechanism: Mechanism, randomness: Randomness) -> np.ndarray:
     """The mean (f,) over all places of features (n, f), one row a patient, with the mechanism's noise.
 
-    A row is scaled down to a norm of sqrt(f), where it's above. An empty place has the public mean, 0.
+    A row is scaled down to a norm of sqrt(f), where it's above; one that isn't finite counts as 0, which is the public
+    mean, and so does an empty place.
 
     Raises:
         PrivacyError: there are more rows than places.
     """
     n, most = mechanism.expected_batch, math.sqrt(features.shape[1])
     if len(features) > n:
-        raise PrivacyError(f"selection: {len(features)} patients, but the ledger accounts for {n} places")
-    rows = np.where(np.isfinite(np.linalg.norm(features, axis=1, keepdims=True)), features, 0.0)
+        raise PrivacyError(f"{STAGE}: more patients than the {n} places that the ledger accounts for; plan for them")
+    with np.errstate(over="ignore"):
+        rows = np.where(np.isfinite(np.linalg.norm(features, axis=1, keepdims=True)), features, 0.0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     total = (rows * np.minimum(1.0, most * (1 - 2**-20) / np.maximum(norms, 1e-12))).sum(axis=0)
     if mechanism.noise_multiplier:
