@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cardiac_ldm.cohort import Patients, load_manifest
 from cardiac_ldm.errors import ParameterError, PrivacyError
 from cardiac_ldm.models.denoiser import Denoiser
-from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, epsilon_pld
+from cardiac_ldm.privacy import Ledger, Mechanism, PrivatePlan, Randomness, Record, epsilon_pld
 from cardiac_ldm.study import Study
 from cardiac_ldm.training import selection as room
 from cardiac_ldm.training.finetune import FinetuneSettings, finetune
@@ -292,6 +292,34 @@ def test_real_patients_are_not_measured_off_their_record(
     for randomness, says in ((ENTROPY, "hospital weren't charged"), (SEEDED, "hospital are real; their noise must be")):
         with pytest.raises(PrivacyError, match=says):
             finetune(NARROW.build(1), *given, randomness, tmp_path / "run", "public", selection=selection(public))
+
+
+def test_real_patients_are_charged_and_measured_once_and_nothing_of_them_is_shown_or_left(
+    hospital: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CARDIAC_LDM_RECORD", str(tmp_path / "record"))
+    monkeypatch.setattr(room, "_ROWS", 1)  # so few would have no bar
+    there = Study(hospital.parameters)
+    there.runs, there.public, there.private = hospital.runs, hospital.public, hospital.private
+    there.profile = hospital.profile.model_copy(update={"finetune": recipe()})
+    counted: list[np.ndarray] = []
+    monkeypatch.setattr(room, "measured", noting(counted, measured, 0))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PrivatePlan, "gradient", killed)
+        with pytest.raises(KeyboardInterrupt):
+            there.finetuned(2)
+    run = there.finetuned(2)
+    assert (len(counted), len(Record().spends)) == (1, 1)
+    assert run.ledger.randomness.endswith("operating system's entropy")
+    assert run.ledger.sampler.endswith("selection: none, every place takes part")
+    assert not [*run.folder.glob("select*")]
+    shown = "".join(capfd.readouterr())
+    assert "features of phantom_public" in shown
+    assert "features of hospital" not in shown
 
 
 @pytest.mark.parametrize("with_settings", [True, False])
