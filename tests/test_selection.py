@@ -312,6 +312,10 @@ def test_real_patients_are_charged_and_measured_once_and_nothing_of_them_is_show
         patched.setattr(PrivatePlan, "gradient", killed)
         with pytest.raises(KeyboardInterrupt):
             there.finetuned(2)
+    monkeypatch.setenv("CARDIAC_LDM_RECORD", str(tmp_path / "lost"))
+    with pytest.raises(PrivacyError, match="doesn't know this model"):  # else they were measured, and charged, again
+        there.finetuned(2)
+    monkeypatch.setenv("CARDIAC_LDM_RECORD", str(tmp_path / "record"))
     run = there.finetuned(2)
     assert (len(counted), len(Record().spends)) == (1, 1)
     assert run.ledger.randomness.endswith("operating system's entropy")
