@@ -357,10 +357,8 @@ class Trained:
             return 0.0 if of_table else epsilon
         recipe, places = self.profile.finetune, self.private.split("train").places
         before = TableRecipe(recipe.delta).mechanisms(of_table, places)
-        training = recipe.plan(epsilon, recipe.delta, places, before).mechanisms("denoiser", recipe.tuned)[
-            len(before) :
-        ]
-        return math.floor(1e4 * epsilon_pld(terms_of(training), recipe.delta)) / 1e4
+        both = recipe.plan(epsilon, recipe.delta, places, before).mechanisms("denoiser", recipe.tuned)
+        return math.floor(1e4 * epsilon_pld(terms_of(both[len(before) :]), recipe.delta)) / 1e4
 
     def _described_table(self, epsilon: float) -> dict[str, object]:
         """What a table of real patients depends on, as `_described_real` says it of a model."""

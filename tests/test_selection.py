@@ -138,11 +138,11 @@ def test_too_small_a_budget_for_both_is_found_before_anything_is_trained() -> No
         recipe().check(0.012, "phantom_private", 24, secret=False)
 
 
-@pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0, 20.0])
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0, 20.0, math.inf])
 def test_every_sensible_budget_has_a_plan(epsilon: float) -> None:
     settings = recipe(steps=20, expected_batch=192)
     settings.check(epsilon, "phantom_private", 4000, secret=False)
-    assert settings.plan(epsilon, 1e-5, 4000).noise_multiplier > 0
+    assert (settings.plan(epsilon, 1e-5, 4000).noise_multiplier > 0) == math.isfinite(epsilon)
 
 
 # --- The choice ---

@@ -3,6 +3,7 @@
 import math
 
 from cardiac_ldm.privacy import Ledger, Mechanism, Standing
+from cardiac_ldm.training.selection import TUNED
 
 _SIMULATED = (
     " **These patients are simulated**, and the noise is seeded so that the run can be repeated; for patients who "
@@ -36,6 +37,13 @@ def privacy_statement(ledger: Ledger, together: Standing | None = None) -> str:
     )
 
 
+_MEASURED = {
+    "table": "all patients' attributes",
+    TUNED: "the mean of all patients' features, which chooses public ones",
+}
+"""What mechanisms measure that aren't a training, by what they tune."""
+
+
 def _right(epsilon: float, delta: float) -> float:
     """The chance of a right guess whether somebody took part, from even odds (arXiv 1311.0776)."""
     return 1.0 if epsilon > 700 else (math.exp(epsilon) + delta) / (1 + math.exp(epsilon))
@@ -44,8 +52,7 @@ def _right(epsilon: float, delta: float) -> float:
 def _decisions(ledger: Ledger, together: Standing | None) -> str:
     """What there is to decide on a model of real patients."""
     spent = together.epsilon if together else ledger.epsilon
-    measured = [m.stage for m in ledger.mechanisms if m.sampling_rate == 1 and m.steps < 3]
-    aside = f"; of {' and '.join(measured)} no more than the noise is" if measured else ""
+    aside = "".join(f", {m.stage} by its noise alone" for m in ledger.mechanisms if m.tuned in _MEASURED)
     weak = (
         "\n- **ε above 20 is a figure without a promise**: it excludes no attack. Release only what would do no harm "
         "without a guarantee."
@@ -102,14 +109,10 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
 
 
 def _described(m: Mechanism) -> str:
-    measured = {
-        "table": f"{m.steps} measurements of all patients' attributes",
-        "public patients": "a measurement of the mean of all patients' features, which chooses public ones",
-    }
-    if m.tuned in measured:
+    if m.tuned in _MEASURED:
         return (
-            f"Gaussian mechanism: {measured[m.tuned]}, each scaled down to a fixed norm, "
-            f"noise multiplier {m.noise_multiplier:.4g} of it"
+            f"Gaussian mechanism: {_MEASURED[m.tuned]}, each scaled down to a fixed norm; measurements: {m.steps}, "
+            f"noise multiplier {m.noise_multiplier:.4g}"
         )
     return (
         f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "

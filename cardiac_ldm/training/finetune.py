@@ -25,7 +25,7 @@ from cardiac_ldm.privacy.budget import require_charged
 from cardiac_ldm.training.checkpoint import load_weights, save_weights
 from cardiac_ldm.training.pretrain import Latents, random_noising
 from cardiac_ldm.training.private import PrivateSettings, require_places, train_privately
-from cardiac_ldm.training.selection import Selection, SelectionSettings
+from cardiac_ldm.training.selection import LEFT, Selection, SelectionSettings
 from cardiac_ldm.training.subspace import MOMENTUM, Directions, SubspaceLoss, SubspaceSettings, restraint
 
 
@@ -104,7 +104,8 @@ class FinetuneSettings(PrivateSettings):
         """
         if secret and math.isinf(epsilon):
             raise PrivacyError(f"epsilon: inf on {cohort} would reveal real private patients; give a finite one")
-        self.require_reachable(epsilon, self.delta, n_patients, self._before(epsilon, self.delta, n_patients))
+        before = self._before(epsilon, self.delta, n_patients) if math.isfinite(epsilon) else ()
+        self.require_reachable(epsilon, self.delta, n_patients, before)
 
     def mechanisms(self, epsilon: float, places: int) -> tuple[Mechanism, ...]:
         """What the private stage of a budget spends."""
@@ -182,15 +183,7 @@ def finetune(
 
 def _tidy(folder: Path) -> None:
     """Remove what a finished run no longer needs, and what kills left half-written."""
-    for name in (
-        "state.pt",
-        "state.tmp",
-        "weights.tmp",
-        "progress.txt",
-        "selection.npz",
-        "selection.tmp",
-        "selected.pt",
-    ):
+    for name in ("state.pt", "state.tmp", "weights.tmp", "progress.txt", *LEFT):
         (folder / name).unlink(missing_ok=True)
 
 

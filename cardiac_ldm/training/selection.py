@@ -32,6 +32,8 @@ _CELLS, _ROWS, _NOISE = 4, 256, 1
 _FLAT = 1e-3
 """Of latents' values: a feature that public patients have to within this tells nothing; empty slices have such."""
 FILE = "selection.npz"
+LEFT = (FILE, "selection.tmp", "selected.pt", "selected.tmp")
+"""What a finished training no longer needs."""
 STAGE, TUNED = "selection", "public patients"
 """How a ledger names the measurement, and what it decides on."""
 
