@@ -190,7 +190,7 @@ def test_the_statement_says_what_chose_public_patients() -> None:
     (training,) = ledger(2).mechanisms
     chosen = SelectionSettings(share=0.5, doubt=1, steps=2, learning_rate=1e-3).mechanism(2, 1e-5, ledger(2).n_units)
     said = privacy_statement(ledger(2).model_copy(update={"mechanisms": (chosen, training)}))
-    assert "| mechanism: selection | Gaussian mechanism: 1 measurements of the mean of all patients' features, " in said
+    assert "| mechanism: selection | Gaussian mechanism: 1 measurement of the mean of all patients' features, " in said
     assert f"noise multiplier {chosen.noise_multiplier:.4g} |" in said
     real = ledger(2, simulated=False).model_copy(update={"mechanisms": (chosen, training)})
     assert "(the study's chapter on attacks), selection by its noise alone. No attack" in privacy_statement(real)

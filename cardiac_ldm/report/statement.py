@@ -111,7 +111,7 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
 def _described(m: Mechanism) -> str:
     if m.tuned in _MEASURED:
         return (
-            f"Gaussian mechanism: {m.steps} measurements of {_MEASURED[m.tuned]}, each scaled down to a fixed norm, "
+            f"Gaussian mechanism: {m.steps} measurement{'s' * (m.steps > 1)} of {_MEASURED[m.tuned]}, each scaled down to a fixed norm, "
             f"noise multiplier {m.noise_multiplier:.4g}"
         )
     return (
