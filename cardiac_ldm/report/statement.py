@@ -110,9 +110,10 @@ def _table(ledger: Ledger, together: Standing | None) -> str:
 
 def _described(m: Mechanism) -> str:
     if m.tuned in _MEASURED:
+        several = "s" * (m.steps > 1)
         return (
-            f"Gaussian mechanism: {m.steps} measurement{'s' * (m.steps > 1)} of {_MEASURED[m.tuned]}, each scaled down to a fixed norm, "
-            f"noise multiplier {m.noise_multiplier:.4g}"
+            f"Gaussian mechanism: {m.steps} measurement{several} of {_MEASURED[m.tuned]}, each scaled down to a fixed "
+            f"norm, noise multiplier {m.noise_multiplier:.4g}"
         )
     return (
         f"DP-SGD: each patient joins a step with probability {m.sampling_rate:.4g}, {m.steps} steps, clipping "
