@@ -138,6 +138,7 @@ class Selection:
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
                 np.savez(file, chances=chances, described=self._described(patients))
+                file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         wait_for_all()
